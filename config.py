@@ -1,0 +1,126 @@
+"""Settings of the whole project, in one place. Standard library only, so every script may import it at once.
+
+Each field of `Config` is also a flag of every script. What wins: config.py < *.sh < the command line.
+Training hyper-parameters stand in train.sh, one flag a line; what they default to when train.py is run bare is
+`TRAINING_DEFAULTS` below.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field, fields
+
+# Folder name -> the word the model answers. Order is the order of the labels everywhere. `ragno` is Italian for spider.
+FOLDER_TO_LABEL = {
+    "butterfly": "butterfly",
+    "cat": "cat",
+    "chicken": "chicken",
+    "cow": "cow",
+    "dog": "dog",
+    "elephant": "elephant",
+    "horse": "horse",
+    "ragno": "spider",
+    "sheep": "sheep",
+    "squirrel": "squirrel",
+}
+
+# LLaVA-1.6-Mistral's own chat format, one turn, with what its hub template lacks: BOS (the processor adds it at
+# inference, TRL's collator does not) and the generation markers that say which tokens are learned.
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ ' [/INST]' }}"
+    "{% else %}"
+    "{% generation %}{{ ' ' + message['content'][0]['text'] + '</s>' }}{% endgeneration %}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+
+# What train.py uses for a flag that neither train.sh nor the command line gives; the rest are the libraries' defaults.
+TRAINING_DEFAULTS = {
+    "model_name_or_path": "model",  # folder with the hub repository's files
+    "output_dir": "sft-llava-1.6-7b",
+    "dtype": "bfloat16",  # of the loaded weights; TRL's own default is float32
+    "bf16": "True",
+    "max_length": "none",  # 1,032 to 2,928 image tokens a picture: any cut loses the picture or the answer
+    "assistant_only_loss": "True",  # learn the answer and </s>; never image, prompt or padding tokens
+    "remove_unused_columns": "False",  # keep `length`, which batch_rebalance and group_by_length sort by
+    "report_to": "tensorboard",
+}
+
+
+def setting(default, text):
+    """A field of Config: its default and the line `--help` shows for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    input_dir: str = setting("input", "folder with train_data/ and validation_data/, one folder a class in each")
+    temp_dir: str = setting("temp", "folder for the caches; may be deleted at any time")
+    prompt: str = setting(
+        "What animal is in this picture? Answer with one of these words: {labels}.",
+        "the question; {labels} becomes the list of labels",
+    )
+    answer: str = setting("{label}", "the answer that is learned; {label} becomes the picture's label")
+    folder_to_label: dict | str | None = setting(FOLDER_TO_LABEL, "class folder -> label, as a JSON object")
+
+    def __post_init__(self):
+        if isinstance(self.folder_to_label, str):
+            try:
+                self.folder_to_label = json.loads(self.folder_to_label)
+            except ValueError as error:
+                raise UserError(f"--folder_to_label: found {error}; expected a JSON object like {{\"ragno\": \"spider\"}}")
+        if "{label}" not in self.answer:
+            raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
+
+    @property
+    def labels(self) -> list[str]:
+        """The distinct labels, in the table's order; the index of a label is its class number everywhere."""
+        return list(dict.fromkeys(self.folder_to_label.values()))
+
+    @property
+    def question(self) -> str:
+        """The one prompt of training, validation and test (the user's turn, without the picture)."""
+        return self.prompt.replace("{labels}", ", ".join(self.labels))
+
+    def answer_for(self, label: str) -> str:
+        """The assistant's turn for a label."""
+        return self.answer.replace("{label}", label)
+
+
+class UserError(Exception):
+    """Something the user can mend: what was found, what was expected, what to do. Exit code 2, no traceback."""
+
+
+def run(main):
+    """Call main(); a UserError becomes its message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A strict parser (no shortened flags) that already has every setting of Config as a flag."""
+    result = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    group = result.add_argument_group("settings (config.py)")
+    for f in fields(Config):
+        kind = f.type if f.type in (int, float) else str
+        default = json.dumps(f.default_factory()) if callable(f.default_factory) else f.default
+        group.add_argument(f"--{f.name}", type=kind, default=default, help=f.metadata["help"].replace("%", "%%"))
+    return result
+
+
+def take(args: argparse.Namespace) -> Config:
+    """The Config within parsed arguments."""
+    return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
