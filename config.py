@@ -80,7 +80,7 @@ class Config:
             try:
                 self.folder_to_label = json.loads(self.folder_to_label)
             except ValueError as error:
-                raise UserError(f"--folder_to_label: found {error}; expected a JSON object like {{\"ragno\": \"spider\"}}")
+                raise UserError(f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}') from None
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 

@@ -61,7 +61,7 @@ def main():
                     best = max(range(len(row)), key=row.__getitem__)
                     writer.writerow([pictures[i], scorer.labels[best], row[best], "", *row])
             file.flush()
-    print(f"{len(pictures)} pictures, {unreadable} of them unreadable (column error); wrote {args.output}", file=sys.stderr)
+    print(f"{len(pictures)} pictures, {unreadable} unreadable (column error); wrote {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

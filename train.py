@@ -114,11 +114,11 @@ def describe(args, model_args, data, collator, summary):
     print(
         f"pictures        {len(data)} to train on; {summary}\n"
         f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}\n"
-        f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} accumulated"
-        f" x {args.world_size} {device} = {per_step} pictures a step\n"
+        f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
         f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
         f"{f', stopped at --max_steps {args.max_steps}' if args.max_steps > 0 else ''} = {steps}\n"
-        f"optimizer       {args.optim}, learning rate {args.learning_rate:g}, "
+        f"optimizer       {args.optim.value}, learning rate {args.learning_rate:g}, "
         f"{f'DeepSpeed ZeRO stage {zero}' if zero else 'no DeepSpeed'}, weights in {model_args.dtype}\n"
         f"one example, learned tokens between >> <<:\n{mark(ids, labels, collator.processor)}\n",
         flush=True,
@@ -171,7 +171,9 @@ def main():
     )
     if trainer.is_world_process_zero():
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
-    resume = args.resume_from_checkpoint or get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    resume = args.resume_from_checkpoint
+    if resume is None and os.path.isdir(args.output_dir):
+        resume = get_last_checkpoint(args.output_dir)
     if resume and trainer.is_world_process_zero():
         print(f"resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)

@@ -63,7 +63,7 @@ class Scorer:
     """
 
     def __init__(self, processor, config):
-        """Tokenises the prompt and every answer. Raises UserError if two labels have the same tokens or one has none."""
+        """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none."""
         import torch
 
         self.processor, self.labels = processor, config.labels
@@ -102,16 +102,21 @@ class Scorer:
         """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
         import torch
 
+        question = self.conversation[0]["content"][1]
         messages = [
-            [{**turn, "content": [{"type": "image", "image": picture}, *turn["content"][1:]]} for turn in self.conversation]
-            for picture in pictures
+            [{"role": "user", "content": [{"type": "image", "image": picture}, question]}] for picture in pictures
         ]
         batch = self.processor.apply_chat_template(
             messages,
             chat_template=settings.CHAT_TEMPLATE,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"},
+            processor_kwargs={
+                "padding": True,
+                "padding_side": "left",
+                "add_special_tokens": False,
+                "return_tensors": "pt",
+            },
         )
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
         size, prompt = seen.shape
@@ -144,7 +149,8 @@ class Scorer:
             if size == 1:
                 raise
             print(f"out of memory with {size} pictures at once: trying {(size + 1) // 2}", file=sys.stderr)
-            halves = [{key: value[part] for key, value in batch.items()} for part in (slice(size // 2), slice(size // 2, None))]
+            parts = slice(size // 2), slice(size // 2, None)
+            halves = [{key: value[part] for key, value in batch.items()} for part in parts]
             return torch.cat([self.score(model, half) for half in halves])
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
         return torch.zeros(size, len(self.labels)).index_add_(1, self.target_label, log_p)
@@ -194,11 +200,11 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
     order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
-    done = [(i, log_p.numpy(), errors) for i, log_p, errors in score_batches(model, scorer, pictures, share, num_workers)]
+    done = list(score_batches(model, scorer, pictures, share, num_workers))
     result = torch.empty(len(pictures), len(scorer.labels))
     lost = {}
     for indices, log_p, errors in gather_object(done):
-        result[indices] = torch.from_numpy(log_p)
+        result[indices] = log_p
         lost |= errors
     if lost:
         first = min(lost)
@@ -256,9 +262,8 @@ def validate(args):
     model = load_model(args.model_name_or_path, args.dtype)
     pictures = [images[0] for images in data["images"]]
     started = time.perf_counter()
-    log_p = score_pictures(
-        model, scorer, pictures, args.per_device_eval_batch_size, list(data["image_tokens"]), args.dataloader_num_workers
-    )
+    batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
+    log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
     probability = log_p.softmax(1)  # over the labels
     predicted = probability.argmax(1).tolist()
@@ -320,7 +325,9 @@ def add_inference_flags(parser):
     """The flags that validation.py and test.py share."""
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="checkpoint")
     parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="pictures a forward pass and rank")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights"
+    )
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
 
 

@@ -57,9 +57,11 @@ def main():
     training = os.path.basename(script) == "train.py"
     if not {"-h", "--help"} & set(flags):
         parser = settings.parser("")
-        parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"])
+        model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
+        parser.add_argument("--model_name_or_path", default=model)
         args, _ = parser.parse_known_args(flags)
-        preflight(settings.take(args), args.model_name_or_path, ("train", "validation") if training else ("validation",))
+        splits = ("train", "validation") if training else ("validation",)
+        preflight(settings.take(args), args.model_name_or_path, splits)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
