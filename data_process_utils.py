@@ -67,7 +67,7 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     geometry = read_geometry(model_name_or_path)
     problems = folder_problems(config, splits)
     if problems:
-        raise UserError(join(problems))
+        raise UserError("\n".join(problems))
     summaries = {split: read_summary(config, split, geometry) for split in splits}
     if not all(summaries.values()):
         from filelock import FileLock
@@ -79,7 +79,7 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     for split, summary in summaries.items():
         problems += split_problems(config, split, summary)
     if problems:
-        raise UserError(join(problems))
+        raise UserError("\n".join(problems))
     return summaries
 
 
@@ -106,10 +106,6 @@ def split_folder(config: Config, split: str) -> str:
 
 def temp_path(config: Config, split: str, suffix: str) -> Path:
     return Path(config.temp_dir) / f"{split}.{suffix}"
-
-
-def join(problems: list[str]) -> str:
-    return problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n" + "\n".join(f"  {p}" for p in problems)
 
 
 def cut_command(config: Config, arguments: str) -> str:

@@ -1,0 +1,94 @@
+"""Start a script of ours on every GPU: `accelerate launch` or `torchrun`, with early answers and honest exit codes.
+
+    python scripts/launch.py [flags of accelerate launch] train.py [flags of train.py]
+    python scripts/launch.py validation.py [flags of validation.py]
+
+As many processes as GPUs are visible, or one; NUM_PROCESSES=n overrides (without a GPU: n CPU ranks). What the user
+must mend is said within a second or two, before torch is imported anywhere; the exit code is the script's own, not
+the launcher's 1. train.py may just as well be started with plain `accelerate launch`.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import config as settings  # noqa: E402
+from validation import preflight  # noqa: E402
+
+
+def count_processes():
+    """NUM_PROCESSES, else the visible GPUs, else 1. Asks nvidia-smi: importing torch for it takes seconds."""
+    chosen = os.environ.get("NUM_PROCESSES")
+    if chosen is not None:
+        if not chosen.isdigit() or int(chosen) < 1:
+            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1")
+        return int(chosen)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]))
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+        return max(1, listed.count("GPU "))
+    except (OSError, subprocess.CalledProcessError):
+        return 1
+
+
+def set_environment(processes):
+    """Threads a rank, and every cache that torch, DeepSpeed and friends would put under ~ into temp/."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, os.path.join(ROOT, "temp", "cache", name.lower()))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+
+
+def main():
+    words = sys.argv[1:]
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is None:
+        raise settings.UserError("launch.py: found no script; expected train.py or validation.py")
+    launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
+    processes = count_processes()
+    set_environment(processes)
+    training = os.path.basename(script) == "train.py"
+    if not {"-h", "--help"} & set(flags):
+        parser = settings.parser("")
+        model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
+        parser.add_argument("--model_name_or_path", default=model)
+        args, _ = parser.parse_known_args(flags)
+        splits = ("train", "validation") if training else ("validation",)
+        preflight(settings.take(args), args.model_name_or_path, splits)
+    if not training and processes == 1:
+        os.execv(sys.executable, [sys.executable, script, *flags])
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+    try:
+        if training:
+            from accelerate.commands.launch import launch_command, launch_command_parser
+
+            launch_command(
+                launch_command_parser().parse_args([*launcher_flags, f"--num_processes={processes}", script, *flags])
+            )
+        else:
+            from torch.distributed.run import main as torchrun
+
+            torchrun(["--standalone", f"--nproc_per_node={processes}", script, *flags])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if code != 2:
+            print(f"error: rank {rank} ended with exit code {code}; what it said stands above", file=sys.stderr)
+        sys.exit(code)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,187 @@
+"""Fine-tune LLaVA-1.6-Mistral-7B to name the animal in a picture: TRL's SFTTrainer, DeepSpeed ZeRO-3, 8-bit AdamW.
+
+    sh train.sh                                  # all GPUs it finds, every flag in train.sh
+    sh train.sh --num_train_epochs 3             # the command line wins over train.sh
+    NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 CPU ranks on a machine without a GPU
+
+Takes every flag of config.Config, trl.SFTConfig and trl.ModelConfig, and three that today's libraries dropped:
+--torch_dtype (now --dtype), --warmup_ratio (now --warmup_steps below 1) and --logging_dir (now an environment
+variable). Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names, checkpoint-N/ with
+the optimizer's state to resume from, and TensorBoard events under --logging_dir.
+Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 4090 are computed, see scripts/README.md.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import warnings
+
+import config as settings
+from config import Config, UserError
+from data_process_utils import load_picture, load_split
+from validation import Scorer, load_processor, preflight
+
+# torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
+# variable carries the filter into dataloader workers.
+warnings.filterwarnings("ignore", category=FutureWarning)
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+
+
+def parse(argv):
+    """argv -> (Config, SFTConfig, ModelConfig). Unknown and shortened flags raise UserError.
+
+    SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
+    a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
+    """
+    import torch
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    parser = TrlParser((Config, SFTConfig, ModelConfig), allow_abbrev=False)
+    for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
+        kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
+        parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
+    parser.set_defaults(**settings.TRAINING_DEFAULTS)
+    if not torch.cuda.is_available():
+        parser.set_defaults(use_cpu=True)
+
+    def fail(message):
+        raise UserError(f"{message}; `python train.py --help` lists every flag")
+
+    parser.error = fail
+    unknown = [word for word in parser.parse_known_args(argv)[1] if word.startswith("-")]
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        fail(f"unknown flag {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    try:
+        config, args, model_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        fail(str(error))
+    return config, args, model_args
+
+
+def load_model(model_args, args):
+    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on. All ranks."""
+    import torch
+    from transformers import LlavaNextForConditionalGeneration
+
+    dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    model, info = LlavaNextForConditionalGeneration.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=model_args.attn_implementation or "sdpa",
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise UserError(f"{model_args.model_name_or_path}: found weights that do not fit config.json: {wrong}")
+    # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
+    # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
+    model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
+    model.config.use_cache = False  # of no use in training
+    return model
+
+
+def make_collator(processor, assistant_only_loss):
+    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    class PictureCollator(DataCollatorForVisionLanguageModeling):
+        def torch_call(self, examples):
+            return super().torch_call(
+                [{**example, "images": [load_picture(path) for path in example["images"]]} for example in examples]
+            )
+
+    return PictureCollator(
+        processor, assistant_only_loss=assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, max_length=None
+    )
+
+
+def describe(args, model_args, data, collator, summary):
+    """What is about to run, as equations, and one example with the learned tokens marked. Main process only."""
+    import statistics
+
+    tokens = sorted(data[args.length_column_name])
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    micro_batches = -(-len(data) // (args.per_device_train_batch_size * args.world_size))  # a rank
+    steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else -(-int(steps_per_epoch * args.num_train_epochs * 1000) // 1000)
+    device = "CPU ranks" if args.use_cpu else "GPUs"
+    zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
+    example = collator([data[0]])
+    ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
+    print(
+        f"pictures        {len(data)} to train on; {summary}\n"
+        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}\n"
+        f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
+        f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
+        f"{f', stopped at --max_steps {args.max_steps}' if args.max_steps > 0 else ''} = {steps}\n"
+        f"optimizer       {args.optim.value}, learning rate {args.learning_rate:g}, "
+        f"{f'DeepSpeed ZeRO stage {zero}' if zero else 'no DeepSpeed'}, weights in {model_args.dtype}\n"
+        f"one example, learned tokens between >> <<:\n{mark(ids, labels, collator.processor)}\n",
+        flush=True,
+    )
+
+
+def mark(ids, labels, processor):
+    """Decoded text of one sequence: runs of image tokens counted, supervised tokens between >> and <<."""
+    text, i = "", 0
+    image = processor.image_token_id
+    while i < len(ids):
+        j, learned = i, labels[i] != -100
+        while j < len(ids) and (labels[j] != -100) == learned and (ids[j] == image) == (ids[i] == image):
+            j += 1
+        run = f"<image>x{j - i}" if ids[i] == image else processor.tokenizer.decode(ids[i:j])
+        text += f">>{run}<<" if learned else run
+        i = j
+    return text
+
+
+def main():
+    if "-h" in sys.argv or "--help" in sys.argv:
+        print(__doc__)
+    config, args, model_args = parse(sys.argv[1:])
+    if args.use_cpu and args.process_index == 0:
+        print("no GPU found: training on the CPU", flush=True)
+    if args.process_index != 0:  # rank 0 speaks for all
+        warnings.filterwarnings("ignore")
+    summary = preflight(config, model_args.model_name_or_path, ("train", "validation"))
+
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTTrainer, get_peft_config
+
+    processor = load_processor(model_args.model_name_or_path)
+    Scorer(processor, config)  # raises where two labels would be the same tokens
+    model = load_model(model_args, args)
+    collator = make_collator(processor, args.assistant_only_loss)
+    args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
+    train_data = load_split(config, "train")
+    validation_data = load_split(config, "validation") if args.eval_strategy != "no" else None
+    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, os.path.basename(args.output_dir))
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=validation_data,
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+    )
+    if trainer.is_world_process_zero():
+        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
+    resume = args.resume_from_checkpoint
+    if resume is None and os.path.isdir(args.output_dir):
+        resume = get_last_checkpoint(args.output_dir)
+    if resume and trainer.is_world_process_zero():
+        print(f"resuming from {resume}", flush=True)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)  # all ranks: ZeRO-3 gathers the weights
+    if trainer.is_world_process_zero():
+        print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    settings.run(main)

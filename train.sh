@@ -1,0 +1,31 @@
+#!/bin/sh
+# Fine-tune on all GPUs it finds.
+#   sh train.sh                              what stands below
+#   sh train.sh --num_train_epochs 3         the command line wins
+#   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
+cd "$(dirname "$0")" || exit 1
+python=python3
+[ -n "$VIRTUAL_ENV" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+
+# Each line puts one flag before what was given on the command line, which therefore comes last and wins.
+set -- --model_name_or_path model "$@"                  # folder with the files of llava-hf/llava-v1.6-mistral-7b-hf
+set -- --per_device_train_batch_size 4 "$@"             # pictures a GPU holds at once (the micro-batch)
+set -- --gradient_accumulation_steps 4 "$@"             # micro-batches a step; 4 x 4 x 4 GPUs = 64 pictures a step
+set -- --output_dir sft-llava-1.6-7b "$@"               # the result, a plain Hugging Face checkpoint, and checkpoint-N/
+set -- --torch_dtype bfloat16 "$@"                      # load the weights in bfloat16 (today's name: --dtype)
+set -- --gradient_checkpointing "$@"                    # recompute activations in the backward pass instead of keeping them
+set -- --num_train_epochs 1 "$@"                        # times through the training pictures
+set -- --save_strategy "steps" "$@"                     # save by steps
+set -- --save_steps 100 "$@"                            # a checkpoint every 100 steps (about 61 GB each for the 7B)
+set -- --learning_rate 2e-5 "$@"                        # the peak, after warm-up
+set -- --save_total_limit 5 "$@"                        # keep the newest 5 checkpoints, delete older ones
+set -- --lr_scheduler_type cosine "$@"                  # cosine decay to 0
+set -- --weight_decay 0.01 "$@"                         # decoupled, on all but biases and norms
+set -- --warmup_ratio 0.03 "$@"                         # share of the steps that warm up (today's name: --warmup_steps 0.03)
+set -- --optim adamw_bnb_8bit "$@"                      # AdamW with 8-bit states (bitsandbytes)
+set -- --per_device_eval_batch_size 8 "$@"              # pictures a GPU in evaluation
+set -- --logging_steps 10 "$@"                          # a log line every 10 steps
+set -- --logging_dir "./logs" "$@"                      # TensorBoard events, one subfolder a run
+set -- --report_to "tensorboard" "$@"                   # the only tracker
+
+exec "$python" scripts/launch.py --config_file=./scripts/deepspeed_zero3.yaml train.py "$@"
