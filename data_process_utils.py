@@ -131,14 +131,16 @@ def folder_problems(config: Config, splits) -> list[str]:
                 found = f"{config.input_dir} holds {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''}"
             except OSError:
                 found = f"{config.input_dir} does not exist either"
+            expected = f"one folder of pictures a class: {table}"
             if split == "train":
                 do = (
                     f"put the training pictures there (the ten animals of the README: {DATA_PAGE}), "
                     "or name another folder with --input_dir"
                 )
             else:
+                expected = "the same class folders as in train_data, with pictures that training does not see"
                 do = f"cut it off the training pictures: {cut_command(config, '--validation_fraction 0.2 --seed 42')}"
-            problems.append(f"{root}: not found ({found}); expected one folder of pictures a class: {table}; {do}")
+            problems.append(f"{root}: not found ({found}); expected {expected}; {do}")
             continue
         try:
             folders = class_folders(config, split)
