@@ -24,6 +24,7 @@ TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile
 VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3}
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+SHARP = 1.5  # how firmly a vision head looks at its neighbour
 WORDS = "a an the this that is are it in on of and or not yes no what which who picture image photo animal wild bird"
 HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
@@ -75,9 +76,74 @@ def hub_name(name: str) -> str:
     raise KeyError(name)
 
 
-def init_weights(model, seed):
-    """Seeded weights"""
-    torch.manual_seed(seed)
+def dct(u, v):
+    """The (u, v) cosine pattern on one patch, unit norm."""
+    x = (torch.arange(PATCH) + 0.5) * math.pi / PATCH
+    wave = torch.outer(torch.cos(v * x), torch.cos(u * x))
+    return wave / wave.norm()
+
+
+def init_weights(model):
+    """Random weights with the structure that a trained vision tower has and that takes it longest to learn.
+
+    Patches are seen through cosine patterns, each attention head of the vision tower looks at one neighbouring patch
+    (as ConViT does, arXiv:2103.10697) and the language model starts by averaging over what it has read.
+    """
+    vision, text = model.model.vision_tower, model.model.language_model
+    width, grid = VISION["hidden_size"], TILE // PATCH
+    waves = [math.pi / 8, math.pi / 4, math.pi / 2]  # radians a patch
+    place = 4 * len(waves)  # the last channels of a patch say where it is
+    content = width - place
+
+    # patch embedding: cosine patterns, brightness first; fine patterns are rarer in pictures, so they count more
+    freqs = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))
+    colours = ([1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5])
+    filters = [(c, f) for c, n in zip(colours, (content - 2 * (content // 4), content // 4, content // 4)) for f in freqs[:n]]
+    kernel = torch.zeros_like(vision.embeddings.patch_embedding.weight)
+    for row, (colour, (u, v)) in enumerate(filters):
+        tint = torch.tensor(colour, dtype=torch.float) / math.sqrt(sum(c * c for c in colour))
+        kernel[row] = tint[:, None, None] * dct(u, v) * (0.1 + 0.25 * math.hypot(u, v))
+    vision.embeddings.patch_embedding.weight.copy_(kernel)
+
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    where = torch.stack([g(w * axis.flatten()) for w in waves for axis in (x, y) for g in (torch.cos, torch.sin)], 1)
+    vision.embeddings.position_embedding.weight.zero_()
+    vision.embeddings.position_embedding.weight[1:, content:] = 3 * where
+    vision.embeddings.class_embedding.normal_(0, 0.1)
+    heads = VISION["num_attention_heads"]
+    around = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
+    for depth, layer in enumerate(vision.encoder.layers):
+        attention, size = layer.self_attn, width // heads
+        for linear in (attention.q_proj, attention.k_proj):
+            linear.weight.normal_(0, 0.02)
+        for head in range(heads):
+            rows, step = slice(head * size, head * size + place), around[head % len(around)]
+            attention.k_proj.weight[rows, content:] += torch.eye(place)
+            turn = []  # a rotation by the offset: cos(a - b) = cos a cos b + sin a sin b
+            for w in waves:
+                for shift in step:
+                    c, s = math.cos(w * shift * (1 + depth)), math.sin(w * shift * (1 + depth))
+                    turn.append(torch.tensor([[c, -s], [s, c]]))
+            attention.q_proj.weight[rows, content:] += SHARP * torch.block_diag(*turn)
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        torch.nn.init.orthogonal_(attention.out_proj.weight, 0.7)
+        layer.mlp.fc1.weight.normal_(0, 1.5 / math.sqrt(width))
+        layer.mlp.fc1.bias.normal_(0, 0.5)
+        layer.mlp.fc2.weight.normal_(0, 1 / math.sqrt(layer.mlp.fc2.in_features))
+    projector = model.model.multi_modal_projector
+    torch.nn.init.orthogonal_(projector.linear_1.weight, 1.5)
+    torch.nn.init.orthogonal_(projector.linear_2.weight, 1.5)
+    text.embed_tokens.weight.normal_(0, 0.1)
+    for layer in text.layers:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj):
+            linear.weight.normal_(0, 0.02)
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        torch.nn.init.orthogonal_(attention.o_proj.weight)
+        layer.mlp.gate_proj.weight.normal_(0, 1 / math.sqrt(TEXT["hidden_size"]))
+        layer.mlp.up_proj.weight.normal_(0, 1 / math.sqrt(TEXT["hidden_size"]))
+        layer.mlp.down_proj.weight.normal_(0, 0.3 / math.sqrt(TEXT["intermediate_size"]))
+    model.lm_head.weight.normal_(0, 0.02)
 
 
 def main():
@@ -135,8 +201,9 @@ def main():
         "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": vocab,
     }  # fmt: skip
     torch.manual_seed(args.seed)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(json.loads(json.dumps(config))))
-    init_weights(model, args.seed)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(json.loads(json.dumps(config)))).float()
+    with torch.no_grad():
+        init_weights(model)
     weights = {hub_name(name): w.half().contiguous() for name, w in model.state_dict().items()}
     shards, where = [[], []], {}
     for name in sorted(weights):  # language model and vision tower, as two shards of a large checkpoint would
