@@ -72,7 +72,9 @@ def main():
             from accelerate.commands.launch import launch_command, launch_command_parser
 
             launch_command(
-                launch_command_parser().parse_args([*launcher_flags, f"--num_processes={processes}", script, *flags])
+                launch_command_parser().parse_args(
+                    ["--main_process_port=0", *launcher_flags, f"--num_processes={processes}", script, *flags]
+                )
             )
         else:
             from torch.distributed.run import main as torchrun
