@@ -72,6 +72,7 @@ class Config:
     input_dir: str = setting("input", "folder with train_data/ and validation_data/, one folder a class in each")
     temp_dir: str = setting("temp", "folder for the caches; may be deleted at any time")
     logging_dir: str = setting("logs", "folder for TensorBoard's events, a subfolder a run")
+    eval_pictures: int = setting(500, "held-out pictures that training measures itself on, stratified; 0 = all")
     prompt: str = setting(
         "What animal is in this picture? Answer with one of these words: {labels}.",
         "the question; {labels} becomes the list of labels",

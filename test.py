@@ -16,7 +16,8 @@ import sys
 import config as settings
 from config import UserError
 from data_process_utils import list_pictures
-from validation import Scorer, add_inference_flags, load_model, load_processor, require_checkpoint, score_batches
+from preflight import require_checkpoint
+from validation import Scorer, add_inference_flags, load_model, load_processor, score_batches
 
 
 def find_pictures(paths):

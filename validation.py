@@ -15,10 +15,12 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 
 import config as settings
 from config import UserError
-from data_process_utils import PictureError, load_picture, load_split, prepare
+from data_process_utils import PictureError, load_picture, load_split
+from preflight import preflight
 
 
 def load_processor(path):
@@ -143,7 +145,7 @@ class Scorer:
         try:
             inputs = {key: value.to(model.device) for key, value in batch.items()}
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            with torch.inference_mode():
+            with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
                 logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         except torch.OutOfMemoryError:
             if size == 1:
@@ -186,11 +188,12 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
             bar.update(len(indices))
 
 
-def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
+def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, in_step=False):
     """float32 [pictures, labels]: score_batches over all ranks, every picture once, every rank gets all.
 
-    lengths (image tokens a picture): like lengths share a batch, so little is padded. Raises UserError for a picture
-    that can no longer be read.
+    lengths (image tokens a picture): like lengths share a batch, so little is padded. in_step: every rank runs the
+    same number of forward passes, as ZeRO-3 needs it (a repeated batch gives the same rows again). Raises UserError
+    for a picture that can no longer be read.
     """
     import torch
     from accelerate import PartialState
@@ -200,6 +203,8 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
     order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
+    if in_step and len(share) < -(-len(batches) // state.num_processes):
+        share.append(batches[-1])
     done = list(score_batches(model, scorer, pictures, share, num_workers))
     result = torch.empty(len(pictures), len(scorer.labels))
     lost = {}
@@ -213,6 +218,19 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
             "them; put them back or run again, and the check will leave them out"
         )
     return result
+
+
+def stratified_sample(labels, n, seed=0):
+    """Indices of n pictures with the classes in proportion, the same for the same list; all of them for n = 0."""
+    import random
+
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
+    size, seen, place = Counter(labels), Counter(), {}
+    for i in shuffled:
+        place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # how far through its class, 0 to 1
+        seen[labels[i]] += 1
+    return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
 def wilson_interval(correct, n, z=1.959963984540054):
@@ -257,6 +275,8 @@ def validate(args):
     """
     config = settings.take(args)
     data = load_split(config, "validation")
+    if args.on_eval_pictures:
+        data = data.select(stratified_sample(data["label"], config.eval_pictures))
     processor = load_processor(args.model_name_or_path)
     scorer = Scorer(processor, config)
     model = load_model(args.model_name_or_path, args.dtype)
@@ -331,37 +351,10 @@ def add_inference_flags(parser):
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
 
 
-def require_checkpoint(path):
-    """Raises UserError unless the folder `path` holds a checkpoint."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
-            "`sh train.sh`; or fetch the base model: `hf download llava-hf/llava-v1.6-mistral-7b-hf --local-dir model`"
-        )
-
-
-def preflight(config, model_name_or_path, splits):
-    """What can be known in a second: the checkpoint is there and the pictures are fit for use (caches are built).
-
-    Imports no torch. Returns prepare()'s summaries; raises one UserError with every problem found.
-    """
-    problems = []
-    for check in (
-        lambda: require_checkpoint(model_name_or_path),
-        lambda: prepare(config, splits=splits, model_name_or_path=model_name_or_path),
-    ):
-        try:
-            summary = check()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return summary
-
-
 def main():
     parser = settings.parser(__doc__.splitlines()[0])
     add_inference_flags(parser)
+    parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
     parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
     args = parser.parse_args()
     config = settings.take(args)
