@@ -92,8 +92,8 @@ class Config:
                 raise UserError(f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}') from None
         if not 0 <= self.max_excluded <= 1:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
-        if not 0 <= self.near_duplicate_distance <= 16:
-            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
+        if not 0 <= self.near_duplicate_distance <= 8:
+            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 8 bits")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 
