@@ -26,6 +26,10 @@ FOLDER_TO_LABEL = {
     "squirrel": "squirrel",
 }
 
+# Pictures beyond these are refused before they are decoded, in training, validation and test alike.
+MAX_PIXELS = 64_000_000  # width x height; 8000 x 8000; 192 MB of RGB; a 50-megapixel phone picture passes
+MIN_SIDE = 8  # pixels; smaller ones (tracking pixels, broken downloads) show no animal
+
 # LLaVA-1.6-Mistral's own chat format, one turn, with what its hub template lacks: BOS (the processor adds it at
 # inference, TRL's collator does not) and the generation markers that say which tokens are learned.
 CHAT_TEMPLATE = (
@@ -74,6 +78,10 @@ class Config:
     )
     answer: str = setting("{label}", "the answer that is learned; {label} becomes the picture's label")
     folder_to_label: dict | str | None = setting(FOLDER_TO_LABEL, "class folder -> label, as a JSON object")
+    max_excluded: float = setting(0.01, "share of a split that may be unusable pictures; more is an error")
+    near_duplicate_distance: int = setting(4, "bits of 64 that perceptual hashes of near-duplicates differ in at most")
+    allow_leaks: bool = setting(False, "go on although identical pictures are in both splits or under two labels")
+    data_processes: int = setting(0, "processes that decode pictures when the cache is built; 0 = one a core")
 
     def __post_init__(self):
         if isinstance(self.folder_to_label, str):
@@ -81,6 +89,10 @@ class Config:
                 self.folder_to_label = json.loads(self.folder_to_label)
             except ValueError as error:
                 raise UserError(f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}') from None
+        if not 0 <= self.max_excluded <= 1:
+            raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
+        if not 0 <= self.near_duplicate_distance <= 16:
+            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 
@@ -104,11 +116,22 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(); a UserError becomes its message on stderr, a line a problem, and exit code 2."""
+    """Call main(); a UserError becomes its message on stderr, a line a problem, and exit code 2.
+
+    Before that: every cache that torch, DeepSpeed and friends would put under ~ goes to temp/cache, and progress bars
+    are for terminals only.
+    """
+    cache = os.path.join(os.path.dirname(os.path.abspath(__file__)), "temp", "cache")
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", "0"))
         if rank:  # rank 0 nearly always says the same: give it time to, and the launcher to end this one
             time.sleep(3)
         for line in str(error).splitlines():
@@ -123,10 +146,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     group = result.add_argument_group("settings (config.py)")
     for f in fields(Config):
-        kind = f.type if f.type in (int, float) else str
+        kind = {int: int, float: float, bool: yes_or_no}.get(f.type, str)
         default = json.dumps(f.default_factory()) if callable(f.default_factory) else f.default
-        group.add_argument(f"--{f.name}", type=kind, default=default, help=f.metadata["help"].replace("%", "%%"))
+        bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --allow_leaks alone means True
+        text = f.metadata["help"].replace("%", "%%")
+        group.add_argument(f"--{f.name}", type=kind, default=default, help=text, **bare)
     return result
+
+
+def yes_or_no(text: str) -> bool:
+    """What bool() gets wrong: "False" is False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected True or False")
+    return text.lower() == "true"
 
 
 def take(args: argparse.Namespace) -> Config:

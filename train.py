@@ -13,6 +13,7 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -26,6 +27,7 @@ from validation import Scorer, preflight
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
 # variable carries the filter into dataloader workers.
 warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing CPU kernel for 4 bit
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 
@@ -45,6 +47,11 @@ def parse(argv):
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
     if not torch.cuda.is_available():
         parser.set_defaults(use_cpu=True)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            import deepspeed.ops
+
+            # spares a lone CPU rank half a minute of compiling the op by which CPU ranks share memory
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def fail(message):
         raise UserError(f"{message}; `python train.py --help` lists every flag")

@@ -4,8 +4,7 @@
 #   sh train.sh --num_train_epochs 3         the command line wins
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
 cd "$(dirname "$0")" || exit 1
-python=python3
-[ -n "$VIRTUAL_ENV" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+. scripts/environment.sh
 
 # Each line puts one flag before what was given on the command line, which therefore comes last and wins.
 set -- --model_name_or_path model "$@"                  # folder with the files of llava-hf/llava-v1.6-mistral-7b-hf

@@ -20,30 +20,25 @@ import config as settings  # noqa: E402
 from validation import preflight  # noqa: E402
 
 
+def count_gpus():
+    """The GPUs this process may use. Asks nvidia-smi: importing torch for it takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    try:
+        return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
+    except OSError:
+        return 0
+
+
 def count_processes():
-    """NUM_PROCESSES, else the visible GPUs, else 1. Asks nvidia-smi: importing torch for it takes seconds."""
+    """NUM_PROCESSES, else one a GPU, else 1."""
     chosen = os.environ.get("NUM_PROCESSES")
     if chosen is not None:
         if not chosen.isdigit() or int(chosen) < 1:
             raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1")
         return int(chosen)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]))
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
-        return max(1, listed.count("GPU "))
-    except (OSError, subprocess.CalledProcessError):
-        return 1
-
-
-def set_environment(processes):
-    """Threads a rank, and every cache that torch, DeepSpeed and friends would put under ~ into temp/."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
-        os.environ.setdefault(name, os.path.join(ROOT, "temp", "cache", name.lower()))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+    return max(1, count_gpus())
 
 
 def main():
@@ -53,7 +48,10 @@ def main():
         raise settings.UserError("launch.py: found no script; expected train.py or validation.py")
     launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
     processes = count_processes()
-    set_environment(processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+    if not count_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     training = os.path.basename(script) == "train.py"
     if not {"-h", "--help"} & set(flags):
         parser = settings.parser("")
@@ -74,7 +72,9 @@ def main():
             from accelerate.commands.launch import launch_command, launch_command_parser
 
             launch_command(
-                launch_command_parser().parse_args([*launcher_flags, f"--num_processes={processes}", script, *flags])
+                launch_command_parser().parse_args(
+                    ["--main_process_port=0", *launcher_flags, f"--num_processes={processes}", script, *flags]
+                )
             )
         else:
             from torch.distributed.run import main as torchrun
