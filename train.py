@@ -19,9 +19,10 @@ import sys
 import warnings
 
 import config as settings
+from checkpoint import load_for_training, load_processor
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
-from validation import Scorer, load_processor, preflight
+from validation import Scorer, preflight
 
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
 # variable carries the filter into dataloader workers.
@@ -66,28 +67,6 @@ def parse(argv):
     except ValueError as error:
         fail(str(error))
     return config, args, model_args
-
-
-def load_model(model_args, args):
-    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on. All ranks."""
-    import torch
-    from transformers import LlavaNextForConditionalGeneration
-
-    dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=model_args.attn_implementation or "sdpa",
-        output_loading_info=True,
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise UserError(f"{model_args.model_name_or_path}: found weights that do not fit config.json: {wrong}")
-    # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
-    # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
-    model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
-    model.config.use_cache = False  # of no use in training
-    return model
 
 
 def make_collator(processor, assistant_only_loss):
@@ -161,7 +140,7 @@ def main():
 
     processor = load_processor(model_args.model_name_or_path)
     Scorer(processor, config)  # raises where two labels would be the same tokens
-    model = load_model(model_args, args)
+    model = load_for_training(model_args, args)
     collator = make_collator(processor, args.assistant_only_loss)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
     train_data = load_split(config, "train")
