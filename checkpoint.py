@@ -1,5 +1,9 @@
 """What is in a checkpoint folder and how it is read: processor, model for training, model for inference."""
 
+import json
+import os
+import re
+
 from config import UserError
 
 
@@ -55,3 +59,47 @@ def load_for_training(model_args, args):
     model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
     model.config.use_cache = False  # of no use in training
     return model
+
+
+def checkpoint_name(path):
+    """`runs/sft/checkpoint-100` -> `sft-checkpoint-100`, `sft-llava-1.6-7b` -> itself: the report's folder name."""
+    parts = os.path.abspath(path).split(os.sep)
+    return "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def run_name(path):
+    """The name under which train.py logs to TensorBoard: of the run's folder, for a checkpoint-N in it too."""
+    path = os.path.abspath(path)
+    return os.path.basename(os.path.dirname(path) if os.path.basename(path).startswith("checkpoint-") else path)
+
+
+def saved_steps(path):
+    """{N: folder} of the checkpoint-N in a run's folder, in order."""
+    found = {int(name[11:]): name for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)}
+    return {step: os.path.join(path, found[step]) for step in sorted(found)}
+
+
+def global_step(path):
+    """After how many optimizer steps it was saved: trainer_state.json, else its name, else the run's last; or None."""
+    state = os.path.join(path, "trainer_state.json")
+    if os.path.isfile(state):
+        with open(state, encoding="utf-8") as file:
+            return json.load(file)["global_step"]
+    named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
+    return int(named[1]) if named else max(saved_steps(path), default=None)
+
+
+def find_checkpoints(path):
+    """Every checkpoint-N of a run, in order, and the final model if it is there; fit for use or not.
+
+    Raises UserError if there is none.
+    """
+    found = list(saved_steps(path).values()) if os.path.isdir(path) else []
+    if os.path.isfile(os.path.join(path, "config.json")):
+        found.append(path)
+    if not found:
+        raise UserError(
+            f"--all_checkpoints: found no checkpoint-N and no model in {path}; expected the output folder of a "
+            "training; name it with --model_name_or_path"
+        )
+    return found

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 
+from checkpoint import find_checkpoints
 from config import UserError
 from data_process_utils import prepare
 
@@ -36,11 +37,18 @@ def collect(*checks):
     return results
 
 
-def preflight(config, model_name_or_path, splits):
-    """The checkpoint is there, and the pictures are fit for use; builds their caches. Returns prepare()'s summary."""
+def preflight(config, model_name_or_path, splits, all_checkpoints=False):
+    """The checkpoint is there, and the pictures are fit for use; builds their caches. Returns prepare()'s summary.
+
+    all_checkpoints: a run's folder will do as well; its newest whole checkpoint says how many tokens a picture has.
+    """
+    path = model_name_or_path
+    if all_checkpoints:
+        found = find_checkpoints(path)
+        path = next((p for p in reversed(found) if os.path.isfile(os.path.join(p, "config.json"))), path)
     return collect(
-        lambda: require_checkpoint(model_name_or_path),
-        lambda: prepare(config, splits=splits, model_name_or_path=model_name_or_path),
+        lambda: require_checkpoint(path),
+        lambda: prepare(config, splits=splits, model_name_or_path=path),
     )[1]
 
 

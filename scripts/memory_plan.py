@@ -29,9 +29,14 @@ GIB = 2**30
 RESERVE = 0.8  # GiB, an assumption, not computed: CUDA context, cuBLAS workspace, NCCL buffers (reports say 0.7 to 1)
 MARGIN = 1.5  # GiB that a plan leaves free for fragmentation: 24 -> 22.5
 RANK_RAM = 3.0  # GiB of host RAM a rank for Python, libraries, CUDA and its data workers; an assumption
-CHECKPOINT_BYTES = 6.08  # a trained parameter in global_step*/: fp32 master 4, 8-bit m and v 2 + 8/256, rest; seen on CPU
+CHECKPOINT_BYTES = (
+    6.08  # a trained parameter in global_step*/: fp32 master 4, 8-bit m and v 2 + 8/256, rest; seen on CPU
+)
 WEIGHT_BYTES = 2.01  # a parameter in bf16 safetensors
-TYPICAL_TOKENS, LARGEST_TOKENS = 1368, 2928  # pictures of 300x225; 672x672 and up (processor arithmetic, see token_counts)
+TYPICAL_TOKENS, LARGEST_TOKENS = (
+    1368,
+    2928,
+)  # pictures of 300x225; 672x672 and up (processor arithmetic, see token_counts)
 TEXT_TOKENS = 60  # prompt, answer and </s> around the picture
 NO_DECAY = r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)"  # Trainer.get_decay_parameter_names
 
@@ -44,9 +49,13 @@ def load_config(folder: str):
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path: found {error}; expected {file} to be the model's config.json; see model/README.md")
+        raise UserError(
+            f"--model_name_or_path: found {error}; expected {file} to be the model's config.json; see model/README.md"
+        )
     if values.get("model_type") != "llava_next":
-        raise UserError(f"{file}: found model_type {values.get('model_type')!r}; expected llava_next; give another folder")
+        raise UserError(
+            f"{file}: found model_type {values.get('model_type')!r}; expected llava_next; give another folder"
+        )
     return LlavaNextConfig(**values)
 
 
@@ -56,7 +65,9 @@ def load_zero3(file: str) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed_config: found {error}; expected a DeepSpeed JSON file like scripts/zero3.json")
     if zero3.get("zero_optimization", {}).get("stage") != 3:
-        raise UserError(f"{file}: found no zero_optimization.stage 3; expected ZeRO-3, which is all that this plan models")
+        raise UserError(
+            f"{file}: found no zero_optimization.stage 3; expected ZeRO-3, which is all that this plan models"
+        )
     return zero3
 
 
@@ -96,9 +107,15 @@ def token_counts(config, temp_dir: str) -> dict:
         records = json.loads(file.read_text())
         shapes = [(record["height"], record["width"]) for record in records]
         counts = sorted(image_tokens(config, *shape) for shape in shapes)
-        return {"median": counts[len(counts) // 2], "largest": counts[-1], "source": f"{len(counts):,} pictures of {file}"}
+        return {
+            "median": counts[len(counts) // 2],
+            "largest": counts[-1],
+            "source": f"{len(counts):,} pictures of {file}",
+        }
     except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: found {error!r}; expected records with width and height; delete the file, it is rebuilt")
+        raise UserError(
+            f"{file}: found {error!r}; expected records with width and height; delete the file, it is rebuilt"
+        )
 
 
 def tiles_of(config, tokens: int) -> int:
@@ -122,9 +139,15 @@ def activations(config, micro_batch: int, tokens: int) -> dict:
     side = vision.image_size // vision.patch_size
     patches = tiles * (side * side + 1)  # with CLS
     kept = 2 * n * hidden * text.num_hidden_layers + 2 * patches * vision.hidden_size * vision.num_hidden_layers
-    saved = kept + 2 * 3 * tiles * vision.image_size**2 + 2 * 2 * patches * vision.hidden_size  # pixels; CLIPVisionEmbeddings
-    saved += 2 * 2 * patches * hidden + 2 * patches * vision.hidden_size  # LlavaNextMultiModalProjector: gelu in and out, input
-    saved += (2 + 4 + 2) * n * hidden + micro_batch * length**2  # last hidden, MistralRMSNorm in fp32 and bf16; bool mask
+    saved = (
+        kept + 2 * 3 * tiles * vision.image_size**2 + 2 * 2 * patches * vision.hidden_size
+    )  # pixels; CLIPVisionEmbeddings
+    saved += (
+        2 * 2 * patches * hidden + 2 * patches * vision.hidden_size
+    )  # LlavaNextMultiModalProjector: gelu in and out, input
+    saved += (
+        2 + 4 + 2
+    ) * n * hidden + micro_batch * length**2  # last hidden, MistralRMSNorm in fp32 and bf16; bool mask
     # One MistralDecoderLayer, recomputed: norms 2 x (fp32 4 + bf16 2 + 2), q, k, v repeated for SDPA with a mask 6, attention
     # out 2, gradient 2 = 26 B x hidden, less the final norm that is freed by then (8); gate, silu, up and their gradients and
     # the product's = 6 x bf16 = 12 B x intermediate; and a copy of the mask.
@@ -132,10 +155,21 @@ def activations(config, micro_batch: int, tokens: int) -> dict:
     return {"kept": kept, "saved": saved, "peak": saved + layer}
 
 
-def plan(config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulation: int = 4,
-         tokens: tuple[int, int] = (TYPICAL_TOKENS, LARGEST_TOKENS), *, offload_param: bool | None = None,
-         offload_activations: bool = False, method: str = "full", lora_r: int = 16, save_total_limit: int = 5,
-         shapes: list | None = None) -> dict:
+def plan(
+    config,
+    zero3: dict,
+    num_gpus: int = 4,
+    micro_batch: int = 4,
+    accumulation: int = 4,
+    tokens: tuple[int, int] = (TYPICAL_TOKENS, LARGEST_TOKENS),
+    *,
+    offload_param: bool | None = None,
+    offload_activations: bool = False,
+    method: str = "full",
+    lora_r: int = 16,
+    save_total_limit: int = 5,
+    shapes: list | None = None,
+) -> dict:
     """The plan of one run as a dict (keys: module docstring); GiB on each GPU.
 
     config: LlavaNextConfig. zero3: the parsed DeepSpeed file ("auto" as transformers fills it). tokens: image tokens of the
@@ -148,7 +182,9 @@ def plan(config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulat
     offload_param &= method != "qlora"
     hidden = config.text_config.hidden_size
 
-    def setting(name, default, auto):  # deepspeed/runtime/zero/config.py; "auto": HfTrainerDeepSpeedConfig.trainer_config_finalize
+    def setting(
+        name, default, auto
+    ):  # deepspeed/runtime/zero/config.py; "auto": HfTrainerDeepSpeedConfig.trainer_config_finalize
         value = stage3.get(name, default)
         return int(auto if value == "auto" else value)
 
@@ -183,7 +219,9 @@ def plan(config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulat
 
     base_bytes = 2 * sum(part(size) for _, size in sizes)  # ZeRO-3 bf16: defragment; or pinned host memory
     if method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64; the rest stays bf16
-        base_bytes = sum(math.prod(s) * (0.5 + 4 / 64 if linear and "lm_head" not in n else 2) for n, s, linear in shapes)
+        base_bytes = sum(
+            math.prod(s) * (0.5 + 4 / 64 if linear and "lm_head" not in n else 2) for n, s, linear in shapes
+        )
     adapters = 0 if method == "full" else 2 * own
     # Init: parameters up to the threshold stay whole on every GPU once gathered, and their partitions are not offloaded.
     persistent = 0 if ranks == 1 else 2 * sum(size for _, size in sizes if size <= threshold)
@@ -232,20 +270,33 @@ def plan(config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulat
     kept = activations(config, micro_batch, tokens[0])["kept"] if offload_activations else 0
     host = accumulation * (2 * kept + (2 * gathers / ranks if offload_param else 0)) + (2 * own if offload_param else 0)
     weights = 2 * total  # one whole copy on rank 0 while loading and while saving
-    pinned = num_gpus * (host_base + (activations(config, micro_batch, tokens[1])["kept"] if offload_activations else 0))
+    pinned = num_gpus * (
+        host_base + (activations(config, micro_batch, tokens[1])["kept"] if offload_activations else 0)
+    )
     parts = sum(size for _, size in trained)
     checkpoint = parts * (CHECKPOINT_BYTES + WEIGHT_BYTES)
     final = parts * WEIGHT_BYTES
     return {
-        "method": method, "num_gpus": num_gpus, "micro_batch": micro_batch, "accumulation": accumulation,
+        "method": method,
+        "num_gpus": num_gpus,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
         "effective_batch": micro_batch * accumulation * num_gpus,
-        "offload_param": offload_param, "offload_activations": offload_activations,
+        "offload_param": offload_param,
+        "offload_activations": offload_activations,
         "items": {name: size / GIB for name, size in items.items()},
-        "resident": resident / GIB, "peaks": peaks, "peak_phase": phases,
-        "parameters": total, "trained": parts,
+        "resident": resident / GIB,
+        "peaks": peaks,
+        "peak_phase": phases,
+        "parameters": total,
+        "trained": parts,
         "host_gib": (weights + pinned) / GIB + RANK_RAM * num_gpus,
-        "disk_gb": {"checkpoint": checkpoint / 1e9, "kept": save_total_limit + 2, "final": final / 1e9,
-                    "total": ((save_total_limit + 2) * checkpoint + final) / 1e9},
+        "disk_gb": {
+            "checkpoint": checkpoint / 1e9,
+            "kept": save_total_limit + 2,
+            "final": final / 1e9,
+            "total": ((save_total_limit + 2) * checkpoint + final) / 1e9,
+        },
         "traffic_gb": {"between_gpus": link / 1e9, "host": host / 1e9},
     }
 
@@ -253,14 +304,28 @@ def plan(config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulat
 def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r) -> list[dict]:
     """A plan for each micro-batch (1, 2, 4, 8) of the same effective batch: no offload, parameters, activations."""
     if num_gpus < 1 or effective_batch < 1 or effective_batch % num_gpus:
-        raise UserError(f"--effective_batch {effective_batch}: found no whole number of pictures for each of --num_gpus "
-                        f"{num_gpus}; expected a multiple of it, like {max(1, num_gpus) * 16}")
+        raise UserError(
+            f"--effective_batch {effective_batch}: found no whole number of pictures for each of --num_gpus "
+            f"{num_gpus}; expected a multiple of it, like {max(1, num_gpus) * 16}"
+        )
     each, shapes = effective_batch // num_gpus, parameters(config)
     return [
-        plan(config, zero3, num_gpus, micro, each // micro, tokens, offload_param=params, offload_activations=acts,
-             method=method, lora_r=lora_r, shapes=shapes)
+        plan(
+            config,
+            zero3,
+            num_gpus,
+            micro,
+            each // micro,
+            tokens,
+            offload_param=params,
+            offload_activations=acts,
+            method=method,
+            lora_r=lora_r,
+            shapes=shapes,
+        )
         for params, acts in (((False, False), (True, False), (False, True)) if method != "qlora" else ((False, False),))
-        for micro in (1, 2, 4, 8) if each % micro == 0
+        for micro in (1, 2, 4, 8)
+        if each % micro == 0
     ]
 
 
@@ -276,9 +341,15 @@ def recommend(plans: list[dict], limit: float) -> tuple[dict | None, str]:
     fit = [p for p in plans if p["peaks"]["largest"] <= limit and not p["offload_activations"]]
     if not fit:
         least = min(p["peaks"]["largest"] for p in plans)
-        remedy = {"full": "more GPUs (--num_gpus), or --use_peft (LoRA), or --use_peft --load_in_4bit (QLoRA)",
-                  "lora": "--load_in_4bit (QLoRA)", "qlora": "a smaller picture grid or a larger GPU"}[plans[0]["method"]]
-        return None, f"no line stays under {limit:g} GiB at the largest picture; the smallest needs {least:.1f}; use {remedy}"
+        remedy = {
+            "full": "more GPUs (--num_gpus), or --use_peft (LoRA), or --use_peft --load_in_4bit (QLoRA)",
+            "lora": "--load_in_4bit (QLoRA)",
+            "qlora": "a smaller picture grid or a larger GPU",
+        }[plans[0]["method"]]
+        return (
+            None,
+            f"no line stays under {limit:g} GiB at the largest picture; the smallest needs {least:.1f}; use {remedy}",
+        )
     best = min(fit, key=lambda p: (round(traffic(p), 1), p["offload_param"], p["peaks"]["largest"]))
     return best, (
         f"{best['micro_batch']} per device x {best['accumulation']} accumulated x {best['num_gpus']} ranks = "
@@ -292,8 +363,10 @@ def table(plans: list[dict], limit: float) -> str:
     """One column a plan, one row an item."""
     line = lambda name, cells: f"{name:27s}" + "".join(f"{cell:>8}" for cell in cells)  # noqa: E731
     offload = lambda p: "params" if p["offload_param"] else "activ." if p["offload_activations"] else "-"  # noqa: E731
-    out = [line("micro-batch x accumulation", [f"{p['micro_batch']}x{p['accumulation']}" for p in plans]),
-           line("offloaded to host RAM", [offload(p) for p in plans])]
+    out = [
+        line("micro-batch x accumulation", [f"{p['micro_batch']}x{p['accumulation']}" for p in plans]),
+        line("offloaded to host RAM", [offload(p) for p in plans]),
+    ]
     out += [line("  " + name, [f"{p['items'][name]:.2f}" for p in plans]) for name in plans[0]["items"]]
     for name in ("median", "largest"):
         out.append(line(f"peak at the {name}", [f"{p['peaks'][name]:.1f}" for p in plans]))
@@ -318,25 +391,46 @@ def main():
     add("--json", action="store_true", help="print one JSON object")
     args = flags.parse_args()
     if args.load_in_4bit and not args.use_peft:
-        raise UserError("--load_in_4bit: found it alone; expected --use_peft beside it, 4-bit weights cannot be trained")
+        raise UserError(
+            "--load_in_4bit: found it alone; expected --use_peft beside it, 4-bit weights cannot be trained"
+        )
     method = "qlora" if args.load_in_4bit else "lora" if args.use_peft else "full"
     config, zero3 = load_config(args.model_name_or_path), load_zero3(args.deepspeed_config)
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
-    plans = rows(config, zero3, args.num_gpus, args.effective_batch, (tokens["median"], tokens["largest"]), method, args.lora_r)
+    plans = rows(
+        config, zero3, args.num_gpus, args.effective_batch, (tokens["median"], tokens["largest"]), method, args.lora_r
+    )
     best, reason = recommend(plans, limit)
     if args.json:
-        print(json.dumps({"model": args.model_name_or_path, "tokens": tokens, "gpu_memory_gib": args.gpu_memory_gib,
-                          "limit_gib": limit, "plans": plans, "recommended": best, "reason": reason}))
+        print(
+            json.dumps(
+                {
+                    "model": args.model_name_or_path,
+                    "tokens": tokens,
+                    "gpu_memory_gib": args.gpu_memory_gib,
+                    "limit_gib": limit,
+                    "plans": plans,
+                    "recommended": best,
+                    "reason": reason,
+                }
+            )
+        )
         return
     p = plans[0]
-    print(f"{p['parameters']:,} parameters, {p['trained']:,} trained ({method}) on {args.num_gpus} x {args.gpu_memory_gib:g} GiB")
+    print(
+        f"{p['parameters']:,} parameters, {p['trained']:,} trained ({method}) on {args.num_gpus} x {args.gpu_memory_gib:g} GiB"
+    )
     print(f"image tokens: {tokens['median']:,} median, {tokens['largest']:,} largest; {tokens['source']}")
     print("computed, not measured; GiB on each GPU; every micro-batch with activation checkpointing\n")
     print(table(plans, limit))
-    print("peak = parameters + gradients + master + states + buckets + reserve + the largest of: live layers + activations,")
+    print(
+        "peak = parameters + gradients + master + states + buckets + reserve + the largest of: live layers + activations,"
+    )
     print("       live layers + LM-head backward + what the forward saved, optimizer step")
     disk = p["disk_gb"]
-    print(f"disk: {disk['kept']} checkpoints x {disk['checkpoint']:.1f} GB + {disk['final']:.1f} GB final = {disk['total']:.0f} GB")
+    print(
+        f"disk: {disk['kept']} checkpoints x {disk['checkpoint']:.1f} GB + {disk['final']:.1f} GB final = {disk['total']:.0f} GB"
+    )
     print(f"\nrecommended: {reason}")
 
 
