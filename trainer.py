@@ -17,8 +17,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from config import UserError
+from metrics import measure
 from resume import SAVING, find_checkpoint, write_manifest
-from validation import measure, score_pictures, stratified_sample
+from validation import score_pictures, stratified_sample
 
 
 def main_process() -> bool:

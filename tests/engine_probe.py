@@ -14,18 +14,31 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Tra
 config_file, out_file = sys.argv[1:3]
 config = LlavaNextConfig(**json.load(open(config_file)))
 arguments = TrainingArguments(  # before the model: zero.Init partitions while it is built
-    output_dir=out_file + ".dir", use_cpu=True, bf16=True, max_steps=4, per_device_train_batch_size=2,
-    gradient_accumulation_steps=2, optim="adamw_bnb_8bit", activation_checkpointing=True, report_to="none",
-    save_strategy="no", disable_tqdm=True, logging_steps=1,
+    output_dir=out_file + ".dir",
+    use_cpu=True,
+    bf16=True,
+    max_steps=4,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    optim="adamw_bnb_8bit",
+    activation_checkpointing=True,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    logging_steps=1,
 )
 model = LlavaNextForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
 size, tiles = config.vision_config.image_size, 3  # a 1x2 picture: base tile + two
 side = size // config.vision_config.patch_size
 tokens = side * side + side * (2 * side + 1)
 ids = [1] + [config.image_token_id] * tokens + [5, 6, 2]
-one = {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * (len(ids) - 2) + [6, 2]),
-       "attention_mask": torch.ones(len(ids), dtype=torch.long),
-       "pixel_values": torch.randn(tiles, 3, size, size), "image_sizes": torch.tensor([size, 2 * size])}
+one = {
+    "input_ids": torch.tensor(ids),
+    "labels": torch.tensor([-100] * (len(ids) - 2) + [6, 2]),
+    "attention_mask": torch.ones(len(ids), dtype=torch.long),
+    "pixel_values": torch.randn(tiles, 3, size, size),
+    "image_sizes": torch.tensor([size, 2 * size]),
+}
 moved = {"all_gather": 0, "reduce_scatter": 0}  # elements that a rank ends up with, or puts in
 
 
