@@ -21,8 +21,9 @@ import config as settings
 from checkpoint import load_model, load_processor
 from config import UserError
 from data_process_utils import list_pictures
+from preflight import require_checkpoint
 from report import contact_sheet
-from validation import Scorer, add_inference_flags, require_checkpoint, score_batches
+from validation import Scorer, add_inference_flags, score_batches
 
 GUESSES = ("top2", "top2_probability", "top3", "top3_probability")
 

@@ -18,13 +18,15 @@ import csv
 import os
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 
 import config as settings
 from checkpoint import checkpoint_name, find_checkpoints, global_step, load_model, load_processor, run_name
 from config import UserError
-from data_process_utils import PictureError, load_picture, load_split, prepare
+from data_process_utils import PictureError, load_picture, load_split
 from metrics import compare, measure, paired
+from preflight import preflight
 from probe import linear_probe
 from ranking import rank_checkpoints
 from report import log_tensorboard, print_report, read_report, write_report
@@ -123,7 +125,7 @@ class Scorer:
             try:
                 inputs = {key: value.to(model.device) for key, value in batch.items()}
                 inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-                with torch.inference_mode():
+                with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
                     logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
             except torch.OutOfMemoryError:
                 if size == 1:
@@ -169,11 +171,12 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
             bar.update(len(indices))
 
 
-def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
+def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, in_step=False):
     """float32 [pictures, labels]: score_batches over all ranks, every picture once, every rank gets all.
 
-    lengths (image tokens a picture): like lengths share a batch, so little is padded. Raises UserError for a picture
-    that can no longer be read.
+    lengths (image tokens a picture): like lengths share a batch, so little is padded. in_step: every rank runs the
+    same number of forward passes, as ZeRO-3 needs it (a repeated batch gives the same rows again). Raises UserError
+    for a picture that can no longer be read.
     """
     import torch
     from accelerate import PartialState
@@ -183,6 +186,8 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
     order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
+    if in_step and len(share) < -(-len(batches) // state.num_processes):
+        share.append(batches[-1])
     done = list(score_batches(model, scorer, pictures, share, num_workers))
     result = torch.empty(len(pictures), len(scorer.labels))
     lost = {}
@@ -196,6 +201,19 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
             "them; put them back or run again, and the check will leave them out"
         )
     return result
+
+
+def stratified_sample(labels, n, seed=0):
+    """Indices of n pictures with the classes in proportion, the same for the same list; all of them for n = 0."""
+    import random
+
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
+    size, seen, place = Counter(labels), Counter(), {}
+    for i in shuffled:
+        place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # how far through its class, 0 to 1
+        seen[labels[i]] += 1
+    return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
 def load_scorer(path, config, dtype):
@@ -227,6 +245,8 @@ def validate(args):
 
     config = settings.take(args)
     data = load_split(config, "validation")
+    if args.on_eval_pictures:
+        data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures = [images[0] for images in data["images"]]
     if args.compare_with:
         other, other_rows = read_report(args.compare_with)
@@ -298,41 +318,10 @@ def add_inference_flags(parser):
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
 
 
-def require_checkpoint(path):
-    """Raises UserError unless the folder `path` holds a checkpoint."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
-            "`sh train.sh`; or fetch the base model: `hf download llava-hf/llava-v1.6-mistral-7b-hf --local-dir model`"
-        )
-
-
-def preflight(config, model_name_or_path, splits, all_checkpoints=False):
-    """What can be known in a second: the checkpoint is there and the pictures are fit for use (caches are built).
-
-    Imports no torch. Returns prepare()'s summaries; raises one UserError with every problem found.
-    """
-    problems, path = [], model_name_or_path
-    try:
-        if all_checkpoints:  # the newest whole one says how many tokens a picture has
-            found = find_checkpoints(path)
-            path = next((p for p in reversed(found) if os.path.isfile(os.path.join(p, "config.json"))), path)
-        else:
-            require_checkpoint(path)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        summary = prepare(config, splits=splits, model_name_or_path=path)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return summary
-
-
 def add_flags(parser):
     """The flags of validation.py."""
     add_inference_flags(parser)
+    parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
     parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
     parser.add_argument("--all_checkpoints", action="store_true", help="rank every checkpoint-N and the final model")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
@@ -348,7 +337,10 @@ def main():
     config = settings.take(args)
     splits = ("train", "validation") if args.linear_probe else ("validation",)
     preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
+    import torch
     from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())  # the first one decides; without cpu=True CPU ranks stay strangers
 
     def run_one(path):
         """All ranks; writes on the main one. -> (report, rows, folder)"""
