@@ -30,7 +30,7 @@ def rank_checkpoints(paths, run_one, table):
             report, rows, folder = run_one(path)
             done.append((report, [row["correct"] for row in rows], folder))
         except UserError as error:
-            failed.append({"checkpoint": path, "error": str(error)})
+            failed.append({"checkpoint": path, "error": str(error).removeprefix(f"{path}: ")})
             if main:
                 print(f"  {error}", file=sys.stderr)
     if not done:

@@ -159,12 +159,12 @@ def render(folder, **context):
 
     def show(value, kind):
         return {
-            "percent": f"{100 * value:.1f} %",
+            "percent": f"{100 * value:.1f}\N{NO-BREAK SPACE}%",
             "points": f"{100 * value:+.1f}",
             "ratio": f"{value:.3f}",
             "count": f"{value:,.0f}",
             "seconds": f"{value:,.1f}",
-            "round": f"{100 * value:.0f} %",
+            "round": f"{100 * value:.0f}\N{NO-BREAK SPACE}%",
             "p": f"{value:.2g}" if value >= 0.0001 else "below 0.0001",
         }[kind]
 
@@ -298,12 +298,13 @@ def log_tensorboard(report, rows, folder):
             image = Summary.Image(encoded_image_string=png.getvalue(), width=width, height=height, colorspace=3)
             values.append(Summary.Value(tag=f"validation/{tag}", image=image))
     old = sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")))
-    events = [event for path in old for event in LegacyEventFileLoader(path).Load()]
-    events = [event for event in events if event.HasField("summary") and event.step != step]
-    events += [Event(wall_time=time.time(), step=step, summary=Summary(value=[value])) for value in values]
+    before = [event for path in old for event in LegacyEventFileLoader(path).Load() if event.HasField("summary")]
+    events = {(event.step, event.summary.value[0].tag): event for event in before if event.step != step}
+    for value in values:
+        events[step, value.tag] = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
     writer = EventFileWriter(folder, filename_suffix=f".{time.time_ns()}")
-    for event in sorted(events, key=lambda event: event.step):
-        writer.add_event(event)
+    for key in sorted(events):
+        writer.add_event(events[key])
     writer.close()
     for path in old:
         os.remove(path)

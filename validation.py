@@ -337,7 +337,10 @@ def main():
     config = settings.take(args)
     splits = ("train", "validation") if args.linear_probe else ("validation",)
     preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
+    import torch
     from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())  # the first one decides; without cpu=True CPU ranks stay strangers
 
     def run_one(path):
         """All ranks; writes on the main one. -> (report, rows, folder)"""

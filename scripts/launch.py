@@ -61,8 +61,9 @@ def main():
         model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
         parser.add_argument("--model_name_or_path", default=model)
         parser.add_argument("--all_checkpoints", action="store_true")
+        parser.add_argument("--linear_probe", action="store_true")
         args, _ = parser.parse_known_args(flags)
-        splits = ("train", "validation") if training else ("validation",)
+        splits = ("train", "validation") if training or args.linear_probe else ("validation",)
         preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
