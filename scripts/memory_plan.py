@@ -39,8 +39,6 @@ NO_DECAY = r"bias|layernorm|layrnorm|layer_norm|(?:^|\.)norm\."  # as Trainer.ge
 
 def load_config(folder: str):
     """The LlavaNextConfig of a model folder or a config.json file."""
-    from transformers import LlavaNextConfig
-
     file = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)
     try:
         values = json.loads(file.read_text())
@@ -49,6 +47,8 @@ def load_config(folder: str):
     if values.get("model_type") != "llava_next":
         found = values.get("model_type")
         raise UserError(f"{file}: found model_type {found!r}; expected llava_next; give another --model_name_or_path")
+    from transformers import LlavaNextConfig
+
     return LlavaNextConfig(**values)
 
 
@@ -212,7 +212,7 @@ def plan(
         "8-bit states": sum(8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256) for n in groups),
         # PartitionedParameterCoordinator._fetch_sub_module_impl: every module call prefetches more, until max_live
         # is reached, past it by one parameter at most; __params_to_release holds back what is needed again within the
-        # reuse distance. (The embedding is larger, but gathered when there are no activations.) QLoRA: one weight in bf16.
+        # reuse distance. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
         "live layers": 2 * (min(total, max(max_live, reuse) * (method != "qlora") + max(layer_sizes))),
         # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced)
         "buckets": 2 * bucket * (method != "qlora") + 2 * max(layer_sizes) * (method == "full"),
@@ -304,8 +304,9 @@ def recommend(plans: list[dict], limit: float) -> tuple[dict | None, str]:
     place = "in host RAM" if best["offload_param"] else "on the GPUs"
     return best, (
         f"{best['micro_batch']} per device x {best['accumulation']} accumulated x {best['num_gpus']} ranks = "
-        f"{best['effective_batch']} pictures a step, parameters {place}: {best['peaks']['largest']:.1f} GiB at the "
-        f"largest picture; of {len(fit)} lines under {limit:g} GiB it moves the least, {traffic(best):.0f} GB a GPU and step"
+        f"{best['effective_batch']} pictures a step, parameters {place}: "
+        f"{best['peaks']['largest']:.1f} GiB at the largest picture; of {len(fit)} lines under "
+        f"{limit:g} GiB it moves the least, {traffic(best):.0f} GB a GPU and step"
     )
 
 
@@ -341,7 +342,7 @@ def main():
     if args.load_in_4bit and not args.use_peft:
         raise UserError("--load_in_4bit: found it alone; expected --use_peft too, 4-bit weights do not train")
     method = "qlora" if args.load_in_4bit else "lora" if args.use_peft else "full"
-    config, zero3 = load_config(args.model_name_or_path), load_zero3(args.deepspeed_config)
+    zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path)
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])
     plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r)

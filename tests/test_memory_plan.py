@@ -248,15 +248,35 @@ def script(*flags):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_json_and_table():
-    done = script("--model_name_or_path", str(HUB), "--temp_dir", "temp/none", "--json")
-    report = json.loads(done.stdout)
+def test_json_and_table(monkeypatch, capsys, tmp_path):
+    command = ["memory_plan.py", "--model_name_or_path", str(HUB), "--temp_dir", str(tmp_path)]
+    command += ["--deepspeed_config", str(ROOT / "scripts" / "zero3.json")]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    memory_plan.main()
+    report = json.loads(capsys.readouterr().out)
     assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
     assert report["recommended"]["micro_batch"] == 4
-    table = script("--model_name_or_path", str(HUB), "--temp_dir", "temp/none").stdout
+    monkeypatch.setattr(sys, "argv", command)
+    memory_plan.main()
+    table = capsys.readouterr().out
     assert "recommended: 4 per device x 4 accumulated x 4 ranks = 64 pictures a step" in table
     for item in report["plans"][0]["items"]:
         assert item in table
+
+
+def test_the_readme_quotes_the_plan(hub):
+    config, shapes = hub
+    text = (ROOT / "scripts" / "README.md").read_text()
+    assert "@" not in text
+    ours = memory_plan.plan(config, ZERO3, 4, 4, 4, shapes=shapes)["peaks"]
+    theirs = memory_plan.plan(config, {"zero_optimization": {"stage": 3}}, 4, 4, 4, shapes=shapes)["peaks"]
+    line = f"**{theirs['median']:.1f} / {theirs['largest']:.1f}: out of memory** | **{ours['median']:.1f} / "
+    assert line + f"{ours['largest']:.1f}**" in text
+    for gpus, micro, accumulation in ((8, 4, 2), (8, 8, 1), (1, 1, 64)):
+        peak = memory_plan.plan(config, ZERO3, gpus, micro, accumulation, shapes=shapes)["peaks"]["largest"]
+        assert f"| {peak:.1f} |" in text
+    for key in ZERO3["zero_optimization"]:
+        assert f"`{key}" in text
 
 
 @pytest.mark.parametrize(
