@@ -14,10 +14,10 @@ import os
 import sys
 
 import config as settings
-from checkpoint import load_model, load_processor
+from checkpoint import load_model, load_processor, require_checkpoint
 from config import UserError
 from data_process_utils import list_pictures
-from validation import Scorer, add_inference_flags, require_checkpoint, score_batches
+from validation import Scorer, add_inference_flags, score_batches
 
 
 def find_pictures(paths):

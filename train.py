@@ -19,7 +19,7 @@ import sys
 import warnings
 
 import config as settings
-from checkpoint import load_for_training, load_processor
+from checkpoint import describe_trainable, load_for_training, load_processor, lora_config, write_hub_files
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
 from validation import Scorer, preflight
@@ -136,7 +136,7 @@ def main():
     summary = preflight(config, model_args.model_name_or_path, ("train", "validation"))
 
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTTrainer, get_peft_config
+    from trl import SFTTrainer
 
     processor = load_processor(model_args.model_name_or_path)
     Scorer(processor, config)  # raises where two labels would be the same tokens
@@ -146,16 +146,25 @@ def main():
     train_data = load_split(config, "train")
     validation_data = load_split(config, "validation") if args.eval_strategy != "no" else None
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, os.path.basename(args.output_dir))
-    trainer = SFTTrainer(
+
+    class Trainer(SFTTrainer):
+        def _save(self, output_dir=None, state_dict=None):  # of checkpoints and of the end alike; main process only
+            super()._save(output_dir, state_dict)
+            if args.should_save:
+                write_hub_files(output_dir or args.output_dir, model_args.model_name_or_path, processor)
+
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=validation_data,
         data_collator=collator,
         processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(model_args),
     )
+    trains = describe_trainable(trainer.model)  # raises where anything beside LoRA's adapters would train
     if trainer.is_world_process_zero():
+        print(f"trains          {trains}")
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
     resume = args.resume_from_checkpoint
     if resume is None and os.path.isdir(args.output_dir):

@@ -17,7 +17,7 @@ import sys
 import time
 
 import config as settings
-from checkpoint import load_model, load_processor
+from checkpoint import base_of, load_model, load_processor, require_checkpoint
 from config import UserError
 from data_process_utils import PictureError, load_picture, load_split, prepare
 
@@ -300,15 +300,6 @@ def add_inference_flags(parser):
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
 
 
-def require_checkpoint(path):
-    """Raises UserError unless the folder `path` holds a checkpoint."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
-            "`sh train.sh`; or fetch the base model: `hf download llava-hf/llava-v1.6-mistral-7b-hf --local-dir model`"
-        )
-
-
 def preflight(config, model_name_or_path, splits):
     """What can be known in a second: the checkpoint is there and the pictures are fit for use (caches are built).
 
@@ -317,7 +308,7 @@ def preflight(config, model_name_or_path, splits):
     problems = []
     for check in (
         lambda: require_checkpoint(model_name_or_path),
-        lambda: prepare(config, splits=splits, model_name_or_path=model_name_or_path),
+        lambda: prepare(config, splits=splits, model_name_or_path=base_of(model_name_or_path)),
     ):
         try:
             summary = check()
