@@ -399,8 +399,9 @@ def write_hub_files(folder, source, processor):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
     write_tokenizer_settings(folder, processor)
     nested = read_json(os.path.join(folder, "processor_config.json"))
-    pixels = nested["image_processor"] | {"processor_class": nested["processor_class"]}
+    pixels = nested.pop("image_processor") | {"processor_class": nested["processor_class"]}
     write_json(os.path.join(folder, "preprocessor_config.json"), dict(sorted(pixels.items())))
+    write_json(os.path.join(folder, "processor_config.json"), nested)  # transformers 4.50 stops at a nested one
     write_json(os.path.join(folder, "chat_template.json"), {"chat_template": processor.chat_template})
     file = os.path.join(folder, "config.json")
     if os.path.isfile(file):  # an adapter has none
