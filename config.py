@@ -72,6 +72,7 @@ class Config:
     input_dir: str = setting("input", "folder with train_data/ and validation_data/, one folder a class in each")
     temp_dir: str = setting("temp", "folder for the caches; may be deleted at any time")
     logging_dir: str = setting("logs", "folder for TensorBoard's events, a subfolder a run")
+    eval_pictures: int = setting(500, "held-out pictures that training measures itself on, stratified; 0 = all")
     prompt: str = setting(
         "What animal is in this picture? Answer with one of these words: {labels}.",
         "the question; {labels} becomes the list of labels",
@@ -91,8 +92,8 @@ class Config:
                 raise UserError(f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}') from None
         if not 0 <= self.max_excluded <= 1:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
-        if not 0 <= self.near_duplicate_distance <= 16:
-            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
+        if not 0 <= self.near_duplicate_distance <= 8:
+            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 8 bits")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 

@@ -14,9 +14,10 @@ import os
 import sys
 
 import config as settings
-from checkpoint import load_model, load_processor, require_checkpoint
+from checkpoint import load_model, load_processor
 from config import UserError
 from data_process_utils import list_pictures
+from preflight import require_checkpoint
 from validation import Scorer, add_inference_flags, score_batches
 
 

@@ -12,17 +12,25 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 """
 
 import argparse
+import dataclasses
 import difflib
+import json
 import logging
 import os
+import platform
+import subprocess
 import sys
 import warnings
+from importlib import metadata
 
 import config as settings
-from checkpoint import describe_trainable, load_for_training, load_processor, lora_config, write_hub_files
+from checkpoint import load_for_training, load_processor
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
-from validation import Scorer, preflight
+from lora import describe_trainable, lora_config
+from preflight import check_disk, check_output_dir, check_ranks, collect, count_parameters, preflight
+from resume import check_resume, find_checkpoint
+from validation import Scorer
 
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
 # variable carries the filter into dataloader workers.
@@ -70,18 +78,25 @@ def parse(argv):
 
 
 def make_collator(processor, assistant_only_loss):
-    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked."""
+    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked.
+
+    Adds `pictures`, the paths, so that a bad loss can name them.
+    """
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     class PictureCollator(DataCollatorForVisionLanguageModeling):
         def torch_call(self, examples):
-            return super().torch_call(
-                [{**example, "images": [load_picture(path) for path in example["images"]]} for example in examples]
-            )
+            opened = [{**example, "images": [load_picture(p) for p in example["images"]]} for example in examples]
+            return {**super().torch_call(opened), "pictures": [example["images"][0] for example in examples]}
 
     return PictureCollator(
         processor, assistant_only_loss=assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, max_length=None
     )
+
+
+def count_trained(model_args):
+    """Parameters that a checkpoint holds: all, or with LoRA about 2 % (r = 16 adds 0.6 % to the 7B)."""
+    return count_parameters(model_args.model_name_or_path) * (0.02 if model_args.use_peft else 1)
 
 
 def describe(args, model_args, data, collator, summary):
@@ -125,55 +140,91 @@ def mark(ids, labels, processor):
     return text
 
 
+def record_run(config, args, model_args, summary):
+    """What runs, as a dict for run.json: the settings that must match on a resume first, then all the others."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")}
+    versions |= {name: metadata.version(name) for name in ("bitsandbytes", "datasets", "pillow", "peft")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "world_size": args.world_size,
+        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "labels": config.labels,
+        "question": config.question,
+        "data": summary["train"]["fingerprint"],
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), **versions},
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model_args),
+        "training": args.to_dict(),
+    }
+
+
 def main():
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
     config, args, model_args = parse(sys.argv[1:])
-    if args.use_cpu and args.process_index == 0:
+    speaks = args.process_index == 0  # one rank speaks for all
+    if args.use_cpu and speaks:
         print("no GPU found: training on the CPU", flush=True)
-    if args.process_index != 0:  # rank 0 speaks for all
-        warnings.filterwarnings("ignore")
-    summary = preflight(config, model_args.model_name_or_path, ("train", "validation"))
 
-    from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTTrainer
+    # Before the weights load: everything that can be known to go wrong, in one message.
+    resume, passed_over = find_checkpoint(args.output_dir)
+    resume = args.resume_from_checkpoint or resume
+    (summary, processor, *_) = collect(
+        lambda: preflight(config, model_args.model_name_or_path, ("train", "validation")),
+        lambda: load_processor(model_args.model_name_or_path),
+        lambda: check_ranks(args.use_cpu),
+        lambda: check_output_dir(args.output_dir),
+        lambda: check_disk(
+            args, count_parameters(model_args.model_name_or_path) * (0.02 if model_args.use_peft else 1)
+        ),
+    )
+    scorer = Scorer(processor, config)
+    record = record_run(config, args, model_args, summary)
+    if resume:
+        check_resume(record, resume)
 
-    processor = load_processor(model_args.model_name_or_path)
-    Scorer(processor, config)  # raises where two labels would be the same tokens
+    from trainer import AnimalTrainer, StopOnSignal
+
     model = load_for_training(model_args, args)
     collator = make_collator(processor, args.assistant_only_loss)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
     train_data = load_split(config, "train")
-    validation_data = load_split(config, "validation") if args.eval_strategy != "no" else None
-    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, os.path.basename(args.output_dir))
-
-    class Trainer(SFTTrainer):
-        def _save(self, output_dir=None, state_dict=None):  # of checkpoints and of the end alike; main process only
-            super()._save(output_dir, state_dict)
-            if args.should_save:
-                write_hub_files(output_dir or args.output_dir, model_args.model_name_or_path, processor)
-
-    trainer = Trainer(
+    name = os.path.basename(os.path.normpath(args.output_dir))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)
+    stop = StopOnSignal()
+    trainer = AnimalTrainer(
         model=model,
         args=args,
         train_dataset=train_data,
-        eval_dataset=validation_data,
+        eval_dataset=load_split(config, "validation"),
         data_collator=collator,
         processing_class=processor,
         peft_config=lora_config(model_args),
+        callbacks=[stop],
+        scorer=scorer,
+        eval_pictures=config.eval_pictures,
+        record=record,
     )
     trains = describe_trainable(trainer.model)  # raises where anything beside LoRA's adapters would train
-    if trainer.is_world_process_zero():
+    if speaks:
         print(f"trains          {trains}")
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, "run.json"), "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
-    resume = args.resume_from_checkpoint
-    if resume is None and os.path.isdir(args.output_dir):
-        resume = get_last_checkpoint(args.output_dir)
-    if resume and trainer.is_world_process_zero():
-        print(f"resuming from {resume}", flush=True)
+        for line in passed_over:
+            print(line)
+        if resume:
+            print(f"resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(args.output_dir)  # all ranks: ZeRO-3 gathers the weights
-    if trainer.is_world_process_zero():
+    if stop.agreed:
+        if speaks:
+            print(f"stopped after step {trainer.state.global_step}; `sh train.sh` again goes on from there", flush=True)
+        trainer.accelerator.end_training()
+        sys.exit(128 + stop.agreed)
+    trainer.save_final()
+    if speaks:
         print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
     trainer.accelerator.end_training()
 

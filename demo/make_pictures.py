@@ -267,8 +267,8 @@ def clutter(image, r, front):
             pen.line([(r.uniform(-1.5, 1.5), r.uniform(-1.5, 1.5)) for _ in range(3)], 0.15, colour)
 
 
-def picture(label, r):
-    """One picture of the animal; every choice comes from the random stream r."""
+def picture(animal, r):
+    """One picture of the animal, a function (pen, r, coat); every choice comes from the random stream r."""
     size = r.choice(SIZES)
     w, h = (OVERSAMPLE * s for s in size)
     top, bottom = (shade(r.choice(BRIGHT + COATS), r.uniform(0.7, 1.4)) for _ in range(2))
@@ -280,7 +280,7 @@ def picture(label, r):
     scale = min(w, h) / 2 * r.uniform(0.75, 0.98)
     x, y = w / 2 + r.uniform(-1, 1) * (w / 2 - scale), h / 2 + r.uniform(-1, 1) * (h / 2 - scale)
     coat = shade(r.choice(COATS), r.uniform(0.85, 1.15))
-    ANIMALS[label](Pen(image, x, y, scale, r.uniform(-0.2, 0.2), r.random() < 0.5), r, coat)
+    animal(Pen(image, x, y, scale, r.uniform(-0.2, 0.2), r.random() < 0.5), r, coat)
     clutter(image, r, front=True)
     return image.reduce(OVERSAMPLE)
 
@@ -301,7 +301,7 @@ def main():
         label = FOLDER_TO_LABEL[folder or r.choice(list(FOLDER_TO_LABEL))]
         path = args.out_dir / split / (folder or "") / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(label, r).save(path, quality=92)
+        picture(ANIMALS[label], r).save(path, quality=92)
 
 
 if __name__ == "__main__":

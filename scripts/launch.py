@@ -10,6 +10,7 @@ the launcher's 1. train.py may just as well be started with plain `accelerate la
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import config as settings  # noqa: E402
-from validation import preflight  # noqa: E402
+from preflight import preflight  # noqa: E402
 
 
 def count_gpus():
@@ -35,8 +36,10 @@ def count_processes():
     """NUM_PROCESSES, else one a GPU, else 1."""
     chosen = os.environ.get("NUM_PROCESSES")
     if chosen is not None:
-        if not chosen.isdigit() or int(chosen) < 1:
-            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1")
+        gpus = count_gpus()
+        if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
+            most = f" to {gpus}, the GPUs there are" if gpus else ""
+            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
         return int(chosen)
     return max(1, count_gpus())
 
@@ -57,37 +60,57 @@ def main():
         parser = settings.parser("")
         model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
         parser.add_argument("--model_name_or_path", default=model)
+        parser.add_argument("--all_checkpoints", action="store_true")
         args, _ = parser.parse_known_args(flags)
         splits = ("train", "validation") if training else ("validation",)
-        preflight(settings.take(args), args.model_name_or_path, splits)
+        preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    import psutil
+    import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun answers a signal by killing the ranks after 30 s, less than a checkpoint of the 7B takes. Ours pass it
+    # on, and the ranks end when they have saved.
+    torchrun_parser = torchrun.get_args_parser
+
+    def parser_without_signals():
+        result = torchrun_parser()
+        result.set_defaults(signals_to_handle="SIGQUIT")
+        return result
+
+    def pass_on(number, frame):
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    torchrun.get_args_parser = parser_without_signals
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
     try:
         if training:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            launch_command(
-                launch_command_parser().parse_args(
-                    ["--main_process_port=0", *launcher_flags, f"--num_processes={processes}", script, *flags]
-                )
-            )
+            port = ["--main_process_port=0"]  # any free one
+            words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+            launch_command(launch_command_parser().parse_args(words))
         else:
-            from torch.distributed.run import main as torchrun
-
-            torchrun(["--standalone", f"--nproc_per_node={processes}", script, *flags])
+            torchrun.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if code != 2:
-            print(f"error: rank {rank} ended with exit code {code}; what it said stands above", file=sys.stderr)
+        if code not in (2, 130, 143):
+            how = (
+                f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with exit code {code}"
+            )
+            again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
+            print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
         sys.exit(code)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

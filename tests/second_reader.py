@@ -27,14 +27,14 @@ def read(folder):
     batch = processor(images=Image.fromarray(pixels), text=text, return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(**batch).logits
-    config = model.config
+    config = model.config.text_config
     return {
         "version": np.array(transformers.__version__),
         "text": np.array(text),
         "ids": batch["input_ids"].numpy(),
         "pixels": batch["pixel_values"].numpy(),
         "logits": logits.numpy(),
-        "rope_theta": np.array(getattr(config.text_config, "rope_theta", None) or config.text_config.rope_parameters["rope_theta"]),
+        "rope_theta": np.array(getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]),
         "added": np.array(sorted(processor.tokenizer.get_added_vocab().items()), dtype=str),
     }  # fmt: skip
 

@@ -44,8 +44,8 @@ def two_ranks(demo, others_pictures, run, tmp_path_factory):
         out=tmp / "my-run", logs=tmp / "logs", flags=f"--input_dir {others_pictures} --temp_dir {tmp}/cache"
     )
     done = run(
-        f"sh train.sh {where.flags} --model_name_or_path {demo.model} --output_dir {where.out} --logging_dir {where.logs} "
-        "--num_train_epochs 3 --save_steps 1 --save_total_limit 2 --logging_steps 1 --gradient_accumulation_steps 2",
+        f"sh train.sh {where.flags} --model_name_or_path {demo.model} --output_dir {where.out} "
+        f"--logging_dir {where.logs} --num_train_epochs 3 --save_steps 1 --save_total_limit 2 --logging_steps 1 --gradient_accumulation_steps 2",
         NUM_PROCESSES=2,
     )
     assert done.code == 0, done.output[-4000:]
