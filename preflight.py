@@ -11,17 +11,9 @@ import shutil
 from checkpoint import find_checkpoints
 from config import UserError
 from data_process_utils import prepare
+from hub_layout import base_of, holds_model, require_checkpoint
 
 GIB = 2**30
-
-
-def require_checkpoint(path):
-    """Raises UserError unless the folder `path` holds a checkpoint."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
-            "`sh train.sh`; or fetch the base model: `hf download llava-hf/llava-v1.6-mistral-7b-hf --local-dir model`"
-        )
 
 
 def collect(*checks):
@@ -45,10 +37,10 @@ def preflight(config, model_name_or_path, splits, all_checkpoints=False):
     path = model_name_or_path
     if all_checkpoints:
         found = find_checkpoints(path)
-        path = next((p for p in reversed(found) if os.path.isfile(os.path.join(p, "config.json"))), path)
+        path = next((p for p in reversed(found) if holds_model(p)), path)
     return collect(
         lambda: require_checkpoint(path),
-        lambda: prepare(config, splits=splits, model_name_or_path=path),
+        lambda: prepare(config, splits=splits, model_name_or_path=base_of(path)),
     )[1]
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from config import UserError
+from hub_layout import write_hub_files
 from metrics import measure
 from resume import SAVING, find_checkpoint, write_manifest
 from validation import score_pictures, stratified_sample
@@ -113,6 +114,13 @@ class AnimalTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The library's files, made into what the hub repository holds. Of checkpoints and of the final model."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            source = self.model.config._name_or_path
+            write_hub_files(output_dir or self.args.output_dir, source, self.processing_class)
 
     def _get_output_dir(self, trial):
         return self.run_dir
