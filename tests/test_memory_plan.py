@@ -50,7 +50,7 @@ def tiny(hidden, layers, vocabulary, vision, grid):
     ids=["zero3.json", "odd sizes, no offload"],
 )
 def test_resident_bytes_equal_a_live_engine(tmp_path, shape, settings):
-    """Partitions, gradients, fp32 master and 8-bit states of two gloo ranks, each within 2 %."""
+    """Partitions (2 %), gradients, fp32 master and 8-bit states (exact) of two gloo ranks."""
     zero3 = json.loads(json.dumps(ZERO3))
     # scaled down with the model: several sub-groups form, small ones keep fp32 states, live layers matter
     scaled = {"sub_group_size": 60_000, "stage3_max_live_parameters": 150_000}
@@ -76,7 +76,7 @@ def test_resident_bytes_equal_a_live_engine(tmp_path, shape, settings):
     assert held["ranks"] == 2 and len(held["sub_groups"]) > 3  # a real partition, really divided
     assert planned["parameters"] == held["numel"]
     for name, real in (("gradients", "gradients"), ("fp32 master", "master"), ("8-bit states", "states")):
-        assert items[name] == pytest.approx(held[real], rel=0.02), name
+        assert items[name] == pytest.approx(held[real], rel=0.001), name  # same sub-groups, so exact but for rounding
     # "offloaded" partitions are held as well, by the same ranks here; the plan leaves them out of the GPU
     on_gpu = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), offload_param=False)
     whole = on_gpu["items"]["parameters"] * GIB
