@@ -18,13 +18,16 @@ def count(config, tokens, tiles, training=True) -> float:
         model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
         if training:
             model.train()
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         side = config.vision_config.image_size
         pixels = torch.zeros(tiles, 3, side, side, dtype=torch.bfloat16)
         layer = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
         features = model.model.multi_modal_projector(layer[:, 1:])  # [tiles, patches, hidden]
         embeds = torch.zeros(1, tokens, config.text_config.hidden_size, dtype=torch.bfloat16, requires_grad=training)
-        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        mask = torch.zeros(1, 1, tokens, tokens, dtype=torch.bfloat16)  # 4-D: taken as it is, not looked into
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False
+        ).last_hidden_state
         answer = model.lm_head(hidden[:, -3:])  # only the answer's tokens meet the head
         if training:
             (answer.sum() + features.sum()).backward()
