@@ -110,9 +110,11 @@ def describe(args, model_args, data, collator, summary):
     zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
     example = collator([data[0]])
     ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
+    learned = sum(label != -100 for label in labels)
     print(
         f"pictures        {len(data)} to train on; {summary}\n"
-        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}\n"
+        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}; "
+        f"learned in the example below: {learned}\n"
         f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
         f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
         f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
