@@ -4,7 +4,6 @@ set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 install_requirements requirements-dev.txt
-export HF_HUB_OFFLINE=1  # nothing is fetched
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest "$@"
+"$python" -m pytest --numprocesses 2 "$@"
