@@ -1,19 +1,24 @@
-"""What is in a checkpoint folder and how it is read: processor, model for training, model for inference."""
+"""What is in a checkpoint folder and how it is read: processor, model for training, model for inference, its name."""
 
+import functools
 import json
 import os
 import re
+import sys
 
 from config import UserError
+from hub_layout import HUB_TEMPLATE, SHARD_SIZE, adapter_config, base_of, check_weights, fetch, holds_model
 
 
 def load_processor(path):
-    """The checkpoint's processor with the PIL image backend, the same with and without torchvision installed.
+    """The checkpoint's processor (of an adapter: its base's) with the PIL image backend, torchvision or not.
 
-    Old snapshots lack processor_config.json; what it would say then comes from config.json.
+    processor.chat_template is the checkpoint's own, mended where old copies have it wrong; training and scoring pass
+    config.CHAT_TEMPLATE themselves. Old snapshots lack processor_config.json; config.json says the same.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
+    path = base_of(path)
     processor = AutoProcessor.from_pretrained(path)  # backend="pil" here would reach the tokenizer too
     processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     if processor.patch_size is None or processor.vision_feature_select_strategy is None:
@@ -21,43 +26,99 @@ def load_processor(path):
         processor.patch_size = model_config.vision_config.patch_size
         processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
         processor.num_additional_image_tokens = 1  # CLIP's class token
+    template = processor.chat_template
+    if template is None:
+        say(f"{path}: has no chat template; what is saved gets the hub's")
+        processor.chat_template = HUB_TEMPLATE
+    elif "\\s>" in template:
+        say(f"{path}: its chat template ends answers with <\\s> (an old mistake); what is saved says </s>")
+        processor.chat_template = re.sub(r"<\\+s>", "</s>", template)
+    tokens = processor.tokenizer.tokenize("<image>\nx")
+    if tokens[:2] != ["<image>", "▁"]:  # one token, and the ▁ that some rebuilt tokenizers drop after it
+        files = "tokenizer.json tokenizer_config.json added_tokens.json"
+        raise UserError(
+            f"{path}: its tokenizer cuts '<image>' and a new line into {tokens}; expected '<image>', '▁', ... as the "
+            f"model was trained on; fetch the tokenizer anew: {fetch(path, files)}"
+        )
     return processor
 
 
-def load_model(path, dtype="bfloat16"):
-    """The checkpoint for inference on this process's device, without DeepSpeed. Raises on missing or extra weights."""
-    import torch
-    from accelerate import PartialState
+def say(message):
+    """On rank 0's stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def load_weights(path, **options):
+    """LlavaNextForConditionalGeneration from `path`; raises UserError unless every parameter is there and fits."""
     from transformers import LlavaNextForConditionalGeneration
 
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-    )
+    problems = check_weights(path)
+    if problems:
+        raise UserError("\n".join(problems))
+    model, info = LlavaNextForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download the checkpoint again")
+    return model
+
+
+def load_model(path, dtype="bfloat16"):
+    """The checkpoint, or base and adapter, for inference on this process's device, without DeepSpeed."""
+    import torch
+    from accelerate import PartialState
+
+    model = load_weights(base_of(path), dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if adapter_config(path) is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path)
     return model.eval().to(PartialState().device)
 
 
 def load_for_training(model_args, args):
-    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on. All ranks."""
+    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on; in 4 or 8 bit if asked. All ranks."""
     import torch
-    from transformers import LlavaNextForConditionalGeneration
+    from accelerate import PartialState
+    from trl import get_quantization_config
 
-    dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=dtype,
+    path, problems = model_args.model_name_or_path, []
+    if model_args.dtype not in ("bfloat16", "float32"):
+        problems.append(
+            f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (nothing here scales the loss, which "
+            "float16, the checkpoint's own type, would need)"
+        )
+    if adapter_config(path) is not None:
+        problems.append(
+            f"--model_name_or_path {path}: found an adapter; expected a plain checkpoint; go on with it by "
+            f"--resume_from_checkpoint, or merge it first: `python lora.py {path} --merge OUT`"
+        )
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        if not model_args.use_peft:
+            problems.append("--load_in_4bit, --load_in_8bit: quantized weights cannot be trained; add --use_peft")
+        if args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3:
+            problems.append(
+                "--load_in_4bit, --load_in_8bit: ZeRO-3 cannot partition quantized weights; add --config_file "
+                "scripts/ddp.yaml"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    quantization = get_quantization_config(model_args)
+    options = {}
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]  # 4 bit reads it too
+        options = {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    model = load_weights(
+        path,
+        dtype=getattr(torch, model_args.dtype),
         attn_implementation=model_args.attn_implementation or "sdpa",
-        output_loading_info=True,
+        **options,
     )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise UserError(f"{model_args.model_name_or_path}: found weights that do not fit config.json: {wrong}")
     # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
     # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
     model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
     model.config.use_cache = False  # of no use in training
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
     return model
 
 
@@ -95,7 +156,7 @@ def find_checkpoints(path):
     Raises UserError if there is none.
     """
     found = list(saved_steps(path).values()) if os.path.isdir(path) else []
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if holds_model(path):
         found.append(path)
     if not found:
         raise UserError(

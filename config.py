@@ -28,6 +28,7 @@ FOLDER_TO_LABEL = {
 
 # Pictures beyond these are refused before they are decoded, in training, validation and test alike.
 MAX_PIXELS = 64_000_000  # width x height; 8000 x 8000; 192 MB of RGB; a 50-megapixel phone picture passes
+MAX_BYTES = 1 << 29  # of a file; a picture that passes MAX_PIXELS fits, even as uncompressed 16-bit TIFF
 MIN_SIDE = 8  # pixels; smaller ones (tracking pixels, broken downloads) show no animal
 
 # LLaVA-1.6-Mistral's own chat format, one turn, with what its hub template lacks: BOS (the processor adds it at

@@ -81,7 +81,12 @@ def lock(config: Config):
     """with lock(config): one process at a time builds, cuts or undoes."""
     from filelock import FileLock
 
-    os.makedirs(config.temp_dir, exist_ok=True)
+    try:
+        os.makedirs(config.temp_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--temp_dir {config.temp_dir}: found {error.strerror}; expected a folder that can be made"
+        ) from None
     return FileLock(os.path.join(config.temp_dir, ".lock"))
 
 
@@ -99,10 +104,11 @@ def listing(config: Config, split: str, strays: Counter):
                 times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if status else (-1, 0, 0)
                 yield os.fsencode(path[len(root) + 1 :]), path, *times
         except OSError as error:
-            name = error.filename or folder
-            raise UserError(
-                f"{name}: found {error.strerror}; expected a folder that can be listed; change its rights"
-            ) from None
+            raise UserError(cannot_list(error, root)) from None
+
+
+def cannot_list(error: OSError, root: str) -> str:
+    return f"{error.filename or root}: found {error.strerror}; expected a folder that can be listed; change its rights"
 
 
 def is_utf8(path: str) -> bool:
@@ -138,7 +144,7 @@ def decoder() -> list:
     """What the verdicts depend on beside the files."""
     import PIL
 
-    return [FORMAT, PIL.__version__, settings.MAX_PIXELS, settings.MIN_SIDE]
+    return [FORMAT, PIL.__version__, settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE]
 
 
 def identity(path: Path) -> list | None:

@@ -161,7 +161,8 @@ def leak_file(summaries, suffix: str) -> str:
 
 
 def leak_key(config: Config, summaries: dict) -> list:
-    return [FORMAT, config.near_duplicate_distance, [[s, summaries[s]["fingerprint"]] for s in sorted(summaries)]]
+    pictures = [[split, summaries[split]["fingerprint"]] for split in sorted(summaries)]
+    return [FORMAT, config.input_dir, config.near_duplicate_distance, pictures]
 
 
 def read_leaks(config: Config, summaries: dict) -> dict | None:
@@ -246,8 +247,8 @@ def leak_problem(config: Config, leaks: dict, splits) -> str:
     first = next(pairs[0] for kind, pairs in leaks["examples"].items() if kind.startswith("same pixels"))
     where = Path(config.temp_dir) / leak_file(splits, "csv")
     return (
-        f"{config.input_dir}: found identical pictures ({kinds}), e.g. {first[1]} = {first[4]}; expected none, they make "
-        f"the accuracy a wrong number; remove one of each pair in {where}, or go on with --allow_leaks"
+        f"{config.input_dir}: found identical pictures ({kinds}), e.g. {first[1]} = {first[4]}; expected none, "
+        f"they make the accuracy a wrong number; remove one of each pair in {where}, or go on with --allow_leaks"
     )
 
 

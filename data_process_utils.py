@@ -27,14 +27,16 @@ from pathlib import Path
 import config as settings
 import data_split
 from config import Config, UserError
-from data_cache import SPLITS, build, class_folders, lock, read_summary, split_folder, temp_path
+from data_cache import SPLITS, build, cannot_list, class_folders, lock, read_summary, split_folder, temp_path
 from pictures import (
+    EXTENSIONS,
     Geometry,
     PictureError,
     image_token_count,
     list_pictures,
     load_picture,
     read_geometry,
+    walk,
 )
 
 __all__ = [
@@ -80,7 +82,7 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
         raise UserError("\n".join(problems))
     if leaks["counts"]["same"] and not config.allow_leaks:
         raise UserError(leak_problem(config, leaks, splits))
-    if leaks["counts"]["near"] and any(summary["built"] for summary in summaries.values()):
+    if leaks["examples"] and any(summary["built"] for summary in summaries.values()):
         print(leak_table(config, leaks, splits), file=sys.stderr, flush=True)
     for summary in summaries.values():
         summary["leaks"] = leaks
@@ -141,7 +143,7 @@ def folder_problems(config: Config, splits) -> list[str]:
         try:
             folders = class_folders(config, split)
         except OSError as error:
-            problems.append(f"{root}: found {error.strerror}; expected a folder that can be listed; change its rights")
+            problems.append(cannot_list(error, root))
             continue
         for folder in folders:
             if folder not in config.folder_to_label:
@@ -150,6 +152,16 @@ def folder_problems(config: Config, splits) -> list[str]:
                     f"{table}; rename it, move it away, or add it to FOLDER_TO_LABEL in config.py"
                 )
         known = [folder for folder in folders if folder in config.folder_to_label]
+        for folder in known:
+            strays = Counter()
+            try:
+                if next(walk(os.path.join(root, folder), strays), None) is None:
+                    problems.append(
+                        f"{os.path.join(root, folder)}: found no picture ({counted(strays) or 'empty'}); expected at "
+                        f"least one file {', '.join(EXTENSIONS)}; add pictures or remove the folder"
+                    )
+            except OSError as error:
+                problems.append(cannot_list(error, root))
         if len(known) < 2:
             found = ", ".join(known) or "none"
             problems.append(
@@ -292,10 +304,9 @@ def main():
 
         summaries = prepare(config, model_name_or_path=args.model_name_or_path)
         print(table(summaries))
-        for split, summary in summaries.items():
-            if not summary["built"]:  # else prepare() has said it
-                print("\n".join(notes(config, split, summary)[1:]))
-        print(leak_table(config, summaries["train"]["leaks"], SPLITS))
+        if not any(summary["built"] for summary in summaries.values()):  # else prepare() has said it
+            lines = [line for split in summaries for line in notes(config, split, summaries[split])[1:]]
+            print("\n".join([*lines, leak_table(config, summaries["train"]["leaks"], SPLITS)]))
 
 
 if __name__ == "__main__":

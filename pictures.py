@@ -18,6 +18,7 @@ one worker with it and not the run.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from config import MAX_PIXELS, MIN_SIDE, UserError
+from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
@@ -60,18 +61,18 @@ def load_picture(path) -> Image.Image:
 def _load(path, digest=False) -> tuple[Image.Image, bytes]:
     """The picture and, if asked for, the sha256 of the file."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
             raise PictureError("is a directory")
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             raise PictureError("not a regular file")
+        if status.st_size == 0:
+            raise PictureError("empty file")
+        if status.st_size > MAX_BYTES:
+            raise PictureError(f"too many bytes: {status.st_size:,}, at most {MAX_BYTES:,}")
         with open(path, "rb") as file:
-            if not file.read(1):
-                raise PictureError("empty file")
-            file.seek(0)
-            sha = hashlib.file_digest(file, "sha256").digest() if digest else b""
-            file.seek(0)
-            return _decode(file), sha
+            content = file.read()
+        return _decode(io.BytesIO(content)), hashlib.sha256(content).digest() if digest else b""
     except PictureError:
         raise
     except FileNotFoundError:
@@ -102,7 +103,8 @@ def _decode(file) -> Image.Image:
             upright = ImageOps.exif_transpose(picture) if turned else picture
         except Exception:  # unreadable EXIF: the pixels are sound, taken as they lie
             upright = picture
-        rgb = _to_rgb(upright)
+        # A JPEG is done with its file and needs no copy; other decoders may keep theirs for the next frame.
+        rgb = upright if upright.mode == "RGB" and picture.format == "JPEG" else _to_rgb(upright)
         rgb.info = {}  # no second rotation, no colour profile to carry around
         return rgb
 
@@ -279,8 +281,9 @@ def inspect(paths) -> list[Facts]:
             found.append(Facts(str(error)))
             continue
         pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
-        pixels.update(picture.tobytes())
-        thumbs.append(picture.convert("L").resize((32, 32), Image.Resampling.BOX))
+        pixels.update(picture.tobytes("raw", "RGBX"))  # as it lies in memory; X is 255
+        shrink = max(picture.width // 32, 1), max(picture.height // 32, 1)
+        thumbs.append(picture.reduce(shrink).convert("L").resize((32, 32), Image.Resampling.BOX))
         found.append(Facts("", *picture.size, sha.hex(), pixels.hexdigest()))
     hashes = iter(perceptual_hashes(thumbs))
     return [facts if facts.reason else facts._replace(phash=next(hashes)) for facts in found]
@@ -294,10 +297,10 @@ def perceptual_hashes(thumbs) -> list[int]:
     if not thumbs:
         return []
     import numpy as np
-    from scipy.fft import dctn
+    from scipy.fft import dct
 
     grey = np.stack([np.asarray(thumb, dtype=np.float64) for thumb in thumbs])  # [n, 32, 32]
-    low = dctn(grey, axes=(1, 2))[:, :8, :8].reshape(len(thumbs), 64)
+    low = dct(dct(grey, axis=1)[:, :8], axis=2)[:, :, :8].reshape(len(thumbs), 64)
     bits = low > np.median(low, axis=1, keepdims=True)
     values = np.packbits(bits, axis=1).view(">u8")[:, 0]
     return [int(value) if flat >= 2 else 0 for value, flat in zip(values, grey.std(axis=(1, 2)), strict=True)]

@@ -1,11 +1,14 @@
-"""Write a tiny LLaVA-NeXT checkpoint in the layout of llava-hf/llava-v1.6-mistral-7b-hf, with seeded random weights.
+"""Write a tiny LLaVA-NeXT checkpoint in the layout of llava-hf/llava-v1.6-mistral-7b-hf.
 
-    python demo/make_model.py temp/demo/model --seed 0
+    python demo/make_model.py temp/demo/model
+    python demo/make_model.py /tmp/random --from_scratch 0
 
-Same files, same fields, same parameter names; only the sizes are small and the tokenizer knows few words.
+Same files, same fields, same parameter names; only the sizes are small and the tokenizer knows few words. The weights
+are demo/pretrained.safetensors, which pretrain.py made and which have never met an animal, or seeded random ones.
 """
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -13,18 +16,20 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config  # noqa: E402
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained.safetensors"
 TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile
-VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3}
+VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
 SHARP = 1.5  # how firmly a vision head looks at its neighbour
+FIGURES = [c + v for c in "bdfghklmnprstvwz" for v in "aeiou"]  # names of pretrain.py's invented figures
 WORDS = "a an the this that is are it in on of and or not yes no what which who picture image photo animal wild bird"
 HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
@@ -40,12 +45,12 @@ HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
 def build_tokenizer() -> Tokenizer:
     """A Llama-style BPE (▁ for a space, byte fallback) that has each word of the prompt and each label as one token."""
     settings = Config()
-    words = f"[INST] {settings.question} [/INST] {' '.join(settings.labels)} {WORDS}"
+    words = f"[INST] {settings.question} [/INST] {' '.join(settings.labels + FIGURES)} {WORDS}"
     words = [f"▁{w}" for w in re.findall(r"\w+|[^\w\s]+", words)]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=special, show_progress=False, initial_alphabet=[chr(i) for i in range(32, 127)]
+        vocab_size=1000, special_tokens=special, show_progress=False, initial_alphabet=[chr(i) for i in range(32, 127)]
     )
     # Words one by one: no merge may cross a space, nor swallow the ▁ that stands between <image> and the newline.
     tokenizer.train_from_iterator([*words, *(w[1:] for w in words)], trainer)
@@ -146,10 +151,38 @@ def init_weights(model):
     model.lm_head.weight.normal_(0, 0.02)
 
 
+def build_config(image: int, vocab: int) -> dict:
+    """The hub's config.json with small sizes; image is the id of <image>."""
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100, "image_grid_pinpoints": PINPOINTS,
+        "image_token_index": image, "model_type": "llava_next", "projector_hidden_act": "gelu",
+        "text_config": {
+            "architectures": ["MistralForCausalLM"], "max_position_embeddings": 4096, "model_type": "mistral",
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+            "torch_dtype": "bfloat16", "vocab_size": vocab, **TEXT,
+        },
+        "torch_dtype": "float16", "transformers_version": "4.39.0.dev0", "use_image_newline_parameter": True,
+        "vision_config": {
+            "image_size": TILE, "model_type": "clip_vision_model", "patch_size": PATCH, "projection_dim": 64,
+            "vocab_size": vocab, **VISION,
+        },
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": vocab,
+    }  # fmt: skip
+
+
+def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
+    """Seeded random weights, under the names of the hub's files."""
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(copy.deepcopy(config))).float()
+    with torch.no_grad():
+        init_weights(model)
+    return {hub_name(name): tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from_scratch", type=int, metavar="SEED", help="random weights instead of the pre-trained")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -185,26 +218,8 @@ def main():
         "processor_class": "LlavaNextProcessor", "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": TILE},
     })  # fmt: skip
 
-    config = {
-        "architectures": ["LlavaNextForConditionalGeneration"], "ignore_index": -100, "image_grid_pinpoints": PINPOINTS,
-        "image_token_index": image, "model_type": "llava_next", "projector_hidden_act": "gelu",
-        "text_config": {
-            "architectures": ["MistralForCausalLM"], "max_position_embeddings": 4096, "model_type": "mistral",
-            "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
-            "torch_dtype": "bfloat16", "vocab_size": vocab, **TEXT,
-        },
-        "torch_dtype": "float16", "transformers_version": "4.39.0.dev0", "use_image_newline_parameter": True,
-        "vision_config": {
-            "image_size": TILE, "model_type": "clip_vision_model", "patch_size": PATCH, "projection_dim": 64,
-            "vocab_size": vocab, **VISION,
-        },
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": vocab,
-    }  # fmt: skip
-    torch.manual_seed(args.seed)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(json.loads(json.dumps(config)))).float()
-    with torch.no_grad():
-        init_weights(model)
-    weights = {hub_name(name): w.half().contiguous() for name, w in model.state_dict().items()}
+    config = build_config(image, vocab)
+    weights = load_file(PRETRAINED) if args.from_scratch is None else random_weights(config, args.from_scratch)
     shards, where = [[], []], {}
     for name in sorted(weights):  # language model and vision tower, as two shards of a large checkpoint would
         shards[name.startswith("vision_tower")].append(name)
@@ -218,7 +233,7 @@ def main():
     write("generation_config.json", {
         "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.39.0.dev0",
     })  # fmt: skip
-    print(f"{args.out_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, {vocab} tokens")
+    print(f"{args.out_dir}: {sum(w.numel() for w in weights.values()):,} parameters, {vocab} tokens")
 
 
 if __name__ == "__main__":

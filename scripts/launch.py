@@ -68,6 +68,7 @@ def main():
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
     import psutil
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

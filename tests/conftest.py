@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often test_survive.py kills a run (tests/soak.sh: 10)")
     parser.addoption("--reuse-demo", action="store_true", help="use temp/demo as it is instead of running demo/run.sh")
 
 
@@ -20,20 +21,22 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def sh(command, timeout=900, **environment):
-    """Run a command in the root with dash's rules; stdout and stderr together in .output, rank's python on the PATH."""
+def start(command, **environment):
+    """Start a command in the root under sh (POSIX); stdout and stderr in one pipe, this python on the PATH."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in environment.items()}}
     env["VIRTUAL_ENV"], env["PATH"] = sys.prefix, f"{sys.prefix}/bin:{env['PATH']}"
-    done = subprocess.run(
-        ["sh", "-c", command],
-        cwd=ROOT,
-        env=env,
-        timeout=timeout,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return SimpleNamespace(code=done.returncode, output=done.stdout)
+    words = ["sh", "-c", f"exec {command}"]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def sh(command, timeout=900, **environment):
+    """start(), and wait: .code and .output."""
+    process = start(command, **environment)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, output=output)
 
 
 @pytest.fixture(scope="session")
