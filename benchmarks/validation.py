@@ -168,9 +168,9 @@ def main():
         "# What a score costs\n",
         f"`python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`\n",
         f"{len(paths)} pictures of {min(lengths):,} to {max(lengths):,} image tokens (mean "
-        f"{statistics.mean(lengths):,.0f}), batches of {args.batch_size}, {args.rounds} interleaved rounds after one to "
-        "warm up. Real picture geometry (336 px tiles, patch 14) but a small, random model (width "
-        f"{WIDTH['hidden_size']}, {WIDTH['num_hidden_layers']} layers in the tower and in the language model), float32, "
+        f"{statistics.mean(lengths):,.0f}), batches of {args.batch_size}, {args.rounds} interleaved rounds after one "
+        "to warm up. Real picture geometry (336 px tiles, patch 14) but a small, random model (width "
+        f"{WIDTH['hidden_size']}, {WIDTH['num_hidden_layers']} layers in tower and language model), float32, "
         f"{torch.get_num_threads()} CPU thread(s), torch {torch.__version__}. Nothing here was measured on a GPU or on "
         "the 7B.\n",
         "The scorer's advantage is given a round: by the clock, and by CPU seconds, which other work on the machine "

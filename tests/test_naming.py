@@ -90,16 +90,19 @@ def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--min_probability 1.5", "error: --min_probability: found 1.5; expected a number from 0 to 1"),
-        ("--output {old} --resume", "error: --resume: found the columns image,prediction in {old}; expected image,"),
+        ("{pictures} --min_probability 1.5", "error: --min_probability: found 1.5; expected a number from 0 to 1"),
+        (
+            "{pictures} --output {old} --resume",
+            "error: --resume: found the columns image,prediction in {old}; expected image,",
+        ),
         ("no/such/folder", "error: no/such/folder: not found; expected a picture or a folder of pictures"),
     ],
 )
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
-    flags, message = flags.format(old=old), message.format(old=old)
-    done = run(f"python test.py {pictures} --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
+    flags, message = flags.format(old=old, pictures=pictures), message.format(old=old)
+    done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
     assert (done.code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(message)
     assert old.read_text() == "image,prediction\na.jpg,cat\n" and not (tmp_path / "new.csv").exists()
