@@ -22,33 +22,35 @@ from hub_layout import SHARD_SIZE, adapter_config, require_checkpoint, some, wri
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def lora_config(model_args):
+def lora_config(model_args, args):
     """peft's LoraConfig from the flags, or None; by default on the language model's linear layers alone."""
     from trl import get_peft_config
 
     config = get_peft_config(model_args)
     if config is not None and model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
         config.target_modules = LORA_TARGETS
+        args.ddp_find_unused_parameters = False  # every adapter is used; DDP searches for unused ones otherwise
     return config
 
 
 def describe_trainable(model):
-    """-> a line: how many parameters train and which. Raises UserError if one trains beside what LoRA added."""
-    numbers, kinds, strange = [0, 0], {}, []
-    for name, value in model.named_parameters():
-        count = getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves 0 elements in a partitioned parameter
-        numbers[0] += count
-        if value.requires_grad:
-            numbers[1] += count
-            short = re.sub(r"^base_model\.model\.|\.(default|weight)\b|lora_[A-Za-z_]*", "", name)
-            kind = re.sub(r"\.\d+\.", ".*.", short).strip(".")
-            kinds[kind] = kinds.get(kind, 0) + 1
-            if "lora_" not in name and "modules_to_save" not in name and hasattr(model, "peft_config"):
-                strange.append(name)
+    """-> how many parameters train, and with LoRA which. Raises UserError if one trains beside what LoRA added."""
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    sizes = [getattr(value, "ds_numel", value.numel()) for value in model.parameters()]  # ZeRO-3: numel() is 0
+    if not hasattr(model, "peft_config"):
+        return f"{sum(sizes):,} parameters, all of them"
+    strange = [name for name in trained if "lora_" not in name and "modules_to_save" not in name]
     if strange:
         raise UserError(f"--use_peft: {len(strange)} parameters beside the adapters would train: {some(strange)}")
-    line = f"{numbers[1]:,} of {numbers[0]:,} parameters = {numbers[1] / numbers[0]:.2%}"
-    return line + (f": {', '.join(f'{kind} ({n})' for kind, n in kinds.items())}" if len(kinds) < 40 else "")
+    count, total = model.get_nb_trainable_parameters()
+    places = [re.sub(r"^base_model\.model\.|\.lora_.*|\.modules_to_save.*", "", name) for name in trained]
+    places = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", place) for place in places))
+    common = os.path.commonprefix([f"{place}." for place in places]).rpartition(".")[0]
+    names = ", ".join(place.removeprefix(common).strip(".") for place in places)
+    return (
+        f"{count:,} of {total:,} parameters = {count / total:.2%}: {len(trained)} tensors beside the frozen "
+        f"{common}: {names}"
+    )
 
 
 def merge(adapter, out, dtype="bfloat16"):

@@ -224,7 +224,7 @@ def main():
         eval_dataset=load_split(config, "validation"),
         data_collator=collator,
         processing_class=scorer.processor,
-        peft_config=lora_config(model_args),
+        peft_config=lora_config(model_args, args),
         callbacks=[stop],
         scorer=scorer,
         eval_pictures=config.eval_pictures,

@@ -2,6 +2,7 @@
 # Fine-tune on all GPUs it finds.
 #   sh train.sh                              what stands below
 #   sh train.sh --num_train_epochs 3         the command line wins
+#   sh train.sh --use_peft --learning_rate 2e-4             LoRA: small adapters; see lora.py, also for QLoRA on one GPU
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh

@@ -8,6 +8,7 @@ must mend is said within a second or two, before torch is imported anywhere; the
 the launcher's 1. train.py may just as well be started with plain `accelerate launch`.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -50,6 +51,16 @@ def main():
     if at is None:
         raise settings.UserError("launch.py: found no script; expected train.py or validation.py")
     launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of train.sh's own flags, the launcher's one
+    own.add_argument("--config_file")
+    chosen, flags = own.parse_known_args(flags)
+    if chosen.config_file:
+        if not os.path.isfile(chosen.config_file):
+            raise settings.UserError(
+                f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, "
+                "scripts/ddp.yaml or another one of accelerate's"
+            )
+        launcher_flags.append(f"--config_file={chosen.config_file}")
     processes = count_processes()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
