@@ -21,9 +21,10 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from config import CHAT_TEMPLATE  # noqa: E402
 from make_model import FIGURES, PRETRAINED, TILE, hub_name  # noqa: E402
 from make_pictures import BRIGHT, COATS, picture, rgb, shade  # noqa: E402
+
+from config import CHAT_TEMPLATE  # noqa: E402
 
 QUESTION = "What is in this picture?"
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import memory_plan  # noqa: E402
+
 from config import UserError  # noqa: E402
 
 HUB = ROOT / "tests" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
@@ -206,8 +207,11 @@ def test_recommendations(hub):
         assert all(p["effective_batch"] == 64 for p in plans)
         best[gpus, method], reason = memory_plan.recommend(plans, 22.5)
         assert reason
-    assert best[1, "full"] is None and "--use_peft" in memory_plan.recommend(
-        memory_plan.rows(config, ZERO3, 1, 64, (1368, 2928), "full", 16), 22.5)[1]
+    assert (
+        best[1, "full"] is None
+        and "--use_peft"
+        in memory_plan.recommend(memory_plan.rows(config, ZERO3, 1, 64, (1368, 2928), "full", 16), 22.5)[1]
+    )
     assert (best[4, "full"]["micro_batch"], best[4, "full"]["offload_param"]) == (4, True)
     for key in ((8, "full"), (1, "lora"), (1, "qlora")):
         assert best[key]["peaks"]["largest"] < 22.5
