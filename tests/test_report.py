@@ -162,7 +162,7 @@ def check_numbers(folder, other_right=None):
                 100 if "%" in text or re.search("diff|low$|high$", key) else 1
             )
             assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
-    cells = {(int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures', html)}
+    cells = {(int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)}
     assert cells == {(t, p): int(n) for (t, p), n in np.ndenumerate(matrix) if n}
     assert report["confusion_matrix"] == matrix.tolist()
 
@@ -210,6 +210,8 @@ def test_in_chromium(which, browser, made, demo):
             browser.open(url)
             assert browser.js(OVERFLOW) == []
             assert browser.js("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+            whole = "[...document.querySelectorAll('data')].every(e => e.getClientRects().length <= 1)"
+            assert browser.js(whole), "a number broken over two lines"
             paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
     assert len(set(paper)) == 2, "light and dark"
     assert browser.js("document.querySelectorAll('script').length") == 0
