@@ -20,7 +20,8 @@ from sklearn.calibration import calibration_curve
 import report as page_maker
 from config import UserError
 from metrics import compare, measure, paired, wilson_interval
-from report import contact_sheet, log_tensorboard, read_report, write_report
+from plots import log_tensorboard
+from report import contact_sheet, read_report, write_report
 from tests.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
@@ -162,7 +163,9 @@ def check_numbers(folder, other_right=None):
                 100 if "%" in text or re.search("diff|low$|high$", key) else 1
             )
             assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
-    cells = {(int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)}
+    cells = {
+        (int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)
+    }
     assert cells == {(t, p): int(n) for (t, p), n in np.ndenumerate(matrix) if n}
     assert report["confusion_matrix"] == matrix.tolist()
 
