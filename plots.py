@@ -5,7 +5,7 @@ import io
 import os
 import time
 
-from data_process_utils import load_picture
+from data_process_utils import PictureError, load_picture
 
 
 def confusion_figure(report):
@@ -45,11 +45,14 @@ def mistakes_figure(rows, most=16):
         return None
     columns = min(4, len(wrong))
     figure = Figure((2.4 * columns, 2.6 * -(-len(wrong) // columns)), layout="constrained")
-    grid = figure.subplots(-(-len(wrong) // columns), columns, squeeze=False).flat
+    grid = figure.subplots(-(-len(wrong) // columns), columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, row in zip(grid, wrong, strict=False):
-        picture = load_picture(row["image"])
+        try:
+            picture = load_picture(row["image"])
+        except PictureError:  # removed since it was scored
+            continue
         picture.thumbnail((240, 240))
         axes.imshow(picture)
         axes.set_title(f"{row['label']}, called\n{row['prediction']} {row['probability']:.0%}", fontsize=9)
