@@ -26,10 +26,11 @@ from checkpoint import checkpoint_name, find_checkpoints, global_step, load_mode
 from config import UserError
 from data_process_utils import PictureError, load_picture, load_split
 from metrics import compare, measure, paired
+from plots import log_tensorboard
 from preflight import preflight
 from probe import linear_probe
 from ranking import rank_checkpoints
-from report import log_tensorboard, print_report, read_report, write_report
+from report import print_report, read_report, write_report
 
 
 class Scorer:
