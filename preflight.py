@@ -4,29 +4,32 @@ preflight() takes a second and imports no torch: the launcher calls it before an
 what needs the parsed training flags.
 """
 
-import json
+import math
 import os
 import shutil
 
 from checkpoint import find_checkpoints
 from config import UserError
 from data_process_utils import prepare
-from hub_layout import base_of, holds_model, require_checkpoint
+from hub_layout import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
 
 GIB = 2**30
 
 
-def collect(*checks):
-    """Run all checks, then raise one UserError with every problem they raised. Returns what they returned."""
-    results, problems = [], []
-    for check in checks:
+class Findings(list):
+    """The problems that several checks found, to be said together."""
+
+    def attempt(self, check, *values):
+        """check(*values); a UserError is noted and gives None."""
         try:
-            results.append(check())
+            return check(*values)
         except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return results
+            self.append(str(error))
+
+    def report(self):
+        """Raise one UserError with all of them, if there are any."""
+        if self:
+            raise UserError("\n".join(self))
 
 
 def preflight(config, model_name_or_path, splits, all_checkpoints=False):
@@ -38,26 +41,88 @@ def preflight(config, model_name_or_path, splits, all_checkpoints=False):
     if all_checkpoints:
         found = find_checkpoints(path)
         path = next((p for p in reversed(found) if holds_model(p)), path)
-    return collect(
-        lambda: require_checkpoint(path),
-        lambda: prepare(config, splits=splits, model_name_or_path=base_of(path)),
-    )[1]
+    findings = Findings()
+    findings.attempt(require_checkpoint, path)
+    summary = findings.attempt(prepare, config, splits, base_of(path))
+    findings.report()
+    return summary
 
 
-def count_parameters(path) -> int:
-    """Parameters in a checkpoint's safetensors files, read from their headers."""
-    total = 0
-    for name in os.listdir(path):
-        if name.endswith(".safetensors"):
-            with open(os.path.join(path, name), "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for tensor, entry in header.items():
-                if tensor != "__metadata__":
-                    size = 1
-                    for length in entry["shape"]:
-                        size *= length
-                    total += size
-    return total
+def check_run(config, args, model_args):
+    """Everything for a training run, before the weights load. -> (prepare()'s summary, Scorer, make_plan()'s plan).
+
+    Raises one UserError with every problem found, a line each.
+    """
+    path, findings = model_args.model_name_or_path, Findings()
+    summary = findings.attempt(prepare, config, ("train", "validation"), base_of(path))
+    scorer = findings.attempt(check_checkpoint, path, config)
+    findings.attempt(check_output_dir, args.output_dir)
+    findings.attempt(check_ranks, args.use_cpu)
+    plan = findings.attempt(make_plan, config, args, model_args) if holds_model(path) else None
+    if holds_model(path):
+        total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
+        findings.attempt(check_disk, args, plan["trained"] if plan else total)
+        findings.attempt(check_memory, args, plan)
+    findings.report()
+    return summary, scorer, plan
+
+
+def check_checkpoint(path, config):
+    """Files, weights, tokenizer, processor and answers of a checkpoint are usable. -> its Scorer."""
+    from checkpoint import load_processor
+    from validation import Scorer
+
+    require_checkpoint(path)
+    if problems := check_weights(base_of(path)):
+        raise UserError("\n".join(problems))
+    try:
+        processor = load_processor(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
+            "hub repository's files; fetch all that is not weights again"
+        ) from None
+    return Scorer(processor, config)
+
+
+def make_plan(config, args, model_args):
+    """scripts/memory_plan.py's plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
+    from scripts import memory_plan
+
+    file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
+    if file.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    tokens = memory_plan.token_counts(model, config.temp_dir)
+    with whole_models():
+        return memory_plan.plan(
+            model,
+            file,
+            args.world_size,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            (tokens["median"], tokens["largest"]),
+            offload_activations=bool((args.activation_checkpointing_kwargs or {}).get("offload")),
+            method=("qlora" if model_args.load_in_4bit else "lora") if model_args.use_peft else "full",
+            lora_r=model_args.lora_r,
+            save_total_limit=args.save_total_limit or 1,
+        )
+
+
+def check_memory(args, plan):
+    """The plan's peak at the largest picture fits the smallest GPU of this rank's machine."""
+    import torch
+
+    if args.use_cpu or plan is None:
+        return
+    found = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
+    peak = plan["peaks"]["largest"]
+    if peak > found:
+        raise UserError(
+            f"found GPUs of {found:.1f} GiB; expected {peak:.1f} GiB for --per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} at the largest picture (computed); look at what "
+            "fits: python scripts/memory_plan.py"
+        )
 
 
 def check_disk(args, parameters):

@@ -225,13 +225,12 @@ def embed(small, large):
 
 
 def confusion_figure(report):
+    import numpy as np
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
     size = 2 + 0.5 * len(report["labels"])  # inches
     figure = Figure((size, size), layout="constrained")
-    import numpy as np
-
     display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
     display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d")
     display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")

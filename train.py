@@ -26,13 +26,13 @@ import warnings
 from importlib import metadata
 
 import config as settings
-from checkpoint import load_for_training, load_processor
+from checkpoint import load_for_training
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
+from hub_layout import base_of, whole_models
 from lora import describe_trainable, lora_config
-from preflight import check_disk, check_output_dir, check_ranks, collect, count_parameters, preflight
+from preflight import check_run
 from resume import check_resume, find_checkpoint
-from validation import Scorer
 
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
 # variable carries the filter into dataloader workers.
@@ -42,7 +42,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 
 def parse(argv):
-    """argv -> (Config, SFTConfig, ModelConfig). Unknown and shortened flags raise UserError.
+    """argv -> (Config, SFTConfig, ModelConfig, whether this is a dry run). Unknown and shortened flags raise UserError.
 
     SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
     a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
@@ -54,6 +54,7 @@ def parse(argv):
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
+    parser.add_argument("--dry_run", action="store_true", help="stop before the weights load; say what would run")
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
     if not torch.cuda.is_available():
         parser.set_defaults(use_cpu=True)
@@ -73,10 +74,10 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
         fail(f"unknown flag {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
     try:
-        config, args, model_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         fail(str(error))
-    return config, args, model_args
+    return config, args, model_args, more.dry_run
 
 
 def make_collator(processor, assistant_only_loss):
@@ -96,11 +97,6 @@ def make_collator(processor, assistant_only_loss):
     )
 
 
-def count_trained(model_args):
-    """Parameters that a checkpoint holds: all, or with LoRA about 2 % (r = 16 adds 0.6 % to the 7B)."""
-    return count_parameters(model_args.model_name_or_path) * (0.02 if model_args.use_peft else 1)
-
-
 def describe(args, model_args, data, collator, summary):
     """What is about to run, as equations, and one example with the learned tokens marked. Main process only."""
     import statistics
@@ -114,9 +110,11 @@ def describe(args, model_args, data, collator, summary):
     zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
     example = collator([data[0]])
     ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
+    learned = sum(label != -100 for label in labels)
     print(
         f"pictures        {len(data)} to train on; {summary}\n"
-        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}\n"
+        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}; "
+        f"learned in the example below: {learned}\n"
         f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
         f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
         f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
@@ -126,6 +124,25 @@ def describe(args, model_args, data, collator, summary):
         f"one example, learned tokens between >> <<:\n{mark(ids, labels, collator.processor)}\n",
         flush=True,
     )
+
+
+def describe_cost(config, args, model_args, data, plan):
+    """What a dry run adds: operations and memory, computed. Main process only."""
+    import statistics
+
+    from scripts import flops, memory_plan
+
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    tokens = int(statistics.median(data[args.length_column_name]))
+    with whole_models():
+        each = flops.count(model, tokens + memory_plan.TEXT_TOKENS, memory_plan.tiles_of(model, tokens))
+    print(
+        f"operations      {each:.2e} FLOPs a median picture x {len(data)} = {each * len(data):.2e} an epoch (counted)"
+    )
+    if plan:
+        print(f"memory a GPU    peak {plan['peaks']['largest']:.1f} GiB at the largest picture (computed):")
+        for name, gib in plan["items"].items():
+            print(f"    {name:<28}{gib:7.2f}")
 
 
 def mark(ids, labels, processor):
@@ -171,34 +188,32 @@ def main():
     end_with_launcher()
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
-    config, args, model_args = parse(sys.argv[1:])
+    config, args, model_args, dry_run = parse(sys.argv[1:])
     speaks = args.process_index == 0  # one rank speaks for all
     if args.use_cpu and speaks:
         print("no GPU found: training on the CPU", flush=True)
 
     # Before the weights load: everything that can be known to go wrong, in one message.
-    resume, passed_over = find_checkpoint(args.output_dir)
-    resume = args.resume_from_checkpoint or resume
-    (summary, processor, *_) = collect(
-        lambda: preflight(config, model_args.model_name_or_path, ("train", "validation")),
-        lambda: load_processor(model_args.model_name_or_path),
-        lambda: check_ranks(args.use_cpu),
-        lambda: check_output_dir(args.output_dir),
-        lambda: check_disk(
-            args, count_parameters(model_args.model_name_or_path) * (0.02 if model_args.use_peft else 1)
-        ),
-    )
-    scorer = Scorer(processor, config)
+    summary, scorer, plan = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summary)
+    resume, passed_over = find_checkpoint(args.output_dir)
     if resume:
         check_resume(record, resume)
+    resume = args.resume_from_checkpoint or resume  # the user's word is taken as it is
+
+    collator = make_collator(scorer.processor, args.assistant_only_loss)
+    train_data = load_split(config, "train")
+    if speaks:
+        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
+    if dry_run:
+        if speaks:
+            describe_cost(config, args, model_args, train_data, plan)
+        return
 
     from trainer import AnimalTrainer, StopOnSignal
 
     model = load_for_training(model_args, args)
-    collator = make_collator(processor, args.assistant_only_loss)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
-    train_data = load_split(config, "train")
     name = os.path.basename(os.path.normpath(args.output_dir))
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)
     stop = StopOnSignal()
@@ -208,7 +223,7 @@ def main():
         train_dataset=train_data,
         eval_dataset=load_split(config, "validation"),
         data_collator=collator,
-        processing_class=processor,
+        processing_class=scorer.processor,
         peft_config=lora_config(model_args, args),
         callbacks=[stop],
         scorer=scorer,
@@ -221,7 +236,6 @@ def main():
         os.makedirs(args.output_dir, exist_ok=True)
         with open(os.path.join(args.output_dir, "run.json"), "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
-        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
         for line in passed_over:
             print(line)
         if resume:

@@ -24,6 +24,8 @@ set -- --weight_decay 0.01 "$@"                         # decoupled, on all but 
 set -- --warmup_ratio 0.03 "$@"                         # share of the steps that warm up (today's name: --warmup_steps 0.03)
 set -- --optim adamw_bnb_8bit "$@"                      # AdamW with 8-bit states (bitsandbytes)
 set -- --per_device_eval_batch_size 8 "$@"              # pictures a GPU in evaluation
+set -- --eval_strategy steps "$@"                       # measure accuracy while training ...
+set -- --eval_steps 100 "$@"                            # ... at each save, on --eval_pictures 500 held-out pictures
 set -- --logging_steps 10 "$@"                          # a log line every 10 steps
 set -- --logging_dir "./logs" "$@"                      # TensorBoard events, one subfolder a run
 set -- --report_to "tensorboard" "$@"                   # the only tracker

@@ -125,6 +125,26 @@ class AnimalTrainer(SFTTrainer):
     def _get_output_dir(self, trial):
         return self.run_dir
 
+    def create_model_card(self, *args, **kwargs):
+        """README.md of output_dir: how to ask the model, what it was trained with, how good it was last."""
+        if not main_process():
+            return
+        measured = [log for log in self.state.log_history if "eval_accuracy" in log][-1:]
+        accuracy = "not measured while training; `sh validation.sh` does"
+        if measured:
+            log = measured[0]
+            accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
+        record = json.dumps(self.record, indent=1, ensure_ascii=False)
+        with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+            file.write(
+                f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+                f"# {os.path.basename(os.path.normpath(self.args.output_dir))}\n\n"
+                f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
+                f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
+                f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
+                f"What ran (run.json):\n\n```json\n{record}\n```\n"
+            )
+
     def _save_checkpoint(self, model, trial):
         """The library's, into .saving; listed, synced, then renamed to checkpoint-N. All ranks."""
         name = f"checkpoint-{self.state.global_step}"
@@ -133,10 +153,7 @@ class AnimalTrainer(SFTTrainer):
         self.run_dir = saving
         try:
             super()._save_checkpoint(model, trial)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch and safetensors raise RuntimeErrors of their own on a full disk
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's and safetensors' word for a full disk
             raise self._not_saved(error) from error
         finally:
             self.run_dir = self.args.output_dir

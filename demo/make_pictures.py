@@ -245,7 +245,18 @@ def squirrel(pen, r, coat):
     pen.blob(-0.44, 0.1, 0.15, 0.07, "#5c3a18")
 
 
-ANIMALS = {f.__name__: f for f in (butterfly, cat, chicken, cow, dog, elephant, horse, spider, sheep, squirrel)}
+ANIMALS = {  # how to draw it, the coats it comes in
+    "butterfly": (butterfly, COATS),
+    "cat": (cat, ["#d9823b", "#8d9096", "#3a3634", "#b98a5a", "#f0e8dc"]),
+    "chicken": (chicken, ["#f4efe6", "#b5532a", "#4a4442", "#d8b070"]),
+    "cow": (cow, ["#f4efe6", "#2e2a28", "#8a4f2c", "#b98a5a"]),
+    "dog": (dog, ["#d8b070", "#8a5a34", "#f4efe6", "#4a3a30", "#b9753a"]),
+    "elephant": (elephant, ["#8d9096", "#a3a9b2", "#757c8a", "#a59c94"]),
+    "horse": (horse, ["#8a5a34", "#9c5a2c", "#3a322e", "#d0a068", "#b9bec6"]),
+    "spider": (spider, ["#34302e", "#5a3a26", "#4a4f5a", "#6a4a30"]),
+    "sheep": (sheep, ["#f4efe6", "#e6dcc8", "#c9c6c0", "#4a4442"]),
+    "squirrel": (squirrel, ["#b5532a", "#c4703a", "#8d8a86", "#6a4228"]),
+}
 
 
 def clutter(image, r, front):
@@ -267,7 +278,7 @@ def clutter(image, r, front):
             pen.line([(r.uniform(-1.5, 1.5), r.uniform(-1.5, 1.5)) for _ in range(3)], 0.15, colour)
 
 
-def picture(animal, r):
+def picture(animal, coats, r):
     """One picture of the animal, a function (pen, r, coat); every choice comes from the random stream r."""
     size = r.choice(SIZES)
     w, h = (OVERSAMPLE * s for s in size)
@@ -277,10 +288,10 @@ def picture(animal, r):
         mask.paste(255, (0, round(h * r.uniform(0.5, 0.8)), w, h))  # a horizon
     image = Image.composite(Image.new("RGB", (w, h), bottom), Image.new("RGB", (w, h), top), mask)
     clutter(image, r, front=False)
-    scale = min(w, h) / 2 * r.uniform(0.75, 0.98)
+    scale = min(w, h) / 2 * r.uniform(0.8, 0.98)
     x, y = w / 2 + r.uniform(-1, 1) * (w / 2 - scale), h / 2 + r.uniform(-1, 1) * (h / 2 - scale)
-    coat = shade(r.choice(COATS), r.uniform(0.85, 1.15))
-    animal(Pen(image, x, y, scale, r.uniform(-0.2, 0.2), r.random() < 0.5), r, coat)
+    coat = shade(r.choice(coats), r.uniform(0.85, 1.15))
+    animal(Pen(image, x, y, scale, r.uniform(-0.15, 0.15), r.random() < 0.5), r, coat)
     clutter(image, r, front=True)
     return image.reduce(OVERSAMPLE)
 
@@ -301,7 +312,7 @@ def main():
         label = FOLDER_TO_LABEL[folder or r.choice(list(FOLDER_TO_LABEL))]
         path = args.out_dir / split / (folder or "") / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(ANIMALS[label], r).save(path, quality=92)
+        picture(*ANIMALS[label], r).save(path, quality=92)
 
 
 if __name__ == "__main__":

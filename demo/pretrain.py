@@ -21,9 +21,10 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from config import CHAT_TEMPLATE  # noqa: E402
 from make_model import FIGURES, PRETRAINED, TILE, hub_name  # noqa: E402
-from make_pictures import BRIGHT, picture, rgb, shade  # noqa: E402
+from make_pictures import BRIGHT, COATS, picture, rgb, shade  # noqa: E402
+
+from config import CHAT_TEMPLATE  # noqa: E402
 
 QUESTION = "What is in this picture?"
 
@@ -98,8 +99,8 @@ def train(name, parameters, loss_of, n, batch, epochs, rate):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of make_model.py --from_scratch")
-    parser.add_argument("--pictures", type=int, default=120, help="of each figure")
-    parser.add_argument("--vision_epochs", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=150, help="of each figure")
+    parser.add_argument("--vision_epochs", type=int, default=12)
     parser.add_argument("--language_epochs", type=int, default=1)
     parser.add_argument("--out", default=PRETRAINED)
     args = parser.parse_args()
@@ -110,7 +111,7 @@ def main():
     drawers = [figure(k) for k in range(len(FIGURES))]
     images, names = [], torch.arange(len(FIGURES)).repeat_interleave(args.pictures)
     for i, k in enumerate(names.tolist()):
-        images.append(picture(drawers[k], random.Random(f"pretrain/{i}")))
+        images.append(picture(drawers[k], COATS, random.Random(f"pretrain/{i}")))
     seen = torch.stack([tiles(image) for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
     head = torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, len(FIGURES)))
@@ -118,13 +119,13 @@ def main():
 
     def name_by_tower(index):
         pixels = seen[index, torch.randint(2, index.shape)].float() / 255
-        pixels = pixels[:, torch.randperm(3)]  # shape, not colour
-        hidden = tower((pixels - mean) / std, output_hidden_states=True).hidden_states[-2]  # what LLaVA reads
+        hidden = tower.pre_layrnorm(tower.embeddings((pixels - mean) / std))
+        for layer in tower.encoder.layers[:-1]:  # vision_feature_layer -2: nothing reads the last one
+            hidden = layer(hidden, None)
         logits = head(hidden[:, 1:].mean(1))
         return F.cross_entropy(logits, names[index], label_smoothing=0.05), (logits.argmax(1) == names[index]).sum().item()
 
     train("vision", [*tower.parameters(), *head.parameters()], name_by_tower, len(names), 64, args.vision_epochs, 1.5e-3)
-    torch.save(model.state_dict(), "/tmp/stage1.pt")
 
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"

@@ -7,7 +7,6 @@ set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 install_requirements requirements.txt
-export HF_HUB_OFFLINE=1  # nothing is fetched
 
 demo=temp/demo
 rm -rf "$demo"

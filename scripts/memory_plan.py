@@ -153,7 +153,7 @@ def plan(
     """
     stage3 = zero3["zero_optimization"]
     if offload_param is None:
-        offload_param = stage3.get("offload_param", {}).get("device", "none") != "none"
+        offload_param = (stage3.get("offload_param") or {}).get("device", "none") != "none"
     offload_param &= method != "qlora"
     hidden = config.text_config.hidden_size
 

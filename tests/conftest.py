@@ -23,7 +23,7 @@ def at_root(monkeypatch):
 
 def start(command, **environment):
     """Start a command in the root under sh (POSIX); stdout and stderr in one pipe, this python on the PATH."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in environment.items()}}
+    env = {**os.environ, **{key: str(value) for key, value in environment.items()}}
     env["VIRTUAL_ENV"], env["PATH"] = sys.prefix, f"{sys.prefix}/bin:{env['PATH']}"
     words = ["sh", "-c", f"exec {command}"]
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -44,22 +44,28 @@ def run():
     return sh
 
 
-@pytest.fixture(scope="session")
-def demo(request):
-    """temp/demo after `sh demo/run.sh`: .root, .model (before training), .input, .checkpoint, .cache, .output."""
-    root = ROOT / "temp" / "demo"
-    output = None
-    if not request.config.getoption("--reuse-demo"):
+DEMO = ROOT / "temp" / "demo"
+
+
+def pytest_sessionstart(session):
+    """Run the demo once, before the tests are shared out over processes."""
+    worker = hasattr(session.config, "workerinput")
+    if not worker and not session.config.getoption("--reuse-demo") and not session.config.option.collectonly:
         done = sh("sh demo/run.sh")
-        assert done.code == 0, done.output[-5000:]
-        output = done.output
+        if done.code:
+            pytest.exit(f"sh demo/run.sh ended with {done.code}:\n{done.output[-5000:]}", returncode=1)
+        (DEMO / "console.txt").write_text(done.output)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """temp/demo after `sh demo/run.sh`: .root, .model (before training), .input, .checkpoint, .cache."""
     return SimpleNamespace(
-        root=root,
-        model=root / "model",
-        input=root / "input",
-        checkpoint=root / "sft-llava-demo",
-        cache=root / "cache",
-        output=output,
+        root=DEMO,
+        model=DEMO / "model",
+        input=DEMO / "input",
+        checkpoint=DEMO / "sft-llava-demo",
+        cache=DEMO / "cache",
     )
 
 

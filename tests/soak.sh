@@ -4,5 +4,4 @@ set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 install_requirements requirements-dev.txt
-export HF_HUB_OFFLINE=1
 "$python" -m pytest tests/test_survive.py -k same_bits --kills 10 "$@"

@@ -66,15 +66,17 @@ def test_two_machines_train_together(demo, machines, tmp_path):
     assert (tmp_path / "sft" / "checkpoint-2" / "complete.json").is_file()
 
 
-def test_no_host_is_called(demo, run, tmp_path):
-    """With the hub client online as it is by default: train, validate, name a picture; nobody is asked anything."""
+def test_no_host_is_called(demo, run, tmp_path, monkeypatch):
+    """Nothing in the environment says offline: train, validate, name a picture; nobody is asked anything."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     log = tmp_path / "hosts"
-    guard = {"PYTHONPATH": ROOT / "tests" / "guard", "GUARD_LOG": log, "HF_HUB_OFFLINE": 0}
+    guard = {"PYTHONPATH": ROOT / "tests" / "guard", "GUARD_LOG": log}
     where = f"--input_dir {demo.input} --temp_dir {demo.cache}"
     out = tmp_path / "sft"
+    logs = f"--logging_dir {out}-logs"
     for command in (
-        f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {out} --logging_dir {out}-logs --max_steps 1",
-        f"sh validation.sh {where} --model_name_or_path {out} --report_dir {tmp_path} --logging_dir {out}-logs",
+        f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {out} {logs} --max_steps 1",
+        f"sh validation.sh {where} --model_name_or_path {out} --report_dir {tmp_path} {logs}",
         f"python test.py {demo.input}/test_data {where} --model_name_or_path {out} --output {tmp_path}/names.csv",
     ):
         done = run(command, **guard)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import memory_plan  # noqa: E402
+
 from config import UserError  # noqa: E402
 
 HUB = ROOT / "tests" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
@@ -50,7 +51,7 @@ def tiny(hidden, layers, vocabulary, vision, grid):
     ids=["zero3.json", "odd sizes, no offload"],
 )
 def test_resident_bytes_equal_a_live_engine(tmp_path, shape, settings):
-    """Partitions, gradients, fp32 master and 8-bit states of two gloo ranks, each within 2 %."""
+    """Partitions (2 %), gradients, fp32 master and 8-bit states (exact) of two gloo ranks."""
     zero3 = json.loads(json.dumps(ZERO3))
     # scaled down with the model: several sub-groups form, small ones keep fp32 states, live layers matter
     scaled = {"sub_group_size": 60_000, "stage3_max_live_parameters": 150_000}
@@ -76,7 +77,7 @@ def test_resident_bytes_equal_a_live_engine(tmp_path, shape, settings):
     assert held["ranks"] == 2 and len(held["sub_groups"]) > 3  # a real partition, really divided
     assert planned["parameters"] == held["numel"]
     for name, real in (("gradients", "gradients"), ("fp32 master", "master"), ("8-bit states", "states")):
-        assert items[name] == pytest.approx(held[real], rel=0.02), name
+        assert items[name] == pytest.approx(held[real], rel=0.001), name  # same sub-groups, so exact but for rounding
     # "offloaded" partitions are held as well, by the same ranks here; the plan leaves them out of the GPU
     on_gpu = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), offload_param=False)
     whole = on_gpu["items"]["parameters"] * GIB
@@ -206,8 +207,11 @@ def test_recommendations(hub):
         assert all(p["effective_batch"] == 64 for p in plans)
         best[gpus, method], reason = memory_plan.recommend(plans, 22.5)
         assert reason
-    assert best[1, "full"] is None and "--use_peft" in memory_plan.recommend(
-        memory_plan.rows(config, ZERO3, 1, 64, (1368, 2928), "full", 16), 22.5)[1]
+    assert (
+        best[1, "full"] is None
+        and "--use_peft"
+        in memory_plan.recommend(memory_plan.rows(config, ZERO3, 1, 64, (1368, 2928), "full", 16), 22.5)[1]
+    )
     assert (best[4, "full"]["micro_batch"], best[4, "full"]["offload_param"]) == (4, True)
     for key in ((8, "full"), (1, "lora"), (1, "qlora")):
         assert best[key]["peaks"]["largest"] < 22.5

@@ -14,7 +14,6 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import sklearn.metrics as sk
-from browser import Browser, find_chromium
 from PIL import Image
 from sklearn.calibration import calibration_curve
 
@@ -22,8 +21,8 @@ import report as page_maker
 from config import UserError
 from metrics import compare, measure, paired, wilson_interval
 from report import contact_sheet, log_tensorboard, read_report, write_report
+from tests.browser import Browser, find_chromium
 
-needs_chromium = pytest.mark.skipif(not find_chromium(), reason="no chromium on PATH (apt-get install chromium)")
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
 SIDES = ("both_right", "only_this", "only_other", "both_wrong")
 COUNTS = [20, 15, 6, 1, 8]
@@ -31,6 +30,8 @@ COUNTS = [20, 15, 6, 1, 8]
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if not find_chromium():
+        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
     with Browser(tmp_path_factory.mktemp("chromium")) as tab:
         yield tab
 
@@ -198,7 +199,6 @@ OVERFLOW = """
 """
 
 
-@needs_chromium
 @pytest.mark.parametrize("which", ["made", "demo"])
 def test_in_chromium(which, browser, made, demo):
     folder = made.folder if which == "made" else demo_report(demo)
@@ -250,7 +250,7 @@ def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
     """Noise compresses worst of all. What does not fit is listed by name, mistakes last, and the page says so."""
     random = np.random.default_rng(0)
     for i in range(20):
-        Image.fromarray(random.integers(0, 256, (100, 100, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     rows = []
     for i in range(3000):
         picture = tmp_path / f"{i % 20} {i}.png"
@@ -333,7 +333,6 @@ def test_tensorboard_has_each_step_once_and_in_order(made, tmp_path):
         assert min(events.Images(tag)[0].width, events.Images(tag)[0].height) > 200
 
 
-@needs_chromium
 def test_tensorboard_shows_scalars_and_images(demo, browser):
     command = [
         sys.executable,

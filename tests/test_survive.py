@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import UserError
-from preflight import check_disk, check_output_dir, collect
+from preflight import Findings, check_disk, check_output_dir
 from resume import check_resume, find_checkpoint
 from tests.conftest import start
 
@@ -175,7 +175,10 @@ def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
     args = SimpleNamespace(
         output_dir=str(tmp_path / "holiday"), save_only_model=False, save_total_limit=5, save_strategy="steps"
     )
+    findings = Findings()
+    findings.attempt(check_output_dir, args.output_dir)
+    findings.attempt(check_disk, args, 10**13)
     with pytest.raises(UserError) as caught:
-        collect(lambda: check_output_dir(args.output_dir), lambda: check_disk(args, 10**13))
+        findings.report()
     lines = str(caught.value).splitlines()
-    assert "beach.jpg" in lines[0] and "expected 540167.1 GiB" in lines[1] and "--save_total_limit 5 + 2" in lines[1]
+    assert "beach.jpg" in lines[0] and "expected 542122.9 GiB" in lines[1] and "--save_total_limit 5 + 2" in lines[1]

@@ -45,7 +45,8 @@ def two_ranks(demo, others_pictures, run, tmp_path_factory):
     )
     done = run(
         f"sh train.sh {where.flags} --model_name_or_path {demo.model} --output_dir {where.out} "
-        f"--logging_dir {where.logs} --num_train_epochs 3 --save_steps 1 --save_total_limit 2 --logging_steps 1 --gradient_accumulation_steps 2",
+        f"--logging_dir {where.logs} --num_train_epochs 3 --save_steps 1 --save_total_limit 2 "
+        "--logging_steps 1 --gradient_accumulation_steps 2",
         NUM_PROCESSES=2,
     )
     assert done.code == 0, done.output[-4000:]

@@ -1,4 +1,4 @@
-"""Put on PYTHONPATH by a test: notes every host that a process tries to reach, other than this machine, in $GUARD_LOG."""
+"""Put on PYTHONPATH by a test: notes in $GUARD_LOG every other host that a process tries to reach."""
 
 import os
 import socket

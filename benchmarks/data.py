@@ -1,0 +1,270 @@
+"""What the check of the pictures costs, beside merely decoding them and beside datasets' imagefolder.
+
+    python benchmarks/data.py                                  # all of it: about 15 minutes on 2 cores, 2 GB of disk
+    python benchmarks/data.py --pictures 2000 --scale 10000    # a quick look
+
+Draws its pictures in a temporary folder that it removes. Rounds are interleaved (decode, cold, warm, imagefolder,
+decode, ...), so a busy machine slows all of them alike; compare the ratios, not the seconds. Writes
+benchmarks/results/data.md; last line of stdout is the same as JSON.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from config import FOLDER_TO_LABEL
+
+CORES = len(os.sched_getaffinity(0))
+RESULT = ROOT / "benchmarks" / "results" / "data.md"
+
+
+def draw(job) -> None:
+    """One 300x225 JPEG of about 20 KB: coarse shapes with noise, different for each seed."""
+    path, seed = job
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((300, 225), Image.BICUBIC)
+    noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (225, 300, 3), dtype=np.int16)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+def draw_tree(root: Path, n: int) -> None:
+    jobs, folders = [], list(FOLDER_TO_LABEL)
+    for split in ("train", "validation"):
+        for folder in folders:
+            (root / f"{split}_data" / folder).mkdir(parents=True)
+    for i in range(n):
+        split = "validation" if i // 10 % 5 == 0 else "train"
+        jobs.append((root / f"{split}_data" / folders[i % 10] / f"{i}.jpg", i))
+    with ProcessPoolExecutor(CORES) as pool:
+        list(pool.map(draw, jobs, chunksize=64))
+
+
+# --- the steps that are timed: each a fresh process, seconds and peak memory on its last line -------------------------
+
+
+def decode_one(path):
+    with Image.open(path) as picture:
+        picture.convert("RGB")
+
+
+def step_decode(root):
+    """Merely decode all pictures with as many processes as the check uses."""
+    paths = [str(path) for path in root.rglob("*.jpg")]
+    with ProcessPoolExecutor(CORES) as pool:
+        for _ in pool.map(decode_one, paths, chunksize=32):
+            pass
+
+
+def prepare(root):
+    import data_process_utils
+    from config import Config
+
+    config = Config(input_dir=str(root), temp_dir=str(root.parent / "temp"))
+    return config, data_process_utils.prepare(config), data_process_utils
+
+
+def step_check(root):
+    """data_process_utils.prepare(): cold where temp is empty, else warm."""
+    summary = prepare(root)[1]["train"]
+    return {"decoded": summary["decoded"] if summary["built"] else 0, "search": summary["leaks"]["seconds"]}
+
+
+def step_load(root):
+    """A warm start and 1,000 rows at random."""
+    config, summaries, data = prepare(root)
+    rows = data.load_split(config, "train")
+    for i in np.random.default_rng(0).integers(0, len(rows), 1000):
+        assert rows[int(i)]["label"]
+    return {"rows": len(rows), "built": summaries["train"]["built"]}
+
+
+def usable(row):
+    """What prepare() knows of a picture, from imagefolder's row: decoded, size, hash of the file, conversation."""
+    import hashlib
+
+    from config import Config
+
+    config, picture = Config(), row["image"]
+    picture.convert("RGB")
+    with open(picture.filename, "rb") as file:
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
+    label = config.labels[row["label"]]
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.question}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": config.answer_for(label)}]}
+    return {"width": picture.width, "height": picture.height, "sha256": sha, "messages": [question, answer]}
+
+
+def step_imagefolder(root):
+    """The nearest a user gets without this repository. It still knows no leaks and stops at the first bad picture."""
+    from datasets import load_dataset
+
+    for split in ("train", "validation"):
+        cache = str(root.parent / "hf")
+        rows = load_dataset("imagefolder", data_dir=str(root / f"{split}_data"), split="train", cache_dir=cache)
+        rows.map(usable, num_proc=CORES)
+
+
+def step_search(root):
+    """The leak search alone on `root` random hashes, a fifth of them held out, 1 % of those near-copies."""
+    from data_leaks import Pictures, find_leaks
+
+    n, rng = int(root.name), np.random.default_rng(0)
+    held = np.arange(n) % 5 == 0
+    phash = rng.integers(1, 1 << 63, n, dtype=np.uint64)
+    copies = np.flatnonzero(held)[::100]
+    phash[copies] = phash[copies - 1] ^ np.uint64(0b1011) if copies[0] else phash[copies + 1] ^ np.uint64(0b1011)
+    pixels = rng.integers(1, 1 << 63, (n, 2), dtype=np.uint64)
+    start = time.perf_counter()
+    leaks, _ = find_leaks(Pictures(held.astype(np.int8), np.zeros(n, np.int32), pixels, phash), 4)
+    assert len(leaks) == len(copies), (len(leaks), len(copies))
+    return {"seconds": time.perf_counter() - start}
+
+
+def run(step, root) -> dict:
+    done = subprocess.run(
+        [sys.executable, __file__, "--step", step, "--root", str(root)], stdout=subprocess.PIPE, check=True,
+        stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(root) + ".hf"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_step(step, root) -> None:
+    start = time.perf_counter()
+    found = globals()[f"step_{step}"](root) or {}
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB, of this process without its workers
+    print(json.dumps({"seconds": seconds, "peak_mib": peak, **found}))
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def compare(n: int, rounds: int, root: Path) -> list[dict]:
+    draw_tree(root / "input", n)
+    results = []
+    for k in range(rounds):
+        shutil.rmtree(root / "temp", ignore_errors=True)
+        shutil.rmtree(root / "hf", ignore_errors=True)
+        row = {"decode": run("decode", root / "input"), "cold": run("check", root / "input")}
+        row |= {"warm": run("check", root / "input"), "imagefolder": run("imagefolder", root / "input")}
+        row["imagefolder warm"] = run("imagefolder", root / "input")
+        assert row["cold"]["decoded"] and not row["warm"]["decoded"]
+        results.append(row)
+        say(f"round {k + 1} of {rounds}: " + ", ".join(f"{name} {r['seconds']:.2f} s" for name, r in row.items()))
+    return results
+
+
+def scale(n: int, root: Path) -> dict:
+    """n entries: hard links to 500 small pictures, of which none is in both splits."""
+    folders, sources = list(FOLDER_TO_LABEL), []
+    (root / "small").mkdir(parents=True)
+    for i in range(500):
+        file = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG")
+        sources.append(root / "small" / f"{i}.jpg")
+        sources[-1].write_bytes(file.getvalue())
+    for split in ("train", "validation"):
+        for folder in folders:
+            (root / "input" / f"{split}_data" / folder).mkdir(parents=True)
+    for i in range(n):
+        split = "validation" if i % 5 == 0 else "train"
+        folder = folders[i % 50 // 5]  # picture i % 500 is always in the same split and class
+        os.link(sources[i % 500], root / "input" / f"{split}_data" / folder / f"{i}.jpg")
+    cold, warm = run("check", root / "input"), run("load", root / "input")
+    assert not warm["built"]
+    search = run("search", root / str(n))
+    shutil.rmtree(root)
+    say(f"{n:,} entries: cold {cold['seconds']:.1f} s, warm {warm['seconds']:.2f} s, {warm['peak_mib']:.0f} MiB")
+    return {"n": n, "cold": cold, "warm": warm, "search": search}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def ratios(results, over, under) -> str:
+    found = sorted(row[over]["seconds"] / row[under]["seconds"] for row in results)
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pictures", type=int, default=14_308)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        return run_step(args.step, args.root)
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
+        pairs = compare(args.pictures, args.rounds, Path(folder) / "pairs")
+        shutil.rmtree(Path(folder) / "pairs")
+        sizes = [scale(n, Path(folder) / "scale") for n in args.scale]
+    median = {name: statistics.median(row[name]["seconds"] for row in pairs) for name in pairs[0]}
+    lines = [
+        "# Checking the pictures: cost",
+        "",
+        f"`python benchmarks/data.py` on {CORES} cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"Pillow {Image.__version__}. The machine was shared: compare the ratios, not the seconds.",
+        "",
+        f"## {args.pictures:,} JPEGs of 300x225, {args.rounds} interleaved rounds, {CORES} processes",
+        "",
+        "| step | seconds (median) |",
+        "|---|---|",
+        f"| decode only (Pillow, process pool) | {median['decode']:.2f} |",
+        f"| `prepare()` cold: decode, verdict, sizes, tokens, three hashes, both caches, leak search | "
+        f"{median['cold']:.2f} |",
+        f"| of it the leak search (near-duplicates included) | "
+        f"{statistics.median(row['cold']['search'] for row in pairs):.3f} |",
+        f"| `prepare()` warm: nothing changed | {median['warm']:.3f} |",
+        f"| imagefolder + map to the same columns, cold; no leak search | {median['imagefolder']:.2f} |",
+        f"| the same, warm | {median['imagefolder warm']:.2f} |",
+        "",
+        "| ratio | median (range over the rounds) |",
+        "|---|---|",
+        f"| cold / decode only | {ratios(pairs, 'cold', 'decode')} |",
+        f"| cold / warm | {ratios(pairs, 'cold', 'warm')} |",
+        f"| imagefolder cold / cold | {ratios(pairs, 'imagefolder', 'cold')} |",
+        f"| imagefolder warm / warm | {ratios(pairs, 'imagefolder warm', 'warm')} |",
+        "",
+        "## Scale: hard links to 16x16 JPEGs, a fifth of them held out",
+        "",
+        "Warm is a fresh process: `prepare()` with nothing changed, `load_split()`, 1,000 rows at random. Peaks are of "
+        "the main process. The search is the leak search alone on that many random hashes.",
+        "",
+        "| entries | cold, s | cold peak, MiB | warm, s | warm, µs each | warm peak, MiB | search, s | search, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sizes:
+        cold, warm, search = row["cold"], row["warm"], row["search"]
+        lines.append(
+            f"| {row['n']:,} | {cold['seconds']:.1f} | {cold['peak_mib']:.0f} | {warm['seconds']:.2f} | "
+            f"{warm['seconds'] / row['n'] * 1e6:.1f} | {warm['peak_mib']:.0f} | {search['seconds']:.2f} | "
+            f"{search['peak_mib']:.0f} |"
+        )
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    say("\n".join(lines))
+    print(json.dumps({"pairs": pairs, "scale": sizes}))
+
+
+if __name__ == "__main__":
+    main()

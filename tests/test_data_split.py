@@ -1,0 +1,324 @@
+"""The cut: which pictures, that undoing it restores every byte and folder, also after kill -9 at random moments."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_split
+from config import FOLDER_TO_LABEL, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("cat", "dog", "ragno")
+
+
+def picture(seed) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def make(root, folders=FOLDERS, n=20) -> Path:
+    for k, folder in enumerate(folders):
+        (root / "train_data" / folder).mkdir(parents=True)
+        for i in range(n):
+            picture(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = make(tmp_path_factory.mktemp("original") / "input")
+    (root / "train_data" / "cat" / "deep" / "er").mkdir(parents=True)
+    for i in range(5):
+        picture(5000 + i).save(root / "train_data" / "cat" / "deep" / "er" / f"{i}.png")
+    (root / "train_data" / "dog" / "notes.txt").write_text("stays")
+    (root / "train_data" / "dog" / "bad.jpg").write_bytes(b"stays too")
+    return root
+
+
+@pytest.fixture
+def tree(original, tmp_path):
+    shutil.copytree(original, tmp_path / "input")
+    return tmp_path / "input"
+
+
+def fingerprint(root) -> str:
+    """Every folder, and every file with its content and modification time."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        content = (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else "folder"
+        digest.update(f"{path.relative_to(root)} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def arguments(tree, *more):
+    flags = ["--input_dir", tree, "--temp_dir", tree.parent / "temp", "--max_excluded", "0.5", *more]
+    return [sys.executable, str(ROOT / "data_process_utils.py"), *map(str, flags)]
+
+
+def call(tree, *more):
+    return subprocess.run(arguments(tree, *more), capture_output=True, text=True, cwd=ROOT)
+
+
+def cut(tree, *more):
+    done = call(tree, "--validation_fraction", "0.2", *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def undo(tree):
+    done = call(tree, "--undo_split")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def held_out(tree) -> list[str]:
+    root = tree / "validation_data"
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def contents(tree) -> Counter:
+    return Counter(path.read_bytes() for path in tree.rglob("*") if path.suffix in (".jpg", ".png"))
+
+
+# --- which pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_the_cut_is_stratified_and_undone_to_the_byte(tree):
+    before, all_pictures = fingerprint(tree), contents(tree)
+    said = cut(tree, "--seed", "42")
+    assert "13 of 65 pictures moved" in said and "--undo_split" in said
+    assert Counter(path.split("/")[0] for path in held_out(tree)) == {"cat": 5, "dog": 4, "ragno": 4}
+    assert contents(tree) == all_pictures  # nothing lost, nothing twice
+    assert (tree / "train_data" / "dog" / "bad.jpg").exists() and (tree / "train_data" / "dog" / "notes.txt").exists()
+    assert call(tree).returncode == 0  # both splits are ready for training
+    assert "13 pictures are back" in undo(tree)
+    assert fingerprint(tree) == before
+
+
+def test_the_seed_decides(tree, tmp_path):
+    cut(tree, "--seed", "1")
+    first = held_out(tree)
+    undo(tree)
+    cut(tree, "--seed", "1")
+    assert held_out(tree) == first
+    undo(tree)
+    cut(tree, "--seed", "2")
+    assert held_out(tree) != first
+
+
+def test_names_and_their_order_on_the_disk_do_not_matter(tree):
+    cut(tree, "--seed", "1")
+    chosen = {path.read_bytes() for path in (tree / "validation_data").rglob("*.*g")}
+    undo(tree)
+    paths = [path for path in tree.rglob("*") if path.suffix in (".jpg", ".png")]
+    random.Random(0).shuffle(paths)
+    for i, path in enumerate(paths):
+        path.rename(path.with_name(f"renamed{i:03}{path.suffix}"))
+    cut(tree, "--seed", "1")
+    assert {path.read_bytes() for path in (tree / "validation_data").rglob("*.*g")} == chosen
+
+
+def test_look_alikes_stay_on_one_side(tree):
+    for i in range(0, 20, 2):
+        with Image.open(tree / "train_data" / "cat" / f"{i:02}.jpg") as whole:
+            whole.save(tree / "train_data" / "cat" / f"{i:02}_again.jpg", quality=50)
+            whole.save(tree / "train_data" / "cat" / f"{i:02}_same.png")
+    cut(tree)
+    assert {path for path in held_out(tree) if path.startswith("cat")}
+    sides = [
+        {f"cat/{i:02}{end}" in held_out(tree) for end in (".jpg", "_again.jpg", "_same.png")} for i in range(0, 20, 2)
+    ]
+    assert all(len(side) == 1 for side in sides)
+    done = call(tree)
+    assert done.returncode == 0 and "both splits" not in done.stdout + done.stderr
+
+
+def test_choose_takes_whole_groups_and_never_a_whole_class():
+    names = [(f"cat/{i}", "cat", bytes([i]), i // 3, False) for i in range(30)] + [
+        (f"dog/{i}", "dog", bytes([100 + i]), 99, False)
+        for i in range(2)  # one group: cannot be divided
+    ]
+    chosen = data_split.choose(names, 0.25, 0)
+    assert len(chosen) == 6  # of round(7.5) = 8: two groups of three
+    assert chosen == data_split.choose(list(reversed(names)), 0.25, 0)
+    held = [(*row[:4], row[0] == "cat/0") for row in names]
+    assert {"cat/1", "cat/2"} <= set(data_split.choose(held, 0.01, 0))  # their look-alike is held out already
+    alone = [("cow/0", "cow", b"x", 0, False)]
+    assert data_split.choose(alone, 0.5, 0) == []
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_cut_is_refused_unless_told_to_add(tree):
+    before = fingerprint(tree)
+    cut(tree)
+    first = set(held_out(tree))
+    done = call(tree, "--validation_fraction", "0.2")
+    assert done.returncode == 2 and "--add_to_validation" in done.stderr and "--undo_split" in done.stderr
+    assert set(held_out(tree)) == first
+    cut(tree, "--add_to_validation", "--seed", "7")
+    assert first < set(held_out(tree))
+    undo(tree)
+    assert fingerprint(tree) == before
+
+
+def test_pictures_of_the_users_own_in_validation_stay(tree):
+    (tree / "validation_data" / "cat").mkdir(parents=True)
+    picture(9999).save(tree / "validation_data" / "cat" / "mine.jpg")
+    before = fingerprint(tree)
+    assert call(tree, "--validation_fraction", "0.2").returncode == 2
+    assert fingerprint(tree) == before
+    cut(tree, "--add_to_validation")
+    undo(tree)
+    assert fingerprint(tree) == before
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.1", "nan"])
+def test_a_fraction_that_is_none(tree, fraction):
+    done = call(tree, "--validation_fraction", fraction)
+    assert done.returncode == 2 and "between 0 and 1" in done.stderr
+
+
+def test_undo_without_a_cut(tree):
+    before = fingerprint(tree)
+    done = call(tree, "--undo_split")
+    assert done.returncode == 2 and "nothing to undo" in done.stderr and fingerprint(tree) == before
+
+
+def test_linked_pictures_are_not_moved(tree):
+    (tree / "train_data" / "cat").rename(tree.parent / "cats")
+    (tree / "train_data" / "cat").symlink_to(tree.parent / "cats", target_is_directory=True)
+    before = fingerprint(tree)
+    done = call(tree, "--validation_fraction", "0.2")
+    assert done.returncode == 2 and "symbolic links" in done.stderr and fingerprint(tree) == before
+
+
+def test_a_taken_name_refuses_before_the_first_move(tree):
+    (tree / "validation_data" / "cat").mkdir(parents=True)
+    for i in range(20):
+        picture(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
+    before = fingerprint(tree)
+    done = call(tree, "--validation_fraction", "0.5", "--add_to_validation")
+    assert done.returncode == 2 and "names that the cut would use" in done.stderr and fingerprint(tree) == before
+
+
+def test_undo_never_overwrites_and_says_what_is_gone(tree):
+    cut(tree)
+    first, second = held_out(tree)[:2]
+    (tree / "train_data" / first).write_bytes(b"a new picture")
+    before = fingerprint(tree)
+    done = call(tree, "--undo_split")
+    assert done.returncode == 2 and first in done.stderr and fingerprint(tree) == before
+    (tree / "train_data" / first).unlink()
+    (tree / "validation_data" / second).unlink()
+    assert f"{second}: no longer there" in undo(tree)
+    assert (tree / "train_data" / first).exists()
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
+    names = ["cat/00.jpg", "dog/01.jpg"]
+    data_split.cut(str(tree), names, {"moves_said": "2 pictures"})
+    (tree / "validation_split.json").rename(tree / "validation_split.pending.json")
+    (tree / "validation_data" / "dog" / "01.jpg").rename(tree / "train_data" / "dog" / "01.jpg")
+    done = call(tree)
+    assert done.returncode == 2 and "interrupted" in done.stderr and "--undo_split" in done.stderr
+    assert "finished the interrupted cut" in cut(tree)
+    assert held_out(tree) == names and not (tree / "validation_split.pending.json").exists()
+
+
+def test_kill_at_20_random_moments_loses_nothing(tree):
+    """Cut and undo are killed in turn at random moments, then finished or undone: the tree is as it was."""
+    before, pictures = fingerprint(tree), contents(tree)
+    script = (  # the moves alone, slowed down so that the kill lands among them
+        "import sys, time, os, data_split as s\n"
+        "rename = os.rename\n"
+        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b))\n"
+        "replace = os.replace\n"
+        "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
+        "tree, verb = sys.argv[1:3]\n"
+        "names = sorted(f'{c}/{i:02}.jpg' for c in ('cat', 'dog', 'ragno') for i in range(0, 20, 2))\n"
+        "names.append('cat/deep/er/1.png')\n"
+        "print('go', flush=True)\n"
+        "if verb == 'undo': s.undo(tree)\n"
+        "elif s.unfinished(tree): s.undo(tree) if 'undoing' in s.unfinished(tree) else s.finish_cut(tree)\n"
+        "else: s.cut(tree, names, {'moves_said': ''})\n"
+    )
+    rng, killed = random.Random(0), Counter()
+    for k in range(20):
+        whole = all(not (tree / f"validation_split{s}.json").exists() for s in (".pending", "", ".undoing"))
+        verb = "cut" if whole or rng.random() < 0.3 and data_split.unfinished(str(tree)) else "undo"
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, tree, verb], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.16))
+        process.kill()
+        process.communicate()
+        killed[Path(data_split.unfinished(str(tree)) or "whole").name] += 1
+        assert contents(tree) == pictures, k  # no file lost, none in both places
+        if k % 5 == 4:  # the next real run
+            if any(tree.glob("validation_split*")):
+                undo(tree)
+            assert fingerprint(tree) == before, k
+    assert killed["validation_split.pending.json"] >= 3 and killed["validation_split.undoing.json"] >= 3
+
+
+def test_the_real_command_killed_at_random_moments(tree):
+    before, pictures = fingerprint(tree), contents(tree)
+    rng = random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(
+            arguments(tree, "--validation_fraction", "0.2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.3, 1.2))
+        process.kill()
+        process.wait()
+        assert contents(tree) == pictures
+        call(tree, "--undo_split")
+        assert fingerprint(tree) == before
+        assert not list(tree.glob("validation_split*"))
+
+
+def test_a_broken_manifest_is_named(tree):
+    (tree / "validation_split.json").write_text("{")
+    with pytest.raises(UserError, match="validation_split.json"):
+        data_split.undo(str(tree))
+
+
+def test_the_manifest_records_every_move(tree):
+    cut(tree, "--seed", "3")
+    plan = json.loads((tree / "validation_split.json").read_text())
+    assert plan["seed"] == 3 and plan["fraction"] == 0.2
+    assert sorted(target for _, target in plan["moves"]) == [f"validation_data/{name}" for name in held_out(tree)]
+    assert "validation_data" in plan["created"]
+
+
+def test_the_demos_pictures(tmp_path):
+    """The drawn animals of the demo can be cut and put back to the byte."""
+    script = ROOT / "demo" / "make_pictures.py"
+    if not script.exists():
+        pytest.skip("demo/make_pictures.py is not in this tree")
+    tree = tmp_path / "input"
+    subprocess.run([sys.executable, script, tree, "--train", "20", "--validation", "1", "--test", "0"], check=True)
+    shutil.rmtree(tree / "validation_data")
+    before = fingerprint(tree)
+    cut(tree)
+    counts = Counter(path.split("/")[0] for path in held_out(tree))
+    assert set(counts) == set(FOLDER_TO_LABEL) and set(counts.values()) == {4}
+    undo(tree)
+    assert fingerprint(tree) == before and os.listdir(tree)

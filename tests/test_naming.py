@@ -1,0 +1,108 @@
+"""test.py: three guesses, unsure, a contact sheet, and going on where an interrupted run stopped."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from config import Config
+from data_process_utils import list_pictures, load_picture
+
+LABELS = Config().labels
+
+
+@pytest.fixture(scope="module")
+def pictures(demo, tmp_path_factory):
+    """A folder of unlabelled pictures, one of them broken."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for i, path in enumerate(list_pictures(str(demo.input / "validation_data"))[::3]):
+        load_picture(path).save(folder / f"{i:03}.jpg")
+    (folder / "0 broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def named(run, demo, pictures, tmp_path_factory):
+    """(its CSV, rows, standard flags) of one whole run."""
+    output = tmp_path_factory.mktemp("named") / "names.csv"
+    flags = f"{pictures} --model_name_or_path {demo.checkpoint} --per_device_eval_batch_size 2 --dtype float32"
+    done = run(f"python test.py {flags} --output {output}")
+    assert done.code == 0, done.output
+    return output, read(output), flags
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_three_guesses(named, pictures):
+    _, rows, _ = named
+    assert list(rows[0])[:4] == ["image", "prediction", "probability", "error"] and list(rows[0])[-10:] == LABELS
+    assert [row["image"] for row in rows] == list_pictures(str(pictures))
+    [broken] = [row for row in rows if row["error"]]
+    assert broken["image"].endswith("0 broken.jpg") and set(list(broken.values())[4:]) == {""}
+    for row in rows:
+        if row["error"]:
+            continue
+        order = sorted(LABELS, key=lambda label: -float(row[label]))
+        assert [row["prediction"], row["top2"], row["top3"]] == order[:3]
+        given = [row["probability"], row["top2_probability"], row["top3_probability"]]
+        assert given == [row[label] for label in order[:3]]
+        assert sum(float(row[label]) for label in LABELS) == pytest.approx(1, abs=1e-9)
+
+
+def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
+    """Killed in the middle, its last line cut: the rows stay, and --resume ends where a whole run ends."""
+    whole, _, flags = named
+    output = tmp_path / "names.csv"
+    command = [sys.executable, "test.py", *flags.split(), "--output", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    while process.poll() is None and not (output.exists() and output.read_bytes().count(b"\n") > 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = output.read_bytes()
+    assert whole.read_bytes().startswith(kept) and kept.count(b"\n") > 3
+    output.write_bytes(kept[:-7])
+    done = run(f"python test.py {flags} --output {output} --resume --html --min_probability 0.5")
+    assert done.code == 0, done.output
+    going_on = re.search(r"going on: .* has (\d+) pictures already", done.output)
+    assert int(going_on[1]) == kept[:-7].count(b"\n") - 1
+    rows, before = read(output), read(whole)
+    for row, same in zip(rows, before, strict=True):
+        sure = row["error"] or float(row["probability"]) >= 0.5
+        assert row["prediction"] == (same["prediction"] if sure else "unsure")
+        assert (row["image"], row["error"], row["top2"]) == (same["image"], same["error"], same["top2"])
+        for label in LABELS:  # batches are cut elsewhere after --resume: float32 differs in the last digits
+            assert float(row[label] or 0) == pytest.approx(float(same[label] or 0), abs=1e-5)
+    sheet = (tmp_path / "names.html").read_text(encoding="utf-8")
+    names = {row["prediction"] for row in rows if not row["error"]}
+    assert {re.sub("<.*", "", h).strip() for h in re.findall(r"<h2>(.*?)</h2>", sheet)} == names | {"Unreadable"}
+    assert sheet.count("<img") == len(rows) - 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("{pictures} --min_probability 1.5", "error: --min_probability: found 1.5; expected a number from 0 to 1"),
+        (
+            "{pictures} --output {old} --resume",
+            "error: --resume: found the columns image,prediction in {old}; expected image,",
+        ),
+        ("no/such/folder", "error: no/such/folder: not found; expected a picture or a folder of pictures"),
+    ],
+)
+def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
+    old = tmp_path / "old.csv"
+    old.write_text("image,prediction\na.jpg,cat\n")
+    flags, message = flags.format(old=old, pictures=pictures), message.format(old=old)
+    done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
+    assert (done.code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(message)
+    assert old.read_text() == "image,prediction\na.jpg,cat\n" and not (tmp_path / "new.csv").exists()
