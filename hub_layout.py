@@ -185,6 +185,18 @@ def whole_models():
         deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
+def match_names(model, shapes):
+    """-> ({parameter name in the model: (name in the files, shape)}, transformers' renaming rules, used ones marked)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules, there = get_model_conversion_mapping(model), model.state_dict()
+    renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    prefix = model.base_model_prefix
+    return {rename_source_key(name, renaming, others, prefix, there)[0]: (name, shapes[name]) for name in shapes}, rules
+
+
 def check_weights(path):
     """-> a list of problems: shards missing or cut short; parameters missing, unexpected or of another shape.
 
@@ -196,18 +208,11 @@ def check_weights(path):
         return problems
     import torch
     from transformers import AutoConfig, LlavaNextForConditionalGeneration
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     with whole_models(), torch.device("meta"):
         model = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(path))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    rules = get_model_conversion_mapping(model)
-    renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    found = {}  # parameter name of the model -> (name in the file, shape)
-    for name, shape in shapes.items():
-        found[rename_source_key(name, renaming, others, model.base_model_prefix, expected)[0]] = name, shape
+    found, _ = match_names(model, shapes)
     # buffers of older versions that no longer are parameters
     unexpected = [found[n][0] for n in found if n not in expected and not n.endswith(("position_ids", "inv_freq"))]
     missing = [name for name in expected if name not in found]

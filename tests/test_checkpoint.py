@@ -1,0 +1,400 @@
+"""The real checkpoint's layout, on a narrow replica of it (tests/replica.py): read, checked, trained, saved, read.
+
+The slow half is in scripts: tests/variants.sh trains every variant, tests/second_reader.sh reads what is saved with
+transformers of the past. With transformers 4.46.0, 4.47.1, 4.48.0, 4.49.0, 4.50.0 and 4.57.6 the fp32 logits equalled
+5.23.0's bit for bit.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import replica
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from checkpoint import load_for_training, load_model, load_processor
+from config import Config, UserError
+from data_process_utils import load_picture
+from hub_layout import HUB_NAME, check_files, check_weights, match_names
+from train import make_collator, parse
+from validation import Scorer, score_batches
+
+# What a download holds beside weights, README and .gitattributes.
+HUB_FILES = {
+    "added_tokens.json",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
+PROMPT = [1, 733, 16289, 28793, 28705, 32000, 28705, 13, 3195, 8527, 349, 297, 456, 5754, 28804, 26307, 395, 624, 302]
+PROMPT += [1167, 3085, 28747, 11488, 16210, 28725, 5255, 28725, 13088, 28725, 12072, 28725, 3914, 28725, 5939, 17953]
+PROMPT += [28725, 7947, 28725, 668, 1184, 28725, 19583, 28725, 4524, 361, 3045, 28723, 733, 28748, 16289, 28793]
+ANSWERS = {
+    "butterfly": [11488, 16210, 2],
+    "cat": [5255, 2],
+    "chicken": [13088, 2],
+    "cow": [12072, 2],
+    "dog": [3914, 2],
+    "elephant": [5939, 17953, 2],
+    "horse": [7947, 2],
+    "spider": [668, 1184, 2],
+    "sheep": [19583, 2],
+    "squirrel": [4524, 361, 3045, 2],
+}
+# Height, width -> tokens of the picture, of the hub's geometry.
+IMAGE_TOKENS = {
+    (200, 300): 1464,
+    (225, 300): 1368,
+    (300, 300): 1176,
+    (300, 225): 1032,
+    (336, 336): 1176,
+    (400, 300): 1376,
+    (336, 672): 1752,
+    (480, 640): 2340,
+    (672, 672): 2928,
+    (768, 1024): 2340,
+    (1008, 336): 2376,
+    (300, 1200): 1890,
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return replica.build(tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (225, 300, 3), dtype=numpy.uint8))
+
+
+def score(folder, picture):
+    """What a checkpoint says of a picture: token ids, log-probabilities of the labels in fp32."""
+    scorer = Scorer(load_processor(folder), Config())
+    batch = scorer.collate([picture])
+    return batch["input_ids"].clone(), scorer.score(load_model(folder, "float32"), batch)
+
+
+@pytest.fixture(scope="module")
+def said(hub, picture):
+    return score(hub, picture)
+
+
+def example(path, label):
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": Config().question}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": label}]}
+    return {"images": [str(path)], "messages": [question, answer]}
+
+
+# --- the replica is like the hub's folder ---------------------------------------------------------------------------
+
+
+def test_replica_has_the_hubs_small_files_to_the_byte(hub):
+    sizes = {name: (hub / name).stat().st_size for name in HUB_FILES}
+    assert sizes["added_tokens.json"] == 41 and sizes["chat_template.json"] == 694
+    assert sizes["generation_config.json"] == 116 and sizes["special_tokens_map.json"] == 552
+    assert sizes["preprocessor_config.json"] == 772
+    assert 1_750_000 < sizes["tokenizer.json"] < 1_850_000 and 492_500 < sizes["tokenizer.model"] < 493_500
+    shards = sorted(hub.glob("model-*-of-00004.safetensors"))
+    assert len(shards) == 4 and {value.dtype for value in load_file(shards[0]).values()} == {torch.float16}
+
+
+def test_7b_has_the_hubs_names_and_shapes_both_ways():
+    """The whole model on meta: what we would save has the hub's 687 names, and none of them is unknown to the model."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(replica.hub_config()))
+    assert sum(value.numel() for value in model.parameters()) == 7_566_747_648
+    found, rules = match_names(model, replica.hub_shapes(replica.hub_config()))
+    assert {name: shape for name, (_, shape) in found.items()} == {
+        n: tuple(v.shape) for n, v in model.named_parameters()
+    }
+    model._weight_conversions = [rule for rule in rules if rule.was_used()]  # as load_for_training leaves it
+    saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()}
+    assert len(saved) == 687 and saved == replica.hub_shapes(replica.hub_config())
+
+
+# --- other copies of it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", replica.VARIANTS)
+def test_variant_gives_the_same_tokens_and_scores(hub, said, picture, tmp_path, capfd, name):
+    folder = replica.build_variant(hub, tmp_path / name, name)
+    assert check_files(folder) == [] and check_weights(folder) == []
+    ids, log_p = score(folder, picture)
+    assert torch.equal(ids, said[0]) and torch.equal(log_p, said[1])
+    assert load_processor(folder).chat_template == replica.CHAT_TEMPLATE
+    told = capfd.readouterr().err
+    assert ("an old mistake" in told) == (name == "old_template")
+    assert ("has no chat template" in told) == (name == "no_template")
+
+
+@pytest.mark.parametrize("name", replica.BROKEN)
+def test_tokenizer_model_alone_is_refused_by_name(hub, tmp_path, name):
+    folder = replica.build_variant(hub, tmp_path / name, name)
+    problems = "\n".join(check_files(folder))
+    assert f"tokenizer.json is missing: `hf download {HUB_NAME} tokenizer.json --local-dir {folder}" in problems
+
+
+def change_shard(folder, change):
+    file = folder / "model-00001-of-00004.safetensors"
+    values = load_file(file)
+    change(values)
+    save_file(values, file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink()
+    names = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    replica.dump(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": names})
+
+
+def cut(folder):
+    file = folder / "model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pointer(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4920000000\n"
+    (folder / "model-00002-of-00004.safetensors").write_text(text)
+
+
+def foreign(folder):
+    config = json.loads((folder / "config.json").read_text())
+    replica.dump(folder / "config.json", config | {"model_type": "llava_mistral"})
+
+
+DAMAGE = {  # what happens to a folder -> what is said
+    "no shard": (
+        lambda f: (f / "model-00002-of-00004.safetensors").unlink(),
+        r"model-00002-of-00004.safetensors: not found; .*hf download \S+ model-00002-of-00004.safetensors",
+    ),
+    "cut short": (
+        cut,
+        r"model-00003-of-00004.safetensors: found [\d,]+ bytes where its header tells of [\d,]+; delete",
+    ),
+    "pointer": (pointer, r"model-00002-of-00004.safetensors: found a Git LFS pointer"),
+    "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], r"model.safetensors: not found"),
+    "missing": (
+        lambda f: change_shard(f, lambda v: v.pop("image_newline")),
+        r"1 parameters are missing: model.image_newline",
+    ),
+    "unexpected": (
+        lambda f: change_shard(f, lambda v: v.update({"vision_tower.extra": torch.zeros(3)})),
+        r"1 parameters that config.json knows nothing of: vision_tower.extra",
+    ),
+    "mismatched": (
+        lambda f: change_shard(f, lambda v: v.update(image_newline=torch.zeros(65))),
+        r"image_newline has shape \[65\]; config.json expects \[64\]",
+    ),
+    "foreign": (foreign, r"found model_type 'llava_mistral' in config.json; expected 'llava_next': `hf download"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_before_the_weights_load(hub, tmp_path, damage):
+    folder = shutil.copytree(hub, tmp_path / "model")
+    change, message = DAMAGE[damage]
+    change(folder)
+    problems = "\n".join(check_files(folder) or check_weights(folder))
+    assert re.search(message, problems), problems
+
+
+def test_checking_files_imports_no_torch(hub):
+    code = "import sys, hub_layout; print(hub_layout.check_files(sys.argv[1]), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code, hub], capture_output=True, text=True, check=True).stdout
+    assert out == "[] False\n"
+
+
+# --- token for token -------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_answers_token_for_token(hub):
+    processor = load_processor(hub)
+    scorer = Scorer(processor, Config())
+    assert scorer._token_ids() == PROMPT
+    assert dict(zip(scorer.labels, scorer.answers, strict=True)) == ANSWERS
+    assert processor.tokenizer.tokenize("<image>\nx")[1] == "▁"
+
+
+@pytest.mark.parametrize(("size", "expected"), IMAGE_TOKENS.items())
+def test_image_tokens(hub, size, expected):
+    from pictures import image_token_count, read_geometry
+
+    processor = load_processor(hub)
+    (counted,) = processor._get_num_multimodal_tokens(image_sizes=[size]).num_image_tokens
+    assert counted == expected == image_token_count(size[1], size[0], read_geometry(hub))
+
+
+@pytest.mark.parametrize("label", ANSWERS)
+def test_training_learns_the_answer_and_sees_what_scoring_sees(hub, picture, tmp_path, label):
+    """One BOS, the prompt with 1,368 image tokens, the answer's tokens as the only labels: in both."""
+    picture.save(tmp_path / "a.png")
+    processor = load_processor(hub)
+    batch = make_collator(processor, assistant_only_loss=True)([example(tmp_path / "a.png", label)])
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0]
+    at = PROMPT.index(32000)
+    assert ids[: -len(ANSWERS[label])] == PROMPT[:at] + [32000] * 1368 + PROMPT[at + 1 :]
+    assert ids.count(1) == 1
+    assert labels[labels != -100].tolist() == ids[-len(ANSWERS[label]) :] == ANSWERS[label]
+    assert processor.tokenizer.decode(labels[labels != -100]) == f"{label}</s>"
+    scorer = Scorer(processor, Config())
+    scored = scorer.collate([load_picture(tmp_path / "a.png")])["input_ids"][0].tolist()
+    assert scored[: -len(scorer.fed_ids)] == ids[: -len(ANSWERS[label])]
+
+
+# --- same pixels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_pictures(tmp_path_factory):
+    """Turned by EXIF, transparent, 16-bit, palette with a transparent colour, greyscale, CMYK, 1-bit."""
+    folder = tmp_path_factory.mktemp("odd")
+    random = numpy.random.default_rng(1)
+    colour = Image.fromarray(random.integers(0, 256, (90, 200, 4), dtype=numpy.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour.convert("RGB").save(folder / "turned.jpg", exif=exif)
+    colour.save(folder / "transparent.png")
+    Image.fromarray(random.integers(0, 65536, (70, 110), dtype=numpy.uint16)).save(folder / "deep.png")
+    palette = colour.convert("RGB").quantize(16)
+    palette.save(folder / "palette.png", transparency=3)
+    colour.convert("L").save(folder / "grey.png")
+    colour.convert("RGB").convert("CMYK").save(folder / "print.jpg")
+    colour.convert("1").save(folder / "bits.png")
+    return sorted(folder.iterdir())
+
+
+def test_training_and_inference_see_the_same_pixels(hub, odd_pictures):
+    """The collator of train.py beside what score_batches, the loop of validation.py and test.py, hands on."""
+    processor = load_processor(hub)
+    assert type(processor.image_processor).__name__.endswith("Pil")
+    collator = make_collator(processor, assistant_only_loss=True)
+
+    class Recorder(Scorer):
+        def score(self, model, batch, **options):
+            seen.append(batch)
+            return torch.zeros(len(batch["input_ids"]), len(self.labels))
+
+    for path in odd_pictures:
+        seen = []
+        list(score_batches(None, Recorder(processor, Config()), [path], [[0]]))
+        trained = collator([example(path, "cat")])
+        assert torch.equal(trained["pixel_values"], seen[0]["pixel_values"]), path.name
+        assert torch.equal(trained["image_sizes"], seen[0]["image_sizes"]), path.name
+    turned = collator([example(next(p for p in odd_pictures if p.stem == "turned"), "cat")])
+    assert turned["image_sizes"].tolist() == [[200, 90]], "EXIF orientation: height, width"
+
+
+# --- trained with ZeRO-3 on two ranks, saved, read by others ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(hub, others_pictures, run, tmp_path_factory):
+    """The old template, links as in the hub's cache; 2 steps."""
+    tmp = tmp_path_factory.mktemp("trained")
+    model = replica.build_variant(hub, tmp / "model", "old_template")
+    replica.hub_cache(model)
+    flags = f"--input_dir {others_pictures} --temp_dir {tmp}/cache --logging_dir {tmp}/logs --allow_leaks"
+    done = run(
+        f"sh train.sh {flags} --model_name_or_path {model} --output_dir {tmp}/sft --max_steps 2 --save_strategy no "
+        "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --max_excluded 1",
+        NUM_PROCESSES=2,
+    )
+    assert done.code == 0, done.output[-3000:]
+    assert done.output.count("an old mistake") == 1
+    return tmp / "sft"
+
+
+def test_saved_folder_is_the_hubs(trained, hub):
+    there = {path.name for path in trained.iterdir()}
+    assert there >= HUB_FILES and "chat_template.jinja" in there
+    values = load_file(trained / "model.safetensors")
+    shapes = replica.hub_shapes(replica.hub_config(2, 3, full_width=False))
+    assert {name: tuple(value.shape) for name, value in values.items()} == shapes
+    assert {value.dtype for value in values.values()} == {torch.bfloat16}, "the flag's type, not fp16 of config.json"
+    assert check_files(trained) == [] and check_weights(trained) == []
+    for name in HUB_FILES - {"config.json", "generation_config.json"}:
+        assert json_or_bytes(trained / name) == json_or_bytes(hub / name), name
+    assert (trained / "chat_template.jinja").read_text() == replica.CHAT_TEMPLATE
+    config = json.loads((trained / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"] == 1e6
+    assert "use_cache" not in config, "off in training only"
+
+
+def json_or_bytes(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()
+
+
+def test_bare_transformers_and_its_pipeline_read_it(trained, picture, tmp_path):
+    """In a process that imports nothing of ours: 0 missing, 0 unexpected, and the pipeline says what the model says."""
+    picture.save(tmp_path / "a.png")
+    code = """
+import json, sys
+import torch
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration, pipeline
+folder, file = sys.argv[1:]
+model, info = LlavaNextForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
+processor = AutoProcessor.from_pretrained(folder)
+question = [{"type": "image", "url": file}, {"type": "text", "text": "What animal is this?"}]
+chat = [{"role": "user", "content": question}]
+inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+assert (inputs["input_ids"] == 1).sum() == 1
+ours = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+pipe = pipeline("image-text-to-text", model=folder, dtype=torch.float32)
+theirs = pipe(text=chat, return_full_text=False, generate_kwargs={"max_new_tokens": 4, "do_sample": False})
+print(json.dumps([processor.decode(ours, skip_special_tokens=True), theirs[0]["generated_text"]]))
+"""
+    command = [sys.executable, "-c", code, str(trained), str(tmp_path / "a.png")]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = json.loads(done.stdout.splitlines()[-1])
+    assert ours.strip() == theirs.strip() != ""
+
+
+def test_what_zero3_cannot_train_is_said_before_the_weights_load(hub, others_pictures, run, tmp_path):
+    """transformers says nothing of an unexpected parameter under ZeRO-3."""
+    folder = shutil.copytree(hub, tmp_path / "model")
+    change_shard(folder, lambda values: values.update({"vision_tower.extra": torch.zeros(3)}))
+    flags = f"--input_dir {others_pictures} --temp_dir {tmp_path}/cache --allow_leaks --max_excluded 1"
+    done = run(f"sh train.sh {flags} --model_name_or_path {folder} --output_dir {tmp_path}/sft", NUM_PROCESSES=2)
+    assert done.code == 2 and "knows nothing of: vision_tower.extra" in done.output, done.output[-2000:]
+    assert "Traceback" not in done.output
+
+
+def test_type_of_the_checkpoint_is_never_taken_over(hub):
+    for dtype in ("auto", "float16"):
+        _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub), "--dtype", dtype])
+        with pytest.raises(UserError, match=f"--dtype: found {dtype}; expected bfloat16 or float32"):
+            load_for_training(model_args, args)
+    _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
+    assert load_for_training(model_args, args).dtype == torch.bfloat16
+
+
+def test_big_models_are_cut_into_the_hubs_shards(hub, tmp_path):
+    """5 GB a file, which a narrow model does not reach: the limit is looked at, then lowered."""
+    _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
+    model = load_for_training(model_args, args)
+    assert model.save_pretrained.keywords == {"max_shard_size": "5GB"}
+    model.save_pretrained.keywords["max_shard_size"] = "2MB"
+    model.save_pretrained(tmp_path)
+    assert len(list(Path(tmp_path).glob("model-*-of-*.safetensors"))) > 1
+    assert check_weights_of(tmp_path) == set(replica.hub_shapes(replica.hub_config(2, 3, full_width=False)))
+
+
+def check_weights_of(folder):
+    return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
