@@ -73,6 +73,7 @@ class Config:
     input_dir: str = setting("input", "folder with train_data/ and validation_data/, one folder a class in each")
     temp_dir: str = setting("temp", "folder for the caches; may be deleted at any time")
     logging_dir: str = setting("logs", "folder for TensorBoard's events, a subfolder a run")
+    eval_pictures: int = setting(500, "held-out pictures that training measures itself on, stratified; 0 = all")
     prompt: str = setting(
         "What animal is in this picture? Answer with one of these words: {labels}.",
         "the question; {labels} becomes the list of labels",
@@ -117,11 +118,22 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(); a UserError becomes its message on stderr, a line a problem, and exit code 2."""
+    """Call main(); a UserError becomes its message on stderr, a line a problem, and exit code 2.
+
+    Before that: every cache that torch, DeepSpeed and friends would put under ~ goes to temp/cache, and progress bars
+    are for terminals only.
+    """
+    cache = os.path.join(os.path.dirname(os.path.abspath(__file__)), "temp", "cache")
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", "0"))
         if rank:  # rank 0 nearly always says the same: give it time to, and the launcher to end this one
             time.sleep(3)
         for line in str(error).splitlines():

@@ -12,24 +12,37 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 """
 
 import argparse
+import ctypes
+import dataclasses
 import difflib
+import json
+import logging
 import os
+import platform
+import signal
+import subprocess
 import sys
 import warnings
+from importlib import metadata
 
 import config as settings
+from checkpoint import load_for_training
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
-from validation import Scorer, load_processor, preflight
+from hub_layout import base_of, whole_models
+from lora import describe_trainable, lora_config
+from preflight import check_run
+from resume import check_resume, find_checkpoint
 
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
 # variable carries the filter into dataloader workers.
 warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing CPU kernel for 4 bit
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 
 def parse(argv):
-    """argv -> (Config, SFTConfig, ModelConfig). Unknown and shortened flags raise UserError.
+    """argv -> (Config, SFTConfig, ModelConfig, whether this is a dry run). Unknown and shortened flags raise UserError.
 
     SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
     a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
@@ -41,9 +54,15 @@ def parse(argv):
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
+    parser.add_argument("--dry_run", action="store_true", help="stop before the weights load; say what would run")
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
     if not torch.cuda.is_available():
         parser.set_defaults(use_cpu=True)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            import deepspeed.ops
+
+            # spares a lone CPU rank half a minute of compiling the op by which CPU ranks share memory
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def fail(message):
         raise UserError(f"{message}; `python train.py --help` lists every flag")
@@ -55,43 +74,23 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
         fail(f"unknown flag {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
     try:
-        config, args, model_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         fail(str(error))
-    return config, args, model_args
-
-
-def load_model(model_args, args):
-    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on. All ranks."""
-    import torch
-    from transformers import LlavaNextForConditionalGeneration
-
-    dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=model_args.attn_implementation or "sdpa",
-        output_loading_info=True,
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise UserError(f"{model_args.model_name_or_path}: found weights that do not fit config.json: {wrong}")
-    # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
-    # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
-    model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
-    model.config.use_cache = False  # of no use in training
-    return model
+    return config, args, model_args, more.dry_run
 
 
 def make_collator(processor, assistant_only_loss):
-    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked."""
+    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked.
+
+    Adds `pictures`, the paths, so that a bad loss can name them.
+    """
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     class PictureCollator(DataCollatorForVisionLanguageModeling):
         def torch_call(self, examples):
-            return super().torch_call(
-                [{**example, "images": [load_picture(path) for path in example["images"]]} for example in examples]
-            )
+            opened = [{**example, "images": [load_picture(p) for p in example["images"]]} for example in examples]
+            return {**super().torch_call(opened), "pictures": [example["images"][0] for example in examples]}
 
     return PictureCollator(
         processor, assistant_only_loss=assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, max_length=None
@@ -111,9 +110,11 @@ def describe(args, model_args, data, collator, summary):
     zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
     example = collator([data[0]])
     ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
+    learned = sum(label != -100 for label in labels)
     print(
         f"pictures        {len(data)} to train on; {summary}\n"
-        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}\n"
+        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}; "
+        f"learned in the example below: {learned}\n"
         f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
         f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
         f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
@@ -123,6 +124,25 @@ def describe(args, model_args, data, collator, summary):
         f"one example, learned tokens between >> <<:\n{mark(ids, labels, collator.processor)}\n",
         flush=True,
     )
+
+
+def describe_cost(config, args, model_args, data, plan):
+    """What a dry run adds: operations and memory, computed. Main process only."""
+    import statistics
+
+    from scripts import flops, memory_plan
+
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    tokens = int(statistics.median(data[args.length_column_name]))
+    with whole_models():
+        each = flops.count(model, tokens + memory_plan.TEXT_TOKENS, memory_plan.tiles_of(model, tokens))
+    print(
+        f"operations      {each:.2e} FLOPs a median picture x {len(data)} = {each * len(data):.2e} an epoch (counted)"
+    )
+    if plan:
+        print(f"memory a GPU    peak {plan['peaks']['largest']:.1f} GiB at the largest picture (computed):")
+        for name, gib in plan["items"].items():
+            print(f"    {name:<28}{gib:7.2f}")
 
 
 def mark(ids, labels, processor):
@@ -139,46 +159,95 @@ def mark(ids, labels, processor):
     return text
 
 
+def record_run(config, args, model_args, summary):
+    """What runs, as a dict for run.json: the settings that must match on a resume first, then all the others."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")}
+    versions |= {name: metadata.version(name) for name in ("bitsandbytes", "datasets", "pillow", "peft")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "world_size": args.world_size,
+        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "labels": config.labels,
+        "question": config.question,
+        "data": summary["train"]["fingerprint"],
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), **versions},
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model_args),
+        "training": args.to_dict(),
+    }
+
+
+def end_with_launcher():
+    """Linux: have the kernel kill this rank when scripts/launch.py dies, so that no orphan goes on writing."""
+    if os.environ.get("LAUNCHER_PID") == str(os.getppid()):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main():
+    end_with_launcher()
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
-    config, args, model_args = parse(sys.argv[1:])
-    if args.use_cpu and args.process_index == 0:
+    config, args, model_args, dry_run = parse(sys.argv[1:])
+    speaks = args.process_index == 0  # one rank speaks for all
+    if args.use_cpu and speaks:
         print("no GPU found: training on the CPU", flush=True)
-    if args.process_index != 0:  # rank 0 speaks for all
-        warnings.filterwarnings("ignore")
-    summary = preflight(config, model_args.model_name_or_path, ("train", "validation"))
 
-    from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTTrainer, get_peft_config
+    # Before the weights load: everything that can be known to go wrong, in one message.
+    summary, scorer, plan = check_run(config, args, model_args)
+    record = record_run(config, args, model_args, summary)
+    resume, passed_over = find_checkpoint(args.output_dir)
+    if resume:
+        check_resume(record, resume)
+    resume = args.resume_from_checkpoint or resume  # the user's word is taken as it is
 
-    processor = load_processor(model_args.model_name_or_path)
-    Scorer(processor, config)  # raises where two labels would be the same tokens
-    model = load_model(model_args, args)
-    collator = make_collator(processor, args.assistant_only_loss)
-    args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
+    collator = make_collator(scorer.processor, args.assistant_only_loss)
     train_data = load_split(config, "train")
-    validation_data = load_split(config, "validation") if args.eval_strategy != "no" else None
-    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, os.path.basename(args.output_dir))
-    trainer = SFTTrainer(
+    if speaks:
+        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
+    if dry_run:
+        if speaks:
+            describe_cost(config, args, model_args, train_data, plan)
+        return
+
+    from trainer import AnimalTrainer, StopOnSignal
+
+    model = load_for_training(model_args, args)
+    args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
+    name = os.path.basename(os.path.normpath(args.output_dir))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)
+    stop = StopOnSignal()
+    trainer = AnimalTrainer(
         model=model,
         args=args,
         train_dataset=train_data,
-        eval_dataset=validation_data,
+        eval_dataset=load_split(config, "validation"),
         data_collator=collator,
-        processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        processing_class=scorer.processor,
+        peft_config=lora_config(model_args),
+        callbacks=[stop],
+        scorer=scorer,
+        eval_pictures=config.eval_pictures,
+        record=record,
     )
-    if trainer.is_world_process_zero():
-        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
-    resume = args.resume_from_checkpoint
-    if resume is None and os.path.isdir(args.output_dir):
-        resume = get_last_checkpoint(args.output_dir)
-    if resume and trainer.is_world_process_zero():
-        print(f"resuming from {resume}", flush=True)
+    trains = describe_trainable(trainer.model)  # raises where anything beside LoRA's adapters would train
+    if speaks:
+        print(f"trains          {trains}")
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, "run.json"), "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+        for line in passed_over:
+            print(line)
+        if resume:
+            print(f"resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(args.output_dir)  # all ranks: ZeRO-3 gathers the weights
-    if trainer.is_world_process_zero():
+    if stop.agreed:
+        if speaks:
+            print(f"stopped after step {trainer.state.global_step}; `sh train.sh` again goes on from there", flush=True)
+        trainer.accelerator.end_training()
+        sys.exit(128 + stop.agreed)
+    trainer.save_final()
+    if speaks:
         print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
     trainer.accelerator.end_training()
 

@@ -4,8 +4,7 @@
 #   sh train.sh --num_train_epochs 3         the command line wins
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
 cd "$(dirname "$0")" || exit 1
-python=python3
-[ -n "$VIRTUAL_ENV" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+. scripts/environment.sh
 
 # Each line puts one flag before what was given on the command line, which therefore comes last and wins.
 set -- --model_name_or_path model "$@"                  # folder with the files of llava-hf/llava-v1.6-mistral-7b-hf
@@ -24,6 +23,8 @@ set -- --weight_decay 0.01 "$@"                         # decoupled, on all but 
 set -- --warmup_ratio 0.03 "$@"                         # share of the steps that warm up (today's name: --warmup_steps 0.03)
 set -- --optim adamw_bnb_8bit "$@"                      # AdamW with 8-bit states (bitsandbytes)
 set -- --per_device_eval_batch_size 8 "$@"              # pictures a GPU in evaluation
+set -- --eval_strategy steps "$@"                       # measure accuracy while training ...
+set -- --eval_steps 100 "$@"                            # ... at each save, on --eval_pictures 500 held-out pictures
 set -- --logging_steps 10 "$@"                          # a log line every 10 steps
 set -- --logging_dir "./logs" "$@"                      # TensorBoard events, one subfolder a run
 set -- --report_to "tensorboard" "$@"                   # the only tracker

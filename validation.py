@@ -1,56 +1,35 @@
 """How good is a checkpoint? Closed-set accuracy on the held-out pictures.
 
     sh validation.sh                                                    # the training output, all GPUs
-    sh validation.sh --model_name_or_path model                         # the untuned model, for comparison
+    sh validation.sh --model_name_or_path model                         # the untuned model
+    sh validation.sh --compare_with logs/validation/model               # is it really better than that report's?
+    sh validation.sh --all_checkpoints                                  # which checkpoint-N is best?
+    sh validation.sh --linear_probe                                     # was the large model worth it?
     python validation.py --model_name_or_path sft-llava-1.6-7b/checkpoint-100 --per_device_eval_batch_size 4
 
-Leaves <report_dir>/<checkpoint name>/report.json and predictions.csv; prints a table, and as the last line of
-stdout one JSON object. Nothing is generated: the ten labels are scored in one forward pass a batch (see Scorer), so
-every picture gets ten probabilities and an answer that is always one of the labels.
+Leaves <report_dir>/<checkpoint name>/{report.html, report.json, predictions.csv, confusion_matrix.png,
+reliability.png} and TensorBoard events at the checkpoint's step in <logging_dir>/<run>/validation; prints a table,
+and as the last line of stdout one JSON object. Nothing is generated: the ten labels are scored in one forward pass a
+batch (see Scorer), so every picture gets ten probabilities and an answer that is always one of the labels.
 """
 
+import argparse
 import csv
-import json
-import math
 import os
 import sys
 import time
+from collections import Counter
+from importlib.metadata import version
 
 import config as settings
+from checkpoint import checkpoint_name, find_checkpoints, global_step, load_model, load_processor, run_name
 from config import UserError
-from data_process_utils import PictureError, load_picture, load_split, prepare
-
-
-def load_processor(path):
-    """The checkpoint's processor with the PIL image backend, the same with and without torchvision installed.
-
-    Old snapshots lack processor_config.json; what it would say then comes from config.json.
-    """
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(path)  # backend="pil" here would reach the tokenizer too
-    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    if processor.patch_size is None or processor.vision_feature_select_strategy is None:
-        model_config = AutoConfig.from_pretrained(path)
-        processor.patch_size = model_config.vision_config.patch_size
-        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1  # CLIP's class token
-    return processor
-
-
-def load_model(path, dtype="bfloat16"):
-    """The checkpoint for inference on this process's device, without DeepSpeed. Raises on missing or extra weights."""
-    import torch
-    from accelerate import PartialState
-    from transformers import LlavaNextForConditionalGeneration
-
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download the checkpoint again")
-    return model.eval().to(PartialState().device)
+from data_process_utils import PictureError, load_picture, load_split
+from metrics import compare, measure, paired
+from preflight import preflight
+from probe import linear_probe
+from ranking import rank_checkpoints
+from report import log_tensorboard, print_report, read_report, write_report
 
 
 class Scorer:
@@ -67,6 +46,7 @@ class Scorer:
         import torch
 
         self.processor, self.labels = processor, config.labels
+        self.most = sys.maxsize  # pictures that fit into memory at once, as far as is known
         self.conversation = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.question}]}
         ]
@@ -135,20 +115,25 @@ class Scorer:
     def score(self, model, batch):
         """-> float32 [batch, labels] on the CPU, log-probabilities of the labels (not normalised over them).
 
-        A batch that does not fit the GPU's memory is halved until it does, and that is said.
+        A batch that does not fit the GPU's memory is halved until it does, that is said, and the batches after it go
+        in such parts at once.
         """
         import torch
 
-        size = len(batch["input_ids"])
-        try:
-            inputs = {key: value.to(model.device) for key, value in batch.items()}
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            with torch.inference_mode():
-                logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            print(f"out of memory with {size} pictures at once: trying {(size + 1) // 2}", file=sys.stderr)
+        size, logits = len(batch["input_ids"]), None
+        if size <= self.most:
+            try:
+                inputs = {key: value.to(model.device) for key, value in batch.items()}
+                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+                with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
+                    logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.most = (size + 1) // 2
+                print(f"out of memory with {size} pictures at once: going on with {self.most}", file=sys.stderr)
+        if logits is None:  # out here, because the exception kept all activations alive
+            inputs = None
             parts = slice(size // 2), slice(size // 2, None)
             halves = [{key: value[part] for key, value in batch.items()} for part in parts]
             return torch.cat([self.score(model, half) for half in halves])
@@ -186,11 +171,12 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
             bar.update(len(indices))
 
 
-def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
+def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, in_step=False):
     """float32 [pictures, labels]: score_batches over all ranks, every picture once, every rank gets all.
 
-    lengths (image tokens a picture): like lengths share a batch, so little is padded. Raises UserError for a picture
-    that can no longer be read.
+    lengths (image tokens a picture): like lengths share a batch, so little is padded. in_step: every rank runs the
+    same number of forward passes, as ZeRO-3 needs it (a repeated batch gives the same rows again). Raises UserError
+    for a picture that can no longer be read.
     """
     import torch
     from accelerate import PartialState
@@ -200,6 +186,8 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
     order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
+    if in_step and len(share) < -(-len(batches) // state.num_processes):
+        share.append(batches[-1])
     done = list(score_batches(model, scorer, pictures, share, num_workers))
     result = torch.empty(len(pictures), len(scorer.labels))
     lost = {}
@@ -215,110 +203,109 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0):
     return result
 
 
-def wilson_interval(correct, n, z=1.959963984540054):
-    """95 % interval of a proportion (Wilson 1927): [low, high]; [0, 1] for n = 0."""
-    if n == 0:
-        return [0.0, 1.0]
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+def stratified_sample(labels, n, seed=0):
+    """Indices of n pictures with the classes in proportion, the same for the same list; all of them for n = 0."""
+    import random
+
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
+    size, seen, place = Counter(labels), Counter(), {}
+    for i in shuffled:
+        place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # how far through its class, 0 to 1
+        seen[labels[i]] += 1
+    return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
-def measure(labels, truth, predicted):
-    """Metrics of two equally long lists of class numbers; scikit-learn computes them. A label never seen scores 0."""
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+def load_scorer(path, config, dtype):
+    """(scorer, model) of a checkpoint. All ranks; if one of them cannot read it, each raises UserError."""
+    from accelerate.utils import gather_object
+    from safetensors import SafetensorError
 
-    classes = list(range(len(labels)))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        truth, predicted, labels=classes, zero_division=0.0
-    )
-    n, accuracy = len(truth), float(accuracy_score(truth, predicted))
-    present = [c for c in classes if c in set(truth) | set(predicted)]
-    return {
-        "n": n,
-        "accuracy": accuracy,
-        "accuracy_ci95": wilson_interval(round(accuracy * n), n),
-        "chance": 1 / len(labels),
-        "macro_f1": float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0.0)),
-        "per_class": {
-            label: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(s)}
-            for label, p, r, f, s in zip(labels, precision, recall, f1, support, strict=True)
-        },
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),  # [truth][prediction]
-        "labels": labels,
-    }
+    problem = scorer = model = None
+    try:
+        scorer = Scorer(load_processor(path), config)
+        model = load_model(path, dtype)
+    except UserError as error:
+        problem = str(error)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        problem = f"{path}: found {type(error).__name__} ({said}); expected a whole checkpoint; save or fetch it again"
+    if problems := [text for text in gather_object([problem]) if text]:
+        raise UserError(problems[0])
+    return scorer, model
 
 
 def validate(args):
     """Score args.model_name_or_path on the held-out split, on all ranks.
 
-    Returns (report, rows): the dict of report.json, and the rows of predictions.csv, on every rank.
+    Returns (report, rows): the dict of report.json, and the rows of predictions.csv, on every rank. Raises UserError,
+    before anything is loaded, if args.compare_with is about other pictures.
     """
+    from accelerate import PartialState
+
     config = settings.take(args)
     data = load_split(config, "validation")
-    processor = load_processor(args.model_name_or_path)
-    scorer = Scorer(processor, config)
-    model = load_model(args.model_name_or_path, args.dtype)
+    if args.on_eval_pictures:
+        data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures = [images[0] for images in data["images"]]
+    if args.compare_with:
+        other, other_rows = read_report(args.compare_with)
+        other_rows = paired(list(zip(pictures, data["label"], strict=True)), other_rows, args.compare_with)
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     started = time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
-    probability = log_p.softmax(1)  # over the labels
-    predicted = probability.argmax(1).tolist()
+    probability = log_p.double().softmax(1).tolist()  # over the labels
+    predicted = log_p.argmax(1).tolist()
     truth = [scorer.labels.index(label) for label in data["label"]]
-    report = measure(scorer.labels, truth, predicted) | {
+    right = [t == p for t, p in zip(truth, predicted, strict=True)]
+    report = measure(scorer.labels, truth, predicted, probability) | {
         "model": args.model_name_or_path,
+        "step": global_step(args.model_name_or_path),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,
+        "dtype": args.dtype,
+        "per_device_eval_batch_size": batch_size,
+        "processes": PartialState().num_processes,
+        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        "excluded": read_excluded(config, "validation"),
+        "comparison": None,
+        "linear_probe": None,
     }
+    if args.compare_with:
+        changed = [
+            {"image": image, "prediction": scorer.labels[p], "other_prediction": row["prediction"]}
+            for image, p, ok, row in zip(pictures, predicted, right, other_rows, strict=True)
+            if ok != row["correct"]
+        ]
+        where = {"model": other["model"], "where": args.compare_with, "changed": changed}
+        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | where
+    if args.linear_probe:
+        report["linear_probe"] = linear_probe(model, scorer.processor, config, args, right)
     rows = [
         {
             "image": picture,
             "label": scorer.labels[t],
             "prediction": scorer.labels[p],
-            "probability": float(row[p]),
+            "probability": row[p],
             "correct": t == p,
-            **dict(zip(scorer.labels, row.tolist(), strict=True)),
+            **dict(zip(scorer.labels, row, strict=True)),
         }
         for picture, t, p, row in zip(pictures, truth, predicted, probability, strict=True)
     ]
     return report, rows
 
 
-def write_report(report, rows, folder):
-    """report.json and predictions.csv into `folder`; each appears whole or not at all."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "predictions.csv.tmp"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    with open(os.path.join(folder, "report.json.tmp"), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2, ensure_ascii=False)
-    for name in ("predictions.csv", "report.json"):
-        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-
-
-def print_report(report, folder):
-    """The table for people, then the line for programs."""
-    low, high = report["accuracy_ci95"]
-    print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'f1':>6}")
-    for label, row in report["per_class"].items():
-        print(f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {row['f1']:>6.3f}")
-    print(
-        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}, "
-        f"chance {report['chance']:.2f}), macro-F1 {report['macro_f1']:.4f}\n"
-        f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; files in {folder}"
-    )
-    brief = ("accuracy", "n", "chance", "macro_f1", "images_per_second", "accuracy_ci95", "seconds", "model")
-    print(json.dumps({key: report[key] for key in brief} | {"report": os.path.join(folder, "report.json")}))
-
-
-def checkpoint_name(path):
-    """`runs/sft/checkpoint-100` -> `sft-checkpoint-100`, `sft-llava-1.6-7b` -> itself: the report's folder name."""
-    parts = os.path.normpath(path).split(os.sep)
-    return "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+def read_excluded(config, split):
+    """[{image, reason}] of the pictures that the check left out of a split."""
+    try:
+        with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    except FileNotFoundError:
+        return []
+    return [{"image": row["image"], "reason": row["reason"]} for row in rows]
 
 
 def add_inference_flags(parser):
@@ -331,48 +318,46 @@ def add_inference_flags(parser):
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
 
 
-def require_checkpoint(path):
-    """Raises UserError unless the folder `path` holds a checkpoint."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
-            "`sh train.sh`; or fetch the base model: `hf download llava-hf/llava-v1.6-mistral-7b-hf --local-dir model`"
-        )
-
-
-def preflight(config, model_name_or_path, splits):
-    """What can be known in a second: the checkpoint is there and the pictures are fit for use (caches are built).
-
-    Imports no torch. Returns prepare()'s summaries; raises one UserError with every problem found.
-    """
-    problems = []
-    for check in (
-        lambda: require_checkpoint(model_name_or_path),
-        lambda: prepare(config, splits=splits, model_name_or_path=model_name_or_path),
-    ):
-        try:
-            summary = check()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return summary
+def add_flags(parser):
+    """The flags of validation.py."""
+    add_inference_flags(parser)
+    parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
+    parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
+    parser.add_argument("--all_checkpoints", action="store_true", help="rank every checkpoint-N and the final model")
+    parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
+    parser.add_argument(
+        "--linear_probe", action="store_true", help="also fit logistic regression on the frozen vision tower's features"
+    )
 
 
 def main():
     parser = settings.parser(__doc__.splitlines()[0])
-    add_inference_flags(parser)
-    parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
+    add_flags(parser)
     args = parser.parse_args()
     config = settings.take(args)
-    preflight(config, args.model_name_or_path, ("validation",))
+    splits = ("train", "validation") if args.linear_probe else ("validation",)
+    preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
+    import torch
     from accelerate import PartialState
 
-    report, rows = validate(args)
-    if PartialState().is_main_process:
-        folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))
-        write_report(report, rows, folder)
-        print_report(report, folder)
+    PartialState(cpu=not torch.cuda.is_available())  # the first one decides; without cpu=True CPU ranks stay strangers
+
+    def run_one(path):
+        """All ranks; writes on the main one. -> (report, rows, folder)"""
+        report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path}))
+        folder = os.path.join(args.report_dir, checkpoint_name(path))
+        if PartialState().is_main_process:
+            write_report(report, rows, folder)
+            log_tensorboard(report, rows, os.path.join(config.logging_dir, run_name(path), "validation"))
+        return report, rows, folder
+
+    if args.all_checkpoints:
+        table = os.path.join(args.report_dir, f"{run_name(args.model_name_or_path)}-checkpoints.csv")
+        rank_checkpoints(find_checkpoints(args.model_name_or_path), run_one, table)
+    else:
+        report, _, folder = run_one(args.model_name_or_path)
+        if PartialState().is_main_process:
+            print_report(report, folder)
     if PartialState().num_processes > 1:
         PartialState().destroy_process_group()
 

@@ -10,6 +10,7 @@ the launcher's 1. train.py may just as well be started with plain `accelerate la
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,33 +18,30 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import config as settings  # noqa: E402
-from validation import preflight  # noqa: E402
+from preflight import preflight  # noqa: E402
+
+
+def count_gpus():
+    """The GPUs this process may use. Asks nvidia-smi: importing torch for it takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    try:
+        return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
+    except OSError:
+        return 0
 
 
 def count_processes():
-    """NUM_PROCESSES, else the visible GPUs, else 1. Asks nvidia-smi: importing torch for it takes seconds."""
+    """NUM_PROCESSES, else one a GPU, else 1."""
     chosen = os.environ.get("NUM_PROCESSES")
     if chosen is not None:
-        if not chosen.isdigit() or int(chosen) < 1:
-            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1")
+        gpus = count_gpus()
+        if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
+            most = f" to {gpus}, the GPUs there are" if gpus else ""
+            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
         return int(chosen)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]))
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
-        return max(1, listed.count("GPU "))
-    except (OSError, subprocess.CalledProcessError):
-        return 1
-
-
-def set_environment(processes):
-    """Threads a rank, and every cache that torch, DeepSpeed and friends would put under ~ into temp/."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
-        os.environ.setdefault(name, os.path.join(ROOT, "temp", "cache", name.lower()))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+    return max(1, count_gpus())
 
 
 def main():
@@ -53,41 +51,68 @@ def main():
         raise settings.UserError("launch.py: found no script; expected train.py or validation.py")
     launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
     processes = count_processes()
-    set_environment(processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+    if not count_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     training = os.path.basename(script) == "train.py"
     if not {"-h", "--help"} & set(flags):
         parser = settings.parser("")
         model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
         parser.add_argument("--model_name_or_path", default=model)
+        parser.add_argument("--all_checkpoints", action="store_true")
+        parser.add_argument("--linear_probe", action="store_true")
         args, _ = parser.parse_known_args(flags)
-        splits = ("train", "validation") if training else ("validation",)
-        preflight(settings.take(args), args.model_name_or_path, splits)
+        splits = ("train", "validation") if training or args.linear_probe else ("validation",)
+        preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
+    import psutil
+    import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun answers a signal by killing the ranks after 30 s, less than a checkpoint of the 7B takes. Ours pass it
+    # on, and the ranks end when they have saved.
+    torchrun_parser = torchrun.get_args_parser
+
+    def parser_without_signals():
+        result = torchrun_parser()
+        result.set_defaults(signals_to_handle="SIGQUIT")
+        return result
+
+    def pass_on(number, frame):
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    torchrun.get_args_parser = parser_without_signals
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
     try:
         if training:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            launch_command(
-                launch_command_parser().parse_args([*launcher_flags, f"--num_processes={processes}", script, *flags])
-            )
+            port = ["--main_process_port=0"]  # any free one
+            words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+            launch_command(launch_command_parser().parse_args(words))
         else:
-            from torch.distributed.run import main as torchrun
-
-            torchrun(["--standalone", f"--nproc_per_node={processes}", script, *flags])
+            torchrun.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if code != 2:
-            print(f"error: rank {rank} ended with exit code {code}; what it said stands above", file=sys.stderr)
+        if code not in (2, 130, 143):
+            how = (
+                f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with exit code {code}"
+            )
+            again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
+            print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
         sys.exit(code)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

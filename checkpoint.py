@@ -1,0 +1,166 @@
+"""What is in a checkpoint folder and how it is read: processor, model for training, model for inference, its name."""
+
+import functools
+import json
+import os
+import re
+import sys
+
+from config import UserError
+from hub_layout import HUB_TEMPLATE, SHARD_SIZE, adapter_config, base_of, check_weights, fetch, holds_model
+
+
+def load_processor(path):
+    """The checkpoint's processor (of an adapter: its base's) with the PIL image backend, torchvision or not.
+
+    processor.chat_template is the checkpoint's own, mended where old copies have it wrong; training and scoring pass
+    config.CHAT_TEMPLATE themselves. Old snapshots lack processor_config.json; config.json says the same.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+
+    path = base_of(path)
+    processor = AutoProcessor.from_pretrained(path)  # backend="pil" here would reach the tokenizer too
+    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    if processor.patch_size is None or processor.vision_feature_select_strategy is None:
+        model_config = AutoConfig.from_pretrained(path)
+        processor.patch_size = model_config.vision_config.patch_size
+        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1  # CLIP's class token
+    template = processor.chat_template
+    if template is None:
+        say(f"{path}: has no chat template; what is saved gets the hub's")
+        processor.chat_template = HUB_TEMPLATE
+    elif "\\s>" in template:
+        say(f"{path}: its chat template ends answers with <\\s> (an old mistake); what is saved says </s>")
+        processor.chat_template = re.sub(r"<\\+s>", "</s>", template)
+    tokens = processor.tokenizer.tokenize("<image>\nx")
+    if tokens[:2] != ["<image>", "▁"]:  # one token, and the ▁ that some rebuilt tokenizers drop after it
+        files = "tokenizer.json tokenizer_config.json added_tokens.json"
+        raise UserError(
+            f"{path}: its tokenizer cuts '<image>' and a new line into {tokens}; expected '<image>', '▁', ... as the "
+            f"model was trained on; fetch the tokenizer anew: {fetch(path, files)}"
+        )
+    return processor
+
+
+def say(message):
+    """On rank 0's stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def load_weights(path, **options):
+    """LlavaNextForConditionalGeneration from `path`; raises UserError unless every parameter is there and fits."""
+    from transformers import LlavaNextForConditionalGeneration
+
+    problems = check_weights(path)
+    if problems:
+        raise UserError("\n".join(problems))
+    model, info = LlavaNextForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download the checkpoint again")
+    return model
+
+
+def load_model(path, dtype="bfloat16"):
+    """The checkpoint, or base and adapter, for inference on this process's device, without DeepSpeed."""
+    import torch
+    from accelerate import PartialState
+
+    model = load_weights(base_of(path), dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if adapter_config(path) is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path)
+    return model.eval().to(PartialState().device)
+
+
+def load_for_training(model_args, args):
+    """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on; in 4 or 8 bit if asked. All ranks."""
+    import torch
+    from accelerate import PartialState
+    from trl import get_quantization_config
+
+    path, problems = model_args.model_name_or_path, []
+    if model_args.dtype not in ("bfloat16", "float32"):
+        problems.append(
+            f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (nothing here scales the loss, which "
+            "float16, the checkpoint's own type, would need)"
+        )
+    if adapter_config(path) is not None:
+        problems.append(
+            f"--model_name_or_path {path}: found an adapter; expected a plain checkpoint; go on with it by "
+            f"--resume_from_checkpoint, or merge it first: `python lora.py {path} --merge OUT`"
+        )
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        if not model_args.use_peft:
+            problems.append("--load_in_4bit, --load_in_8bit: quantized weights cannot be trained; add --use_peft")
+        if args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3:
+            problems.append(
+                "--load_in_4bit, --load_in_8bit: ZeRO-3 cannot partition quantized weights; add --config_file "
+                "scripts/ddp.yaml"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    quantization = get_quantization_config(model_args)
+    options = {}
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]  # 4 bit reads it too
+        options = {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    model = load_weights(
+        path,
+        dtype=getattr(torch, model_args.dtype),
+        attn_implementation=model_args.attn_implementation or "sdpa",
+        **options,
+    )
+    # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
+    # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
+    model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
+    model.config.use_cache = False  # of no use in training
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
+    return model
+
+
+def checkpoint_name(path):
+    """`runs/sft/checkpoint-100` -> `sft-checkpoint-100`, `sft-llava-1.6-7b` -> itself: the report's folder name."""
+    parts = os.path.abspath(path).split(os.sep)
+    return "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def run_name(path):
+    """The name under which train.py logs to TensorBoard: of the run's folder, for a checkpoint-N in it too."""
+    path = os.path.abspath(path)
+    return os.path.basename(os.path.dirname(path) if os.path.basename(path).startswith("checkpoint-") else path)
+
+
+def saved_steps(path):
+    """{N: folder} of the checkpoint-N in a run's folder, in order."""
+    found = {int(name[11:]): name for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)}
+    return {step: os.path.join(path, found[step]) for step in sorted(found)}
+
+
+def global_step(path):
+    """After how many optimizer steps it was saved: trainer_state.json, else its name, else the run's last; or None."""
+    state = os.path.join(path, "trainer_state.json")
+    if os.path.isfile(state):
+        with open(state, encoding="utf-8") as file:
+            return json.load(file)["global_step"]
+    named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
+    return int(named[1]) if named else max(saved_steps(path), default=None)
+
+
+def find_checkpoints(path):
+    """Every checkpoint-N of a run, in order, and the final model if it is there; fit for use or not.
+
+    Raises UserError if there is none.
+    """
+    found = list(saved_steps(path).values()) if os.path.isdir(path) else []
+    if holds_model(path):
+        found.append(path)
+    if not found:
+        raise UserError(
+            f"--all_checkpoints: found no checkpoint-N and no model in {path}; expected the output folder of a "
+            "training; name it with --model_name_or_path"
+        )
+    return found

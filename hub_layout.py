@@ -1,0 +1,312 @@
+"""A checkpoint folder as files: check one before its weights load, and write one as the hub repository has it.
+
+    python hub_layout.py model      # is all there, and does it fit together? Reads headers, no weights
+
+Reads what copies of llava-hf/llava-v1.6-mistral-7b-hf look like: as downloaded, older and newer snapshots, the hub's
+cache with its links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them. Writes the hub's
+form again: its file names and settings in today's and yesterday's spelling, which transformers 4.46 to 5 read.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+
+import config as settings
+from config import UserError
+
+HUB_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
+SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB in one file
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+HUB_TEMPLATE = (  # for a copy that has no chat template: the hub's, without BOS, with a space after </s>
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
+    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def fetch(path, name=""):
+    """The command that brings a file, or all of them."""
+    return f"`hf download {HUB_NAME}{' ' + name if name else ''} --local-dir {path}`"
+
+
+def adapter_config(path):
+    """The adapter's settings if `path` is a LoRA adapter's folder, else None."""
+    file = os.path.join(path, "adapter_config.json")
+    return read_json(file) if os.path.isfile(file) else None
+
+
+def base_of(path):
+    """The folder of the base checkpoint if `path` is an adapter's, else `path` itself."""
+    adapter = adapter_config(path)
+    return path if adapter is None else str(adapter.get("base_model_name_or_path"))
+
+
+def holds_model(path):
+    """A checkpoint or an adapter, judged by its settings file; the weights may still be missing."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json"))
+
+
+def read_json(file):
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return json.load(opened)
+    except ValueError as error:
+        raise UserError(f"{file}: found {error}; expected JSON; download the file again") from None
+
+
+def require_checkpoint(path):
+    """Raises UserError, a line a problem, unless `path` holds a checkpoint we can use, or an adapter to one."""
+    problems = check_files(path)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_files(path):
+    """-> a list of problems: files that are missing, cut short or of another model. A second for 15 GB, no torch."""
+    adapter = adapter_config(path)
+    if adapter is not None:
+        base = base_of(path)
+        if not os.path.isfile(os.path.join(base, "config.json")):
+            return [
+                f"{path}: found an adapter to the base model {base!r}, which is not there; expected that folder; put "
+                f"it there, or write its new place into base_model_name_or_path of {path}/adapter_config.json"
+            ]
+        _, problems = read_shards(path, "adapter_model")
+        return problems + check_files(base)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return [
+            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
+            f"`sh train.sh`; or fetch the base model: {fetch('model')}"
+        ]
+    try:
+        config = read_json(os.path.join(path, "config.json"))
+    except UserError as error:
+        return [str(error)]
+    kind = config.get("model_type")
+    if kind != "llava_next" or config.get("text_config", {}).get("model_type", "llama") not in ("mistral", "llama"):
+        return [f"{path}: found model_type {kind!r} in config.json; expected 'llava_next': {fetch(path)}"]
+    if "quantization_config" in config:
+        return [
+            f"{path}: found a quantized copy (quantization_config in config.json); expected the plain weights: "
+            f"{fetch(path)}; --load_in_4bit quantizes them as they load"
+        ]
+    _, problems = read_shards(path)
+    there = {name for name in os.listdir(path) if os.path.exists(os.path.join(path, name))}
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # tokenizer.model alone is read differently
+        if name not in there:
+            problems.append(f"{path}: {name} is missing: {fetch(path, name)}")
+    nested = "processor_config.json" in there and "image_processor" in read_json(
+        os.path.join(path, "processor_config.json")
+    )
+    if "preprocessor_config.json" not in there and not nested:
+        problems.append(f"{path}: preprocessor_config.json is missing: {fetch(path, 'preprocessor_config.json')}")
+    return problems
+
+
+def read_shards(path, stem="model"):
+    """-> ({parameter name: shape}, problems) from the headers of the safetensors files. Reads no weights."""
+    index = os.path.join(path, f"{stem}.safetensors.index.json")
+    single = f"{stem}.safetensors"
+    if os.path.isfile(index):
+        try:
+            expected = read_json(index)["weight_map"]  # parameter name -> file
+        except (UserError, KeyError, TypeError):
+            return {}, [f"{index}: found no weight_map in it; expected the list of shards; download the file again"]
+        files = sorted(set(expected.values()))
+    else:
+        expected, files = None, [single]
+    shapes, problems = {}, []
+    for name in files:
+        file = os.path.join(path, name)
+        try:
+            header = read_header(file)
+        except FileNotFoundError:
+            problems.append(f"{file}: not found; expected {len(files)} file(s) of weights: {fetch(path, name)}")
+        except ValueError as error:
+            problems.append(f"{file}: found {error}; delete it and download it again: {fetch(path, name)}")
+        else:
+            shapes |= header
+            lost = sorted(key for key in expected or () if expected[key] == name and key not in header)
+            if lost:
+                problems.append(f"{file}: found no {some(lost)}; expected by {index}: {fetch(path, name)}")
+    return shapes, problems
+
+
+def read_header(file):
+    """{name: shape} of a safetensors file. ValueError says what is wrong with it, its length included."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as opened:
+        start = opened.read(8)
+        if start == b"version ":
+            raise ValueError("a Git LFS pointer instead of the weights (`git lfs pull` fetches them)")
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"{size:,} bytes that are not safetensors, or cut short")
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError:
+            raise ValueError(f"{size:,} bytes that are not safetensors") from None
+    header.pop("__metadata__", None)
+    whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != whole:
+        raise ValueError(f"{size:,} bytes where its header tells of {whole:,}")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def some(names, most=3):
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def whole_models():
+    """A model that is built in here is whole, not partitioned, even if ZeRO-3 is on."""
+    from transformers.integrations import deepspeed
+
+    kept, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def check_weights(path):
+    """-> a list of problems: shards missing or cut short; parameters missing, unexpected or of another shape.
+
+    Compares the files' headers with the model that config.json describes, built without memory (meta device), through
+    transformers' own renaming. Under ZeRO-3 transformers itself reports only missing ones. Seconds, reads no weights.
+    """
+    shapes, problems = read_shards(path)
+    if problems:
+        return problems
+    import torch
+    from transformers import AutoConfig, LlavaNextForConditionalGeneration
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    with whole_models(), torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(path))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    rules = get_model_conversion_mapping(model)
+    renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    found = {}  # parameter name of the model -> (name in the file, shape)
+    for name, shape in shapes.items():
+        found[rename_source_key(name, renaming, others, model.base_model_prefix, expected)[0]] = name, shape
+    # buffers of older versions that no longer are parameters
+    unexpected = [found[n][0] for n in found if n not in expected and not n.endswith(("position_ids", "inv_freq"))]
+    missing = [name for name in expected if name not in found]
+    problems = []
+    if missing:
+        problems.append(f"{path}: {len(missing)} parameters are missing: {some(missing)}")
+    if unexpected:
+        problems.append(f"{path}: {len(unexpected)} parameters that config.json knows nothing of: {some(unexpected)}")
+    for name in expected.keys() & found.keys():
+        was, shape = found[name]
+        if shape != expected[name]:
+            problems.append(f"{path}: {was} has shape {list(shape)}; config.json expects {list(expected[name])}")
+    if problems:
+        more = len(problems) - 5
+        problems = problems[:5] + ([f"{path}: {more} more of these"] if more > 0 else [])
+        problems.append(f"{path}: the weights and config.json are not of one model; fetch both anew: {fetch(path)}")
+    return problems
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_json(file, content):
+    part = f"{file}.part"
+    with open(part, "w", encoding="utf-8") as opened:
+        json.dump(content, opened, indent=2, ensure_ascii=False)
+        opened.write("\n")
+    os.replace(part, file)
+
+
+def write_hub_files(folder, source, processor):
+    """Make of what transformers 5 saved in `folder` what the hub repository holds. Main process only.
+
+    `source` is the folder the model was loaded from: its tokenizer files, which training does not change, are copied.
+    Both spellings of each setting are written, for readers before and after transformers 5.
+    """
+    source = base_of(source)
+    for name in TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    write_tokenizer_settings(folder, processor)
+    nested = read_json(os.path.join(folder, "processor_config.json"))
+    pixels = nested.pop("image_processor") | {"processor_class": nested["processor_class"]}
+    write_json(os.path.join(folder, "preprocessor_config.json"), dict(sorted(pixels.items())))
+    write_json(os.path.join(folder, "processor_config.json"), nested)  # transformers 4.50 stops at a nested one
+    write_json(os.path.join(folder, "chat_template.json"), {"chat_template": processor.chat_template})
+    file = os.path.join(folder, "config.json")
+    if os.path.isfile(file):  # an adapter has none
+        config = read_json(file)
+        for part in (config, config["text_config"], config["vision_config"]):
+            if "dtype" in part:
+                part["torch_dtype"] = part["dtype"]
+        config["text_config"]["rope_theta"] = config["text_config"]["rope_parameters"]["rope_theta"]
+        config.pop("use_cache", None)  # was off for training only
+        write_json(file, config)
+
+
+def write_tokenizer_settings(folder, processor):
+    """tokenizer_config.json, special_tokens_map.json and added_tokens.json that readers of transformers 4 take."""
+    tokenizer = processor.tokenizer
+    file = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(file)
+    if config.get("tokenizer_class") != "LlamaTokenizer":  # transformers 5 writes its own TokenizersBackend
+        for name in ("backend", "is_local", "local_files_only"):
+            config.pop(name, None)
+        special = config.pop("model_specific_special_tokens", None) or {"image_token": processor.image_token}
+        config |= {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": special, "legacy": True}
+        write_json(file, config)
+    if "added_tokens_decoder" not in config:
+        config["added_tokens_decoder"] = {
+            str(i): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word")}
+            | {"special": True}
+            for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        }
+        write_json(file, config)
+    map_file, added_file = (os.path.join(folder, name) for name in ("special_tokens_map.json", "added_tokens.json"))
+    if not os.path.isfile(map_file):
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        write_json(map_file, {name: {"content": getattr(tokenizer, name)} | flags for name in names})
+    if not os.path.isfile(added_file):
+        core = {"<unk>", "<s>", "</s>"}
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content not in core}
+        write_json(added_file, added)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("path", help="folder of a checkpoint or an adapter")
+    path = parser.parse_args().path
+    require_checkpoint(path)
+    problems = check_weights(base_of(path))
+    if problems:
+        raise UserError("\n".join(problems))
+    shapes, _ = read_shards(base_of(path))
+    print(f"{path}: nothing is missing; {len(shapes)} parameter tensors")
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,81 @@
+"""LoRA: train small adapters beside frozen weights, and fold them into a plain checkpoint.
+
+    sh train.sh --use_peft --learning_rate 2e-4                                     # ZeRO-3, as without LoRA
+    sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml      # the whole model on each GPU
+    sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml --load_in_4bit    # QLoRA
+    python lora.py sft-llava-1.6-7b --merge merged                                  # adapter + base -> checkpoint
+
+validation.sh, test.py and --resume_from_checkpoint take the adapter's folder as it is. An adapter names its base
+model's folder; the two travel together.
+"""
+
+import argparse
+import os
+import re
+
+import config as settings
+from checkpoint import load_model, load_processor
+from config import UserError
+from hub_layout import SHARD_SIZE, adapter_config, require_checkpoint, some, write_hub_files
+
+# The language model's linear layers; the vision tower, the projector and lm_head stay as they are.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def lora_config(model_args):
+    """peft's LoraConfig from the flags, or None; by default on the language model's linear layers alone."""
+    from trl import get_peft_config
+
+    config = get_peft_config(model_args)
+    if config is not None and model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
+        config.target_modules = LORA_TARGETS
+    return config
+
+
+def describe_trainable(model):
+    """-> a line: how many parameters train and which. Raises UserError if one trains beside what LoRA added."""
+    numbers, kinds, strange = [0, 0], {}, []
+    for name, value in model.named_parameters():
+        count = getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves 0 elements in a partitioned parameter
+        numbers[0] += count
+        if value.requires_grad:
+            numbers[1] += count
+            short = re.sub(r"^base_model\.model\.|\.(default|weight)\b|lora_[A-Za-z_]*", "", name)
+            kind = re.sub(r"\.\d+\.", ".*.", short).strip(".")
+            kinds[kind] = kinds.get(kind, 0) + 1
+            if "lora_" not in name and "modules_to_save" not in name and hasattr(model, "peft_config"):
+                strange.append(name)
+    if strange:
+        raise UserError(f"--use_peft: {len(strange)} parameters beside the adapters would train: {some(strange)}")
+    line = f"{numbers[1]:,} of {numbers[0]:,} parameters = {numbers[1] / numbers[0]:.2%}"
+    return line + (f": {', '.join(f'{kind} ({n})' for kind, n in kinds.items())}" if len(kinds) < 40 else "")
+
+
+def merge(adapter, out, dtype="bfloat16"):
+    """Write base + adapter as a plain checkpoint to the folder `out`."""
+    if adapter_config(adapter) is None:
+        raise UserError(f"{adapter}: found no adapter_config.json; expected what `sh train.sh --use_peft` leaves")
+    if os.path.exists(out) and os.listdir(out):
+        raise UserError(f"--merge {out}: found files there; expected a new folder; name another one")
+    require_checkpoint(adapter)
+    model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
+    processor = load_processor(adapter)
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    processor.save_pretrained(out)
+    write_hub_files(out, adapter, processor)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("adapter", help="folder that `sh train.sh --use_peft` left, or a checkpoint-N in it")
+    parser.add_argument("--merge", metavar="OUT", required=True, help="new folder for the plain checkpoint")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the merged weights")
+    args = parser.parse_args()
+    merge(args.adapter, args.merge, args.dtype)
+    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {args.merge}")
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,177 @@
+"""Everything that can be known to go wrong before the weights load, found together and said in one message.
+
+preflight() takes a second and imports no torch: the launcher calls it before anything slow starts. check_run() adds
+what needs the parsed training flags.
+"""
+
+import math
+import os
+import shutil
+
+from checkpoint import find_checkpoints
+from config import UserError
+from data_process_utils import prepare
+from hub_layout import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
+
+GIB = 2**30
+
+
+class Findings(list):
+    """The problems that several checks found, to be said together."""
+
+    def attempt(self, check, *values):
+        """check(*values); a UserError is noted and gives None."""
+        try:
+            return check(*values)
+        except UserError as error:
+            self.append(str(error))
+
+    def report(self):
+        """Raise one UserError with all of them, if there are any."""
+        if self:
+            raise UserError("\n".join(self))
+
+
+def preflight(config, model_name_or_path, splits, all_checkpoints=False):
+    """The checkpoint is there, and the pictures are fit for use; builds their caches. Returns prepare()'s summary.
+
+    all_checkpoints: a run's folder will do as well; its newest whole checkpoint says how many tokens a picture has.
+    """
+    path = model_name_or_path
+    if all_checkpoints:
+        found = find_checkpoints(path)
+        path = next((p for p in reversed(found) if holds_model(p)), path)
+    findings = Findings()
+    findings.attempt(require_checkpoint, path)
+    summary = findings.attempt(prepare, config, splits, base_of(path))
+    findings.report()
+    return summary
+
+
+def check_run(config, args, model_args):
+    """Everything for a training run, before the weights load. -> (prepare()'s summary, Scorer, make_plan()'s plan).
+
+    Raises one UserError with every problem found, a line each.
+    """
+    path, findings = model_args.model_name_or_path, Findings()
+    summary = findings.attempt(prepare, config, ("train", "validation"), base_of(path))
+    scorer = findings.attempt(check_checkpoint, path, config)
+    findings.attempt(check_output_dir, args.output_dir)
+    findings.attempt(check_ranks, args.use_cpu)
+    plan = findings.attempt(make_plan, config, args, model_args) if holds_model(path) else None
+    if holds_model(path):
+        total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
+        findings.attempt(check_disk, args, plan["trained"] if plan else total)
+        findings.attempt(check_memory, args, plan)
+    findings.report()
+    return summary, scorer, plan
+
+
+def check_checkpoint(path, config):
+    """Files, weights, tokenizer, processor and answers of a checkpoint are usable. -> its Scorer."""
+    from checkpoint import load_processor
+    from validation import Scorer
+
+    require_checkpoint(path)
+    if problems := check_weights(base_of(path)):
+        raise UserError("\n".join(problems))
+    try:
+        processor = load_processor(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
+            "hub repository's files; fetch all that is not weights again"
+        ) from None
+    return Scorer(processor, config)
+
+
+def make_plan(config, args, model_args):
+    """scripts/memory_plan.py's plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
+    from scripts import memory_plan
+
+    file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
+    if file.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    tokens = memory_plan.token_counts(model, config.temp_dir)
+    with whole_models():
+        return memory_plan.plan(
+            model,
+            file,
+            args.world_size,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            (tokens["median"], tokens["largest"]),
+            offload_activations=bool((args.activation_checkpointing_kwargs or {}).get("offload")),
+            method=("qlora" if model_args.load_in_4bit else "lora") if model_args.use_peft else "full",
+            lora_r=model_args.lora_r,
+            save_total_limit=args.save_total_limit or 1,
+        )
+
+
+def check_memory(args, plan):
+    """The plan's peak at the largest picture fits the smallest GPU of this rank's machine."""
+    import torch
+
+    if args.use_cpu or plan is None:
+        return
+    found = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
+    peak = plan["peaks"]["largest"]
+    if peak > found:
+        raise UserError(
+            f"found GPUs of {found:.1f} GiB; expected {peak:.1f} GiB for --per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} at the largest picture (computed); look at what "
+            "fits: python scripts/memory_plan.py"
+        )
+
+
+def check_disk(args, parameters):
+    """Room for save_total_limit checkpoints, one being written, one being deleted, and the final model.
+
+    Bytes a parameter: 2 in safetensors (bf16) and, for resuming, 4 of fp32 master and 2.03 of 8-bit states.
+    """
+    resumable = 0 if args.save_only_model else 6.03
+    checkpoint = parameters * (2 + resumable)
+    kept = (args.save_total_limit or 0) + 2 if args.save_strategy != "no" else 0
+    parent = os.path.abspath(args.output_dir)
+    already = 0
+    if os.path.isdir(parent):
+        already = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(parent) for f in files)
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    needed, free = kept * checkpoint + parameters * 2, shutil.disk_usage(parent).free + already
+    if free < needed:
+        raise UserError(
+            f"--output_dir {args.output_dir}: found {free / GIB:.1f} GiB free; expected {needed / GIB:.1f} GiB for "
+            f"{kept} checkpoints of {checkpoint / GIB:.1f} GiB (--save_total_limit {args.save_total_limit} + 2) and "
+            f"the model of {parameters * 2 / GIB:.1f} GiB; lower --save_total_limit, or choose another disk"
+        )
+
+
+def check_output_dir(output_dir):
+    """Empty, absent, or a run of ours; and writable."""
+    if os.path.isdir(output_dir):
+        content = sorted(os.listdir(output_dir))
+        ours = "run.json" in content or ".saving" in content or any(n.startswith("checkpoint-") for n in content)
+        if content and not ours:
+            raise UserError(
+                f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an "
+                "earlier run of train.py; choose another, or empty it"
+            )
+        parent = output_dir
+    else:
+        parent = os.path.dirname(os.path.abspath(output_dir))
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to; choose another folder")
+
+
+def check_ranks(use_cpu):
+    """No more ranks on this machine than GPUs."""
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = 0 if use_cpu else torch.cuda.device_count()
+    if gpus and ranks > gpus:
+        raise UserError(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")

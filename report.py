@@ -1,0 +1,321 @@
+"""What a validation run leaves behind: report.json, predictions.csv, report.html, two plots, TensorBoard events.
+
+    python report.py logs/validation/sft-llava-1.6-7b      # make page and plots again from report.json, predictions.csv
+
+The page is one file (report.html beside this script is its template): no script, nothing fetched, pictures embedded
+as small JPEGs up to EMBEDDED bytes, the worst mistakes first; what goes beyond stands there by file name.
+"""
+
+import base64
+import csv
+import glob
+import io
+import json
+import os
+import sys
+import time
+from urllib.parse import quote
+
+import config as settings
+from config import UserError
+from data_process_utils import PictureError, load_picture
+
+EMBEDDED = 13_000_000  # bytes of base64 a page; 3,000 pictures need about 10,000,000
+SMALL, LARGE = 96, 240  # pixels, longest side of a thumbnail; of a picture in a gallery
+MISTAKES, UNCERTAIN, CHANGED = 48, 12, 96  # pictures in a gallery
+BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
+
+
+def write_report(report, rows, folder):
+    """Everything about one run into `folder`. All is made beside it first; an interrupted run leaves the old report."""
+    new = f"{os.path.normpath(folder)}.new"
+    os.makedirs(new, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(new, "predictions.csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(os.path.join(new, "report.json"), "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=2, ensure_ascii=False)
+    for name, figure in (("confusion_matrix.png", confusion_figure(report)), ("reliability.png", reliability(report))):
+        figure.savefig(os.path.join(new, name), dpi=150)
+    with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
+        file.write(page(report, rows, folder))
+    for name in os.listdir(new):
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
+    os.rmdir(new)
+
+
+def read_report(path):
+    """(report, rows) as they were written, from a report folder or a file in it. Raises UserError if they are not."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    try:
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
+            report = json.load(file)
+        with open(os.path.join(folder, "predictions.csv"), newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["correct"] = {"True": True, "False": False}[row["correct"]]
+            row |= {key: float(row[key]) for key in ("probability", *report["labels"])}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: found no readable report ({error!r}); expected a folder with report.json and predictions.csv; "
+            "make it with validation.sh"
+        ) from None
+    return report, rows
+
+
+def print_report(report, folder):
+    """The table for people, then the line for programs."""
+    low, high = report["accuracy_ci95"]
+    print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'f1':>6}")
+    for label, row in report["per_class"].items():
+        print(f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {row['f1']:>6.3f}")
+    print(
+        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}, "
+        f"chance {report['chance']:.2f}), macro-F1 {report['macro_f1']:.4f}, calibration error {report['ece']:.4f}"
+    )
+    if probe := report["linear_probe"]:
+        print_comparison(probe["comparison"], "linear probe on the vision tower")
+    if report["comparison"]:
+        print_comparison(report["comparison"], report["comparison"]["model"])
+    print(
+        f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
+        f"excluded; open {os.path.join(folder, 'report.html')}"
+    )
+    print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
+
+
+def print_comparison(c, name):
+    low, high = c["difference_ci95"]
+    print(
+        f"against {name}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} (95 % interval "
+        f"{low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, {c['only_other']} only the "
+        f"other; McNemar's exact p = {c['mcnemar_p']:.3g}"
+    )
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(report, rows, folder):
+    """report.html for a report in `folder` (pictures are linked relative to it)."""
+    number = {label: i for i, label in enumerate(report["labels"])}
+    wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])
+    right = sorted((row for row in rows if row["correct"]), key=lambda row: row["probability"])
+    by_name, changed = {row["image"]: row for row in rows}, []
+    if report["comparison"]:
+        changed = [side | {"row": by_name[side["image"]]} for side in report["comparison"]["changed"]]
+        changed = sorted(changed, key=lambda side: side["row"]["correct"])[:CHANGED]
+    in_cell = {}
+    for row in wrong + right:
+        in_cell.setdefault((number[row["label"]], number[row["prediction"]]), []).append(row)
+    confusions = [
+        {"t": t, "p": p, "count": len(cell), "total": sum(report["confusion_matrix"][t])}
+        for (t, p), cell in in_cell.items()
+        if t != p
+    ]
+    mistakes, uncertain = wrong[:MISTAKES], right[:UNCERTAIN]
+    small, large, dropped = embed([row["image"] for row in wrong + right], [r["image"] for r in mistakes + uncertain])
+    return render(
+        folder,
+        title=f"Validation of {report['model']}",
+        report=report,
+        cells=[{"t": t, "p": p, "rows": cell} for (t, p), cell in sorted(in_cell.items())],
+        confusions=sorted(confusions, key=lambda c: (-c["count"], c["t"], c["p"]))[:10],
+        biggest_bin=max(row["n"] for row in report["calibration"]),
+        mistakes=mistakes,
+        uncertain=uncertain,
+        changed=changed,
+        small=small,
+        large=large,
+        dropped=dropped,
+    )
+
+
+def contact_sheet(rows, labels, model, folder, min_probability=0.0):
+    """The page of test.py: dicts of its CSV (probabilities as floats), by the name given, the most certain first."""
+    named = sorted((row for row in rows if not row["error"]), key=lambda row: -row["probability"])
+    groups = [(name, [row for row in named if row["prediction"] == name]) for name in [*labels, "unsure"]]
+    small, _, dropped = embed([row["image"] for row in reversed(named)], [])
+    return render(
+        folder,
+        title="Animals, as named",
+        sheet=True,
+        rows=rows,
+        labels=labels,
+        model=model,
+        min_probability=min_probability,
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        groups=[(name, group) for name, group in groups if group],
+        unreadable=[row for row in rows if row["error"]],
+        small=small,
+        dropped=dropped,
+    )
+
+
+def render(folder, **context):
+    from jinja2 import Environment, FileSystemLoader
+
+    def show(value, kind):
+        return {
+            "percent": f"{100 * value:.1f}\N{NO-BREAK SPACE}%",
+            "points": f"{100 * value:+.1f}",
+            "ratio": f"{value:.3f}",
+            "count": f"{value:,.0f}",
+            "seconds": f"{value:,.1f}",
+            "round": f"{100 * value:.0f}\N{NO-BREAK SPACE}%",
+            "p": f"{value:.2g}" if value >= 0.0001 else "below 0.0001",
+        }[kind]
+
+    def top(row, labels):
+        """The five most probable labels, and the true one if it is not among them."""
+        best = sorted(labels, key=lambda label: -row[label])[:5]
+        return best if row.get("label") in [None, *best] else [*best, row["label"]]
+
+    here = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True)
+    here.filters |= {"show": show, "top": top, "basename": os.path.basename}
+    here.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
+    return here.get_template("report.html").render(small_side=SMALL, large_side=LARGE, **context)
+
+
+def embed(small, large):
+    """Data URIs for the page: ({path: small picture}, {path: large one}, how many did not fit into EMBEDDED bytes).
+
+    Paths in order of importance; the large ones go first. A picture that can no longer be read is left out.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    wanted = set(large)
+
+    def shrink(path):
+        try:
+            picture = load_picture(path)
+        except PictureError:
+            return None, None
+        return [encode(picture, side) for side in ((SMALL, LARGE) if path in wanted else (SMALL,))]
+
+    def encode(picture, side):
+        copy, file = picture.copy(), io.BytesIO()
+        copy.thumbnail((side, side))
+        copy.save(file, "JPEG", quality=60 if side == SMALL else 75, optimize=True)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+    result, used, dropped = ({}, {}), 0, 0
+    order = list(dict.fromkeys([*large, *small]))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start in tqdm(range(0, len(order), 256), desc="thumbnails", disable=not sys.stderr.isatty()):
+            block = order[start : start + 256]
+            if used > EMBEDDED:
+                dropped += len(block)
+                continue
+            for path, sizes in zip(block, threads.map(shrink, block), strict=True):
+                used += sum(len(size or "") for size in sizes)
+                if used > EMBEDDED:
+                    dropped += 1
+                    continue
+                for known, size in zip(result, sizes, strict=False):
+                    known[path] = size
+    return *result, dropped
+
+
+# --- plots and TensorBoard -------------------------------------------------------------------------------------------
+
+
+def confusion_figure(report):
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 2 + 0.5 * len(report["labels"])  # inches
+    figure = Figure((size, size), layout="constrained")
+    import numpy as np
+
+    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
+    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d")
+    display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")
+    return figure
+
+
+def reliability(report):
+    from matplotlib.figure import Figure
+
+    figure = Figure((5, 5), layout="constrained")
+    axes = figure.subplots()
+    bins = [row for row in report["calibration"] if row["n"]]
+    axes.bar([row["low"] for row in bins], [row["accuracy"] for row in bins], 0.1, align="edge", edgecolor="white")
+    axes.plot([0, 1], [0, 1], "--", color="tab:orange", label="certain as often as right")
+    axes.plot([row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="black", ms=4)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="how certain it was", ylabel="how often it was right")
+    axes.set_title(f"expected calibration error {report['ece']:.3f}, n = {report['n']:,}")
+    axes.legend()
+    return figure
+
+
+def mistakes_figure(rows, most=16):
+    """The most confident mistakes as one picture, or None."""
+    from matplotlib.figure import Figure
+
+    wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])[:most]
+    if not wrong:
+        return None
+    columns = min(4, len(wrong))
+    figure = Figure((2.4 * columns, 2.6 * -(-len(wrong) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(wrong) // columns), columns, squeeze=False).flat
+    for axes in grid:
+        axes.axis("off")
+    for axes, row in zip(grid, wrong, strict=False):
+        picture = load_picture(row["image"])
+        picture.thumbnail((LARGE, LARGE))
+        axes.imshow(picture)
+        axes.set_title(f"{row['label']}, called\n{row['prediction']} {row['probability']:.0%}", fontsize=9)
+    return figure
+
+
+def log_tensorboard(report, rows, folder):
+    """Scalars and images of one checkpoint at its step into the one event file of `folder`.
+
+    What that file already has for other steps stays, for this step it is replaced, and all is in order of the steps:
+    TensorBoard drops what comes before a step that goes back.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    step = report["step"] or 0
+    values = [
+        Summary.Value(tag=f"validation/{tag}", simple_value=report[tag]) for tag in ("accuracy", "macro_f1", "ece")
+    ]
+    if report["linear_probe"]:
+        values.append(Summary.Value(tag="validation/linear_probe", simple_value=report["linear_probe"]["accuracy"]))
+    for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
+        if figure:
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=100)
+            width, height = figure.canvas.get_width_height()
+            image = Summary.Image(encoded_image_string=png.getvalue(), width=width, height=height, colorspace=3)
+            values.append(Summary.Value(tag=f"validation/{tag}", image=image))
+    old = sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")))
+    before = [event for path in old for event in LegacyEventFileLoader(path).Load() if event.HasField("summary")]
+    events = {(event.step, event.summary.value[0].tag): event for event in before if event.step != step}
+    for value in values:
+        events[step, value.tag] = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
+    writer = EventFileWriter(folder, filename_suffix=f".{time.time_ns()}")
+    for key in sorted(events):
+        writer.add_event(events[key])
+    writer.close()
+    for path in old:
+        os.remove(path)
+
+
+def main():
+    parser = settings.parser(__doc__.splitlines()[0])
+    parser.add_argument("folder", help="a report's folder")
+    folder = parser.parse_args().folder
+    write_report(*read_report(folder), folder)
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,130 @@
+"""A real headless Chromium, driven over the DevTools protocol's pipe: nothing to install but Chromium itself."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)  # fmt: skip
+
+
+def find_chromium():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Browser:
+    """with Browser(profile_folder) as browser: one tab. `events` holds what the page asked for and complained about."""
+
+    def __init__(self, profile):
+        ours, theirs = os.pipe(), os.pipe()  # commands to it, answers from it: its file descriptors 3 and 4
+
+        def connect():
+            commands, answers = os.dup(ours[0]), os.dup(theirs[1])  # 3 and 4 may be among the pipes' own numbers
+            spare = [os.dup(commands) for _ in range(3)]
+            high = os.dup(commands), os.dup(answers)
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
+            del spare
+
+        command = [find_chromium(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stderr=subprocess.DEVNULL)
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.write, self.read = ours[1], theirs[0]
+        self.buffer, self.last, self.session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.write)
+        os.close(self.read)
+
+    def message(self, timeout):
+        end = time.monotonic() + timeout
+        while b"\0" not in self.buffer:
+            if not select.select([self.read], [], [], max(0, end - time.monotonic()))[0]:
+                raise TimeoutError("Chromium did not answer")
+            part = os.read(self.read, 1 << 20)
+            if not part:
+                raise EOFError("Chromium ended")
+            self.buffer += part
+        line, _, self.buffer = self.buffer.partition(b"\0")
+        message = json.loads(line)
+        if "method" in message:
+            self.events.append((message["method"], message["params"]))
+        return message
+
+    def call(self, method, **params):
+        self.last += 1
+        command = {"id": self.last, "method": method, "params": params}
+        if self.session:
+            command["sessionId"] = self.session
+        os.write(self.write, json.dumps(command).encode() + b"\0")
+        while (message := self.message(60)).get("id") != self.last:
+            pass
+        if "error" in message:
+            raise RuntimeError(f"{method}: {message['error']}")
+        return message["result"]
+
+    def open(self, url):
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        while not any(method == "Page.loadEventFired" for method, _ in self.events):
+            self.message(60)
+
+    def js(self, expression):
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait_for(self, expression, timeout=60):
+        end = time.monotonic() + timeout
+        while not (value := self.js(expression)):
+            assert time.monotonic() < end, f"still not: {expression}"
+            time.sleep(0.2)
+        return value
+
+    def view(self, width, height=900, dark=False):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+            {"name": "prefers-reduced-motion", "value": "reduce"},  # no smooth scrolling under the mouse
+        ]
+        self.call("Emulation.setEmulatedMedia", features=scheme)
+
+    def click(self, x, y):
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press_enter(self):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
+
+    def screenshot(self, path, whole=True):
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")["data"]
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(data))
+
+    def requests(self):
+        return [p["request"]["url"] for method, p in self.events if method == "Network.requestWillBeSent"]
+
+    def complaints(self):
+        logged = [p["entry"]["text"] for method, p in self.events if method == "Log.entryAdded"]
+        return logged + [str(p) for method, p in self.events if method in ("Runtime.exceptionThrown",)] + [
+            str(p["args"]) for method, p in self.events
+            if method == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert")
+        ]  # fmt: skip

@@ -1,0 +1,85 @@
+"""Shared: the repository root as working directory, running commands, and the demo, run once for all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often test_survive.py kills a run (tests/soak.sh: 10)")
+    parser.addoption("--reuse-demo", action="store_true", help="use temp/demo as it is instead of running demo/run.sh")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def start(command, **environment):
+    """Start a command in the root under sh (POSIX); stdout and stderr in one pipe, this python on the PATH."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in environment.items()}}
+    env["VIRTUAL_ENV"], env["PATH"] = sys.prefix, f"{sys.prefix}/bin:{env['PATH']}"
+    words = ["sh", "-c", f"exec {command}"]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def sh(command, timeout=900, **environment):
+    """start(), and wait: .code and .output."""
+    process = start(command, **environment)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, output=output)
+
+
+@pytest.fixture(scope="session")
+def run():
+    return sh
+
+
+@pytest.fixture(scope="session")
+def demo(request):
+    """temp/demo after `sh demo/run.sh`: .root, .model (before training), .input, .checkpoint, .cache, .output."""
+    root = ROOT / "temp" / "demo"
+    output = None
+    if not request.config.getoption("--reuse-demo"):
+        done = sh("sh demo/run.sh")
+        assert done.code == 0, done.output[-5000:]
+        output = done.output
+    return SimpleNamespace(
+        root=root,
+        model=root / "model",
+        input=root / "input",
+        checkpoint=root / "sft-llava-demo",
+        cache=root / "cache",
+        output=output,
+    )
+
+
+@pytest.fixture(scope="session")
+def others_pictures(tmp_path_factory):
+    """A tree that somebody else made: PNGs and JPEGs with transparency, palettes, greyscale and odd shapes."""
+    import numpy
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("others")
+    random = numpy.random.default_rng(0)
+    modes = [("RGBA", "png"), ("P", "png"), ("L", "jpg"), ("LA", "png"), ("RGB", "JPEG"), ("1", "png"), ("CMYK", "jpg")]
+    sizes = [(40, 300), (300, 40), (97, 61), (64, 64), (200, 150), (31, 33), (640, 480)]
+    for split, count in (("train_data", 9), ("validation_data", 7)):
+        for folder in ("cat", "dog", "ragno"):
+            (root / split / folder).mkdir(parents=True)
+            for i in range(count):
+                (mode, kind), size = modes[i % len(modes)], sizes[(i + len(folder)) % len(sizes)]
+                pixels = random.integers(0, 256, (size[1], size[0], 4), dtype=numpy.uint8)
+                Image.fromarray(pixels, "RGBA").convert("RGB" if mode in ("CMYK", "P", "1") else "RGBA").convert(
+                    mode if mode != "RGB" else "RGB"
+                ).save(root / split / folder / f"Bild {i}.{kind}")
+    return root

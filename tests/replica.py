@@ -1,0 +1,326 @@
+"""A checkpoint folder like llava-hf/llava-v1.6-mistral-7b-hf as it is downloaded, at any depth and width.
+
+    python tests/replica.py FOLDER                                     # 2 layers, 64 wide: 8 MB
+    python tests/replica.py FOLDER --layers 1 --vision_layers 2 --full_width    # 0.6 B parameters: 1.2 GB
+
+The hub repository's file names, config fields, parameter names, fp16 and shards, the real tokenizer (mistral-common
+ships Mistral's), the real 336 px tiles and five grid shapes; only the values of the weights are drawn at random.
+`VARIANTS` makes of such a folder what other copies of it look like.
+"""
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+HUB_CONFIG = json.loads((Path(__file__).parent / "hub_config.json").read_text())
+HIDDEN_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}  # MistralConfig's
+CHAT_TEMPLATE = (  # the hub's: no BOS, a space after </s>
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
+    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+PREPROCESSOR = {
+    "aspect_ratio_setting": "anyres",
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_grid_pinpoints": HUB_CONFIG["image_grid_pinpoints"],
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "LlavaNextImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "processor_class": "LlavaNextProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 336},
+}
+PROCESSOR = {
+    "image_token": "<image>",
+    "num_additional_image_tokens": 1,
+    "patch_size": 14,
+    "processor_class": "LlavaNextProcessor",
+    "vision_feature_select_strategy": "default",
+}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+SHARDS = 4
+
+
+def hub_config(layers=32, vision_layers=24, full_width=True):
+    """The hub's config.json with fewer layers; narrow: 64 wide, 4 heads, everything else as it is."""
+    config = json.loads(json.dumps(HUB_CONFIG))
+    text, vision = config["text_config"], config["vision_config"]
+    if layers != 32:
+        text["num_hidden_layers"] = layers
+    vision["num_hidden_layers"] = vision_layers
+    if not full_width:
+        text |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+        vision |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    return config
+
+
+def hub_shapes(config) -> dict[str, tuple]:
+    """Parameter name in the hub's files -> shape, in model order, written out: no transformers in it."""
+    text, vision = HIDDEN_DEFAULTS | config["text_config"], config["vision_config"]
+    wide, vocab, inner = text["hidden_size"], text["vocab_size"], text["intermediate_size"]
+    kv = wide // text["num_attention_heads"] * text["num_key_value_heads"]
+    seen, patch, grid = vision["hidden_size"], vision["patch_size"], vision["image_size"] // vision["patch_size"]
+    shapes = {"image_newline": (wide,)}
+
+    def linear(name, out, into, bias=True):
+        shapes[f"{name}.weight"] = (out, into)
+        if bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    def norm(name):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (seen,)
+
+    tower = "vision_tower.vision_model"
+    shapes[f"{tower}.embeddings.class_embedding"] = (seen,)
+    shapes[f"{tower}.embeddings.patch_embedding.weight"] = (seen, 3, patch, patch)
+    shapes[f"{tower}.embeddings.position_embedding.weight"] = (grid * grid + 1, seen)
+    norm(f"{tower}.pre_layrnorm")
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"{tower}.encoder.layers.{i}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            linear(f"{layer}.self_attn.{name}", seen, seen)
+        norm(f"{layer}.layer_norm1")
+        linear(f"{layer}.mlp.fc1", vision["intermediate_size"], seen)
+        linear(f"{layer}.mlp.fc2", seen, vision["intermediate_size"])
+        norm(f"{layer}.layer_norm2")
+    norm(f"{tower}.post_layernorm")
+    linear("multi_modal_projector.linear_1", wide, seen)
+    linear("multi_modal_projector.linear_2", wide, wide)
+    shapes["language_model.model.embed_tokens.weight"] = (vocab, wide)
+    for i in range(text["num_hidden_layers"]):
+        layer = f"language_model.model.layers.{i}"
+        for name, out, into in (("q", wide, wide), ("k", kv, wide), ("v", kv, wide), ("o", wide, wide)):
+            linear(f"{layer}.self_attn.{name}_proj", out, into, bias=False)
+        for name, out, into in (("gate", inner, wide), ("up", inner, wide), ("down", wide, inner)):
+            linear(f"{layer}.mlp.{name}_proj", out, into, bias=False)
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (wide,)
+    shapes["language_model.model.norm.weight"] = (wide,)
+    shapes["language_model.lm_head.weight"] = (vocab, wide)
+    return shapes
+
+
+def dump(path, content):
+    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def real_tokenizer():
+    """Mistral's 32,000 tokens as bytes of tokenizer.model, and the tokenizer.json made of them as in Llama's days."""
+    import tempfile
+
+    import mistral_common
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import LlamaTokenizer
+
+    model = (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(model)
+        merged = json.loads(LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in merged["merges"]]
+    bpe = models.BPE(merged["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    names = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    content = json.loads(tokenizer.to_str())
+    content["model"]["merges"] = [" ".join(pair) for pair in merges]  # as tokenizers of that time wrote them
+    return model, json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def write_tokenizer(folder):
+    model, tokenizer = real_tokenizer()
+
+    def token(text):
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        return {"content": text} | flags
+
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    dump(folder / "added_tokens.json", {"<image>": 32000, "<pad>": 32001})
+    dump(folder / "special_tokens_map.json", {key: token(text) for key, text in SPECIAL.items()})
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): token(text) | {"special": True} for i, text in names.items()},
+        "additional_special_tokens": [],
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {"image_token": "<image>"},
+        "image_token": "<image>",
+        "legacy": True,
+        "model_max_length": 1000000000000000019884624838656,
+        "padding_side": "left",
+        "processor_class": "LlavaNextProcessor",
+        "sp_model_kwargs": {},
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "LlamaTokenizer",
+        "use_default_system_prompt": False,
+    }
+    dump(folder / "tokenizer_config.json", dict(sorted((config | SPECIAL).items())))
+
+
+def write_weights(folder, config, seed):
+    """Random fp16 weights in SHARDS files and their index. Norms are 1, biases 0, the rest normal."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = hub_shapes(config)
+    names, shards, where = list(shapes), [], {}
+    for first in range(0, len(names), -(-len(names) // SHARDS)):
+        shard = {}
+        for name in names[first : first + -(-len(names) // SHARDS)]:
+            shape = shapes[name]
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+                value = torch.ones(shape)
+            elif name.endswith(".bias"):
+                value = torch.zeros(shape)
+            else:
+                spread = 0.5 if "_embedding" in name else 1 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1
+                value = torch.randn(shape, generator=generator) * spread
+            shard[name] = value.half()
+        shards.append(list(shard))
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"part-{i}", folder / file)
+        where |= dict.fromkeys(names, file)
+    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    dump(folder / "model.safetensors.index.json", index)
+
+
+def build(folder, layers=2, vision_layers=3, full_width=False, seed=0) -> Path:
+    """Write the replica into `folder`, which is returned. Never narrower than one decoder and two vision layers."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = hub_config(layers, vision_layers, full_width)
+    dump(folder / "config.json", config)
+    dump(folder / "generation_config.json", {
+        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.39.0.dev0",
+    })  # fmt: skip
+    dump(folder / "preprocessor_config.json", PREPROCESSOR)
+    dump(folder / "processor_config.json", PROCESSOR)
+    dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_tokenizer(folder)
+    write_weights(folder, config, seed)
+    return folder
+
+
+# --- what other copies look like: each takes a replica and changes it in place ----------------------------------
+
+
+def without_processor_config(folder):
+    """A snapshot from before November 2024."""
+    (folder / "processor_config.json").unlink()
+
+
+def old_template(folder):
+    """A snapshot from before 2025: answers end in a literal <\\s>."""
+    dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE.replace("</s> ", "<\\s> ")})
+
+
+def jinja_template(folder):
+    """As newer repositories hold it."""
+    (folder / "chat_template.json").unlink()
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def no_template(folder):
+    (folder / "chat_template.json").unlink()
+
+
+def slow_tokenizer(folder):
+    """tokenizer.model and what names the added tokens, no tokenizer.json: transformers 5 loses the ▁ after <image>."""
+    (folder / "tokenizer.json").unlink()
+
+
+def only_tokenizer_model(folder):
+    """tokenizer.model alone: nothing says what <image> is. Cannot be used."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+
+
+def transformers_5(folder):
+    """What transformers 5 leaves when it loads and saves the folder: nested processor_config.json, one shard."""
+    import torch
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float16)
+    processor = AutoProcessor.from_pretrained(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def modelscope(folder):
+    """As ModelScope serves it: with its own configuration.json."""
+    dump(folder / "configuration.json", {"framework": "pytorch", "task": "image-text-to-text", "allow_remote": True})
+
+
+def hub_cache(folder):
+    """As in the hub's cache: every file a symbolic link to a blob beside it."""
+    blobs = folder.parent / (folder.name + "-blobs")
+    blobs.mkdir()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        shutil.move(file, blobs / f"{i:040x}")
+        file.symlink_to(os.path.relpath(blobs / f"{i:040x}", folder))
+
+
+VARIANTS = {
+    f.__name__: f
+    for f in (
+        without_processor_config, old_template, jinja_template, no_template, transformers_5, modelscope, hub_cache,
+    )
+}  # fmt: skip
+BROKEN = {f.__name__: f for f in (slow_tokenizer, only_tokenizer_model)}
+
+
+def build_variant(source, folder, name) -> Path:
+    """A copy of the replica `source` in `folder`, changed into the variant `name`."""
+    folder = Path(folder)
+    shutil.copytree(source, folder)
+    (VARIANTS | BROKEN)[name](folder)
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vision_layers", type=int, default=3)
+    parser.add_argument("--full_width", action="store_true")
+    parser.add_argument("--variant", choices=[*VARIANTS, *BROKEN])
+    args = parser.parse_args()
+    build(args.folder, args.layers, args.vision_layers, args.full_width)
+    if args.variant:
+        (VARIANTS | BROKEN)[args.variant](Path(args.folder))
+    print(args.folder, sorted(os.listdir(args.folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Read a checkpoint with whatever transformers is installed, and nothing of ours; leave what it saw.
+
+python tests/second_reader.py CHECKPOINT OUT.npz                 # tokens, pixels and fp32 logits of one picture
+python tests/second_reader.py --compare ONE.npz OTHER.npz        # equal? logits to 1e-5
+"""
+
+import sys
+
+import numpy as np
+
+
+def read(folder):
+    """One picture and question through the folder's own processor and chat template -> arrays; the loading report."""
+    import torch
+    import transformers
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(folder)
+    options = {"torch_dtype": torch.float32} if transformers.__version__ < "5" else {"dtype": torch.float32}
+    model, info = LlavaNextForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    pixels = np.random.default_rng(0).integers(0, 256, (225, 300, 3), dtype=np.uint8)
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What animal is this?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "squirrel"}]}
+    text = processor.apply_chat_template([question, answer])
+    batch = processor(images=Image.fromarray(pixels), text=text, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    config = model.config.text_config
+    return {
+        "version": np.array(transformers.__version__),
+        "text": np.array(text),
+        "ids": batch["input_ids"].numpy(),
+        "pixels": batch["pixel_values"].numpy(),
+        "logits": logits.numpy(),
+        "rope_theta": np.array(getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]),
+        "added": np.array(sorted(processor.tokenizer.get_added_vocab().items()), dtype=str),
+    }  # fmt: skip
+
+
+def compare(one, other):
+    """Prints what differs; True if nothing does."""
+    a, b = np.load(one), np.load(other)
+    same = True
+    for name in ("text", "ids", "pixels", "rope_theta", "added"):
+        equal = a[name].shape == b[name].shape and bool((a[name] == b[name]).all())
+        same &= equal
+        if not equal:
+            print(f"  {name} differs:\n    {a[name].tolist()!s:.300}\n    {b[name].tolist()!s:.300}")
+    far = float(np.abs(a["logits"] - b["logits"]).max()) if a["logits"].shape == b["logits"].shape else float("inf")
+    verdict = "same" if same and far <= 1e-5 else "DIFFERENT"
+    print(f"transformers {a['version']} and {b['version']}: {verdict}, logits differ by at most {far:.1e}")
+    return verdict == "same"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--compare":
+        sys.exit(0 if compare(*sys.argv[2:]) else 1)
+    np.savez(sys.argv[2], **read(sys.argv[1]))

@@ -1,0 +1,300 @@
+"""The memory plan against what really lives: a 2-rank ZeRO-3 engine, a fake-tensor trace, and its own promises."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import memory_plan  # noqa: E402
+from config import UserError  # noqa: E402
+
+HUB = ROOT / "tests" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
+ZERO3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def hub():
+    config = memory_plan.load_config(HUB)
+    return config, memory_plan.parameters(config)
+
+
+def tiny(hidden, layers, vocabulary, vision, grid):
+    return {
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [[56, 112], [112, 56]] + grid,
+        "image_token_index": vocabulary - 2,
+        "text_config": {
+            "model_type": "mistral", "hidden_size": hidden, "intermediate_size": 2 * hidden + 8,
+            "num_hidden_layers": layers, "head_dim": hidden // 4, "vocab_size": vocabulary,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": vision, "intermediate_size": 3 * vision, "image_size": 56,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "projection_dim": 64,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((128, 4, 1024, 96, [[112, 112]]), {}),  # the repository's own settings
+        ((104, 3, 515, 60, []), {"offload_param": {"device": "none"}, "stage3_max_reuse_distance": 200_000}),
+    ],
+    ids=["zero3.json", "odd sizes, no offload"],
+)
+def test_resident_bytes_equal_a_live_engine(tmp_path, shape, settings):
+    """Partitions (2 %), gradients, fp32 master and 8-bit states (exact) of two gloo ranks."""
+    zero3 = json.loads(json.dumps(ZERO3))
+    # scaled down with the model: several sub-groups form, small ones keep fp32 states, live layers matter
+    scaled = {"sub_group_size": 60_000, "stage3_max_live_parameters": 150_000}
+    scaled["stage3_param_persistence_threshold"] = 300
+    zero3["zero_optimization"] |= scaled | settings
+    (tmp_path / "config.json").write_text(json.dumps(tiny(*shape)))
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
+    assert "scripts/zero3.json" in yaml
+    (tmp_path / "zero3.yaml").write_text(yaml.replace("scripts/zero3.json", str(tmp_path / "zero3.json")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "tests" / "engine_probe.py")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "config.json"), str(tmp_path / "held.json")],
+        capture_output=True, text=True, timeout=400, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    held = json.loads((tmp_path / "held.json").read_text())
+
+    config = memory_plan.load_config(tmp_path)
+    planned = memory_plan.plan(config, zero3, num_gpus=2, micro_batch=2, accumulation=2, tokens=(50, 50))
+    items = {name: value * GIB for name, value in planned["items"].items()}
+    assert held["ranks"] == 2 and len(held["sub_groups"]) > 3  # a real partition, really divided
+    assert planned["parameters"] == held["numel"]
+    for name, real in (("gradients", "gradients"), ("fp32 master", "master"), ("8-bit states", "states")):
+        assert items[name] == pytest.approx(held[real], rel=0.001), name  # same sub-groups, so exact but for rounding
+    # "offloaded" partitions are held as well, by the same ranks here; the plan leaves them out of the GPU
+    on_gpu = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), offload_param=False)
+    whole = on_gpu["items"]["parameters"] * GIB
+    assert whole == pytest.approx(held["parameters"], rel=0.02)
+    if "offload_param" not in settings:
+        assert items["parameters"] < 0.05 * whole
+    assert max(held["sub_groups"]) * 6 == pytest.approx(items["optimizer step"], rel=0.02)
+    # bounds: elements live at once (here the embedding is among them), elements gathered in one micro-step
+    steady = held["moved_per_micro_step"][2:]  # the first two are recorded
+    embedding = config.text_config.vocab_size * config.text_config.hidden_size
+    assert max(step["live"] for step in steady) <= items["live layers"] / 2 + embedding
+    moved = max(step["all_gather"] + step["reduce_scatter"] for step in steady)
+    assert 0.5 * moved * 2 * 2 <= planned["traffic_gb"]["between_gpus"] * 1e9 <= 0.5 * moved * 2 * 2 * 1.7
+
+
+class Storages:
+    """A dispatch mode that counts the bytes of live storages, and the most that there were."""
+
+    def __new__(cls, known):
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+
+        class Mode(TorchDispatchMode):
+            now = peak = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                for tensor in tree_leaves(out):
+                    if isinstance(tensor, torch.Tensor):
+                        self.count(tensor.untyped_storage())
+                return out
+
+            def count(self, storage, size=None):
+                key, size = storage._cdata, storage.nbytes() if size is None else size
+                if key not in seen:
+                    seen[key] = size
+                    weakref.finalize(storage, self.drop, key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+
+            def drop(self, key):
+                self.now -= seen.pop(key)
+
+        seen, mode = {}, Mode()
+        for tensor in known:
+            mode.count(tensor.untyped_storage(), 0)
+        return mode
+
+
+def traced(config, batch, tokens, tiles):
+    """(bytes saved by the forward, peak of forward and backward) of the real modules on fake tensors.
+
+    Vision tower with projector and language model are joined by hand: the model's own check of the placeholder count
+    depends on data, which fake tensors have not. Gradients are dropped as they come, so that activations are counted.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import LlavaNextForConditionalGeneration
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = LlavaNextForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model.activation_checkpointing_enable()
+        model.train()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        length, size = tokens + memory_plan.TEXT_TOKENS, config.vision_config.image_size
+        with Storages([*model.parameters(), *model.buffers()]) as storages:
+            pixels = torch.zeros(batch * tiles, 3, size, size, dtype=torch.bfloat16)
+            text = model.model.get_input_embeddings()(torch.zeros(batch, length, dtype=torch.long))
+            hidden = model.model.vision_tower(pixels, return_dict=True, output_hidden_states=True).hidden_states
+            picture = model.model.multi_modal_projector(hidden[config.vision_feature_layer][:, 1:])
+            del hidden
+            picture = picture.flatten(0, 1)[: batch * tokens].reshape(batch, -1, text.shape[-1])
+            rows = torch.cat([picture, text[:, picture.shape[1] :]], 1)  # (batch, length, hidden)
+            del picture, text
+            mask = torch.ones(batch, length, dtype=torch.long)
+            out = model.model.language_model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
+            del rows
+            saved = storages.now
+            loss = out[:, -2:].float().sum()  # the head sees the answer's tokens only
+            del out
+            loss.backward()
+    return saved, storages.peak
+
+
+@pytest.mark.parametrize(("batch", "tokens", "tiles"), [(4, 1368, 3), (4, 2928, 5), (1, 2928, 5), (2, 1752, 3)])
+def test_activations_equal_a_fake_tensor_trace(hub, batch, tokens, tiles):
+    config, _ = hub
+    assert memory_plan.tiles_of(config, tokens) == tiles
+    planned = memory_plan.activations(config, batch, tokens)
+    saved, peak = traced(memory_plan.load_config(HUB), batch, tokens, tiles)
+    assert planned["saved"] == pytest.approx(saved, rel=0.1)
+    assert planned["peak"] == pytest.approx(peak, rel=0.1)
+
+
+def test_the_users_flags_fit_24_gib_up_to_the_largest_picture(hub):
+    config, shapes = hub
+    planned = memory_plan.plan(config, ZERO3, 4, 4, 4, (1368, 2928), shapes=shapes)
+    assert planned["effective_batch"] == 64 and planned["parameters"] == 7_566_747_648
+    assert planned["peaks"]["largest"] < 22.5
+    assert planned["resident"] == pytest.approx(17.67 - 3.52, abs=0.02)
+
+
+def test_deepspeed_defaults_do_not_fit(hub):
+    config, shapes = hub
+    default = memory_plan.plan(config, {"zero_optimization": {"stage": 3}}, 4, 4, 4, shapes=shapes)
+    assert default["items"]["optimizer step"] > 5.5  # sub_group_size 1e9
+    assert default["peaks"]["median"] > 24 and default["peaks"]["largest"] > 24
+
+
+def test_settings_change_no_mathematics():
+    stage3 = ZERO3["zero_optimization"]
+    assert "offload_optimizer" not in stage3  # accelerate would replace adamw_bnb_8bit by DeepSpeedCPUAdam
+    assert stage3["sub_group_size"] < 2**31  # bitsandbytes passes the element count as int32
+    assert "data_types" not in ZERO3 and ZERO3["bf16"] == {"enabled": "auto"}
+    assert stage3["stage3_gather_16bit_weights_on_model_save"] is True  # else no weights are saved
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert ZERO3[key] == "auto"
+
+
+def test_recommendations(hub):
+    config, _ = hub
+    best = {}
+    for gpus, method in ((4, "full"), (8, "full"), (1, "full"), (1, "lora"), (1, "qlora")):
+        plans = memory_plan.rows(config, ZERO3, gpus, 64, (1368, 2928), method, 16)
+        assert all(p["effective_batch"] == 64 for p in plans)
+        best[gpus, method], reason = memory_plan.recommend(plans, 22.5)
+        assert reason
+    assert best[1, "full"] is None and "--use_peft" in memory_plan.recommend(
+        memory_plan.rows(config, ZERO3, 1, 64, (1368, 2928), "full", 16), 22.5)[1]
+    assert (best[4, "full"]["micro_batch"], best[4, "full"]["offload_param"]) == (4, True)
+    for key in ((8, "full"), (1, "lora"), (1, "qlora")):
+        assert best[key]["peaks"]["largest"] < 22.5
+
+
+def test_image_tokens_equal_the_processor(hub):
+    from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+    config, _ = hub
+
+    class Processor:  # the two attributes that the method reads, as in the hub repository's processor_config.json
+        patch_size, num_additional_image_tokens = 14, 1
+        vision_feature_select_strategy = "default"
+        image_processor = type("", (), {"image_grid_pinpoints": config.image_grid_pinpoints})
+        _get_unpadded_features = LlavaNextProcessor._get_unpadded_features
+
+    for height in range(50, 1500, 97):
+        for width in range(50, 1500, 89):
+            theirs = LlavaNextProcessor._get_number_of_features(Processor(), height, width, 336, 336)
+            assert memory_plan.image_tokens(config, height, width) == theirs - 1, (height, width)  # "default": no CLS
+    assert memory_plan.image_tokens(config, 225, 300) == memory_plan.TYPICAL_TOKENS
+    assert memory_plan.image_tokens(config, 672, 672) == memory_plan.LARGEST_TOKENS
+
+
+def test_tokens_come_from_the_cache(hub, tmp_path):
+    config, _ = hub
+    records = [{"width": 300, "height": 225}] * 3 + [{"width": 640, "height": 480}]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    counts = memory_plan.token_counts(config, tmp_path)
+    assert (counts["median"], counts["largest"]) == (1368, 2340)
+    (tmp_path / "train.json").write_text('[{"width": 300}]')
+    with pytest.raises(UserError, match="expected records with width and height; delete the file"):
+        memory_plan.token_counts(config, tmp_path)
+
+
+def script(*flags):
+    command = [sys.executable, "scripts/memory_plan.py", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_json_and_table(monkeypatch, capsys, tmp_path):
+    command = ["memory_plan.py", "--model_name_or_path", str(HUB), "--temp_dir", str(tmp_path)]
+    command += ["--deepspeed_config", str(ROOT / "scripts" / "zero3.json")]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    memory_plan.main()
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
+    assert report["recommended"]["micro_batch"] == 4
+    monkeypatch.setattr(sys, "argv", command)
+    memory_plan.main()
+    table = capsys.readouterr().out
+    assert "recommended: 4 per device x 4 accumulated x 4 ranks = 64 pictures a step" in table
+    for item in report["plans"][0]["items"]:
+        assert item in table
+
+
+def test_the_readme_quotes_the_plan(hub):
+    config, shapes = hub
+    text = (ROOT / "scripts" / "README.md").read_text()
+    assert "@" not in text
+    ours = memory_plan.plan(config, ZERO3, 4, 4, 4, shapes=shapes)["peaks"]
+    theirs = memory_plan.plan(config, {"zero_optimization": {"stage": 3}}, 4, 4, 4, shapes=shapes)["peaks"]
+    line = f"**{theirs['median']:.1f} / {theirs['largest']:.1f}: out of memory** | **{ours['median']:.1f} / "
+    assert line + f"{ours['largest']:.1f}**" in text
+    for gpus, micro, accumulation in ((8, 4, 2), (8, 8, 1), (1, 1, 64)):
+        peak = memory_plan.plan(config, ZERO3, gpus, micro, accumulation, shapes=shapes)["peaks"]["largest"]
+        assert f"| {peak:.1f} |" in text
+    for key in ZERO3["zero_optimization"]:
+        assert f"`{key}" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "nowhere"], "nowhere: found"),
+        (["--model_name_or_path", "scripts/zero3.json"], "expected llava_next"),
+        (["--deepspeed_config", "nowhere.json", "--model_name_or_path", str(HUB)], "give --deepspeed_config"),
+        (["--num_gpus", "3", "--model_name_or_path", str(HUB)], "expected a multiple of the GPUs; give one, like 48"),
+        (["--load_in_4bit"], "expected --use_peft too"),
+    ],
+)
+def test_mistakes_get_one_line(flags, message):
+    done = script(*flags)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_help_imports_no_torch():
+    check = "import sys; sys.path.insert(0, 'scripts'); import memory_plan; "
+    check += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

@@ -1,0 +1,359 @@
+"""The page: every number, every picture of a cell, no request, no overflow; and TensorBoard beside the loss."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+from browser import Browser, find_chromium
+from PIL import Image
+from sklearn.calibration import calibration_curve
+
+import report as page_maker
+from config import UserError
+from metrics import compare, measure, paired, wilson_interval
+from report import contact_sheet, log_tensorboard, read_report, write_report
+
+needs_chromium = pytest.mark.skipif(not find_chromium(), reason="no chromium on PATH (apt-get install chromium)")
+LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
+SIDES = ("both_right", "only_this", "only_other", "both_wrong")
+COUNTS = [20, 15, 6, 1, 8]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
+
+
+def drawn(path, random):
+    pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report with a class that is never predicted, one with n = 1, awkward names, and one picture that is gone."""
+    root, random = tmp_path_factory.mktemp("a report's #1 100%"), np.random.default_rng(7)
+    rows, other = [], []
+    for k, count in enumerate(COUNTS):
+        for i in range(count):
+            image = root / f"{k} \"ä<i>' {i}#%20.jpg"
+            drawn(image, random)
+            p = random.dirichlet([0.4] * len(LABELS))
+            p[2] = 0
+            p /= p.sum()
+            best = int(p.argmax())
+            row = {"image": str(image), "label": LABELS[k], "prediction": LABELS[best], "probability": float(p[best])}
+            rows.append(row | {"correct": best == k} | dict(zip(LABELS, p.tolist(), strict=True)))
+            guess = k if random.uniform() < 0.7 else 0
+            other.append({"image": str(image), "label": LABELS[k], "prediction": LABELS[guess], "correct": guess == k})
+    Path(rows[3]["image"]).unlink()
+    number = {label: k for k, label in enumerate(LABELS)}
+    truth, predicted = [[number[row[key]] for row in rows] for key in ("label", "prediction")]
+    right, other_right = [row["correct"] for row in rows], [row["correct"] for row in other]
+    probe = {
+        "n_train": 100,
+        "features": 8,
+        "accuracy": sum(other_right) / 50,
+        "comparison": compare(right, other_right),
+    }
+    changed = [
+        {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
+        for row, before in zip(rows, other, strict=True)
+        if row["correct"] != before["correct"]
+    ]
+    report = measure(LABELS, truth, predicted, [[row[label] for label in LABELS] for row in rows]) | {
+        "model": "some/model", "step": 1200, "date": "2030-01-01 12:00", "seconds": 12.5, "images_per_second": 4.0,
+        "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
+        "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
+        "comparison": compare(right, other_right) | {"model": "m2", "where": "there", "changed": changed},
+        "linear_probe": probe | {"accuracy_ci95": wilson_interval(sum(other_right), 50)},
+    }  # fmt: skip
+    folder = root / "logs" / "a report"
+    write_report(report, rows, str(folder))
+    return SimpleNamespace(folder=folder, report=report, rows=rows, other_right=other_right)
+
+
+class Numbers(HTMLParser):
+    """data-key -> (value, text) of the <data> elements."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found, self.now = {}, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "data":
+            self.now = dict(attributes)
+
+    def handle_data(self, text):
+        if self.now:
+            self.found.setdefault(self.now["data-key"], []).append((float(self.now["value"]), text))
+            self.now = None
+
+
+def expected_numbers(folder, report, other_right):
+    """What scikit-learn and scipy say of predictions.csv, by the page's keys."""
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = list(rows[0])[5:]
+    y, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    p = np.array([[float(row[label]) for label in labels] for row in rows])
+    right = [a == b for a, b in zip(y, said, strict=True)]
+    accuracy = sk.accuracy_score(y, said)
+    low, high = wilson_interval(sum(right), len(y))
+    want = {
+        "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "n": len(y), "chance": 1 / len(labels),
+        "correct": sk.accuracy_score(y, said, normalize=False), "mistakes": sk.zero_one_loss(y, said, normalize=False),
+        "macro_f1": sk.f1_score(y, said, average="macro", zero_division=0),
+        "macro_precision": sk.precision_score(y, said, average="macro", zero_division=0),
+        "macro_recall": sk.recall_score(y, said, average="macro", zero_division=0),
+        "log_loss": sk.log_loss([labels.index(label) for label in y], p, labels=range(len(labels))),
+        "seconds": report["seconds"], "images_per_second": report["images_per_second"],
+    }  # fmt: skip
+    for label, values in sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0).items():
+        if label in labels:
+            keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
+            want |= {f"per_class.{label}.{ours}": values[theirs] for ours, theirs in keys.items()}
+    confidence = p.max(axis=1)
+    heights, means = calibration_curve(right, confidence, n_bins=10)
+    counts = np.histogram(np.ceil(confidence * 10), bins=np.arange(0.5, 11))[0]
+    want["ece"] = float((counts[counts > 0] / len(y) * abs(heights - means)).sum())
+    for b, height, mean in zip(np.flatnonzero(counts), heights, means, strict=True):
+        want |= {
+            f"calibration.{b}.n": counts[b],
+            f"calibration.{b}.accuracy": height,
+            f"calibration.{b}.confidence": mean,
+        }
+    for key in ("comparison", "probe.comparison") if other_right else ():
+        table = sk.confusion_matrix(right, other_right, labels=[True, False]).ravel().tolist()
+        want |= {f"{key}.{name}": n for name, n in zip(SIDES, table, strict=True)}
+        c = compare(right, other_right)  # held against scipy and statsmodels in test_metrics.py
+        want |= {f"{key}.{name}": c[name] for name in ("n", "accuracy", "other_accuracy", "difference", "mcnemar_p")}
+        want |= {f"{key}.low": c["difference_ci95"][0], f"{key}.high": c["difference_ci95"][1]}
+    if other_right:
+        low, high = wilson_interval(sum(other_right), len(y))
+        want |= {"probe.accuracy": sum(other_right) / len(y), "probe.low": low, "probe.high": high}
+    matrix = sk.confusion_matrix(y, said, labels=labels)
+    return want, matrix, labels
+
+
+def check_numbers(folder, other_right=None):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    want, matrix, labels = expected_numbers(folder, report, other_right)
+    found = Numbers(html).found
+    assert found.keys() == want.keys()
+    for key, places in found.items():
+        for value, text in places:
+            assert value == pytest.approx(want[key], abs=1e-9), key
+            shown = float(re.sub(r"[\s%,+]|below", "", text)) / (
+                100 if "%" in text or re.search("diff|low$|high$", key) else 1
+            )
+            assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
+    cells = {(int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures', html)}
+    assert cells == {(t, p): int(n) for (t, p), n in np.ndenumerate(matrix) if n}
+    assert report["confusion_matrix"] == matrix.tolist()
+
+
+def test_every_number_on_the_page_is_scikit_learns(made):
+    check_numbers(made.folder, made.other_right)
+    for name in ("confusion_matrix.png", "reliability.png"):
+        with Image.open(made.folder / name) as plot:
+            assert min(plot.size) > 500
+    per_class = made.report["per_class"]
+    assert (per_class["never said"]["precision"], per_class["never said"]["f1"], per_class["rare"]["n"]) == (0, 0, 1)
+
+
+def demo_report(demo):
+    """The report that demo/run.sh left."""
+    return demo.root / "logs" / "validation" / "sft-llava-demo"
+
+
+def test_every_number_on_the_demos_page(demo):
+    check_numbers(demo_report(demo))
+
+
+def shown_pictures(browser, folder):
+    links = browser.js("[...document.querySelectorAll('.cell:target li a')].map(a => [a.href, a.offsetWidth > 0])")
+    assert all(visible for _, visible in links)
+    return sorted(str(Path(unquote(href.removeprefix("file://"))).resolve()) for href, _ in links)
+
+
+OVERFLOW = """
+[...document.querySelectorAll('body *')]
+  .filter(e => !e.closest('svg') && e.getBoundingClientRect().right > innerWidth + .5)
+  .map(e => e.outerHTML.slice(0, 120))
+  .concat(document.documentElement.scrollWidth > innerWidth ? ['page'] : [])
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("which", ["made", "demo"])
+def test_in_chromium(which, browser, made, demo):
+    folder = made.folder if which == "made" else demo_report(demo)
+    url = (folder / "report.html").resolve().as_uri()
+    paper = []
+    for width in (390, 1280):
+        for dark in (False, True):
+            browser.view(width, dark=dark)
+            browser.open(url)
+            assert browser.js(OVERFLOW) == []
+            assert browser.js("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+            paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
+    assert len(set(paper)) == 2, "light and dark"
+    assert browser.js("document.querySelectorAll('script').length") == 0
+    assert browser.js("[...document.images].filter(i => !i.alt).length") == 0
+    _, rows = read_report(str(folder))
+    labels = list(rows[0])[5:]
+    cells = browser.js("[...document.querySelectorAll('.confusion a')].map(a => [a.hash, a.textContent])")
+    for how, (hash_, count) in enumerate(cells):
+        link = f"document.querySelector('.confusion a[href=\"{hash_}\"]')"
+        browser.js(f"{link}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        if how % 2:
+            browser.js(f"{link}.focus()")
+            browser.press_enter()
+        else:
+            browser.click(
+                *browser.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({link}.getBoundingClientRect())")
+            )
+        browser.wait_for(f"location.hash == '{hash_}'", 5)
+        t, p = (labels[int(k)] for k in hash_.split("-")[1:])
+        counted = [row["image"] for row in rows if (row["label"], row["prediction"]) == (t, p)]
+        assert shown_pictures(browser, folder) == sorted(str(Path(image).resolve()) for image in counted)
+        assert len(counted) == int(count)
+        assert browser.js(OVERFLOW) == []
+    browser.wait_for("[...document.querySelectorAll('.cell:target img')].every(i => i.complete && i.naturalWidth)", 10)
+    fetched = [request for request in browser.requests() if not request.startswith("data:")]
+    assert {request.split("#")[0] for request in fetched} == {url}
+    assert browser.complaints() == []
+
+
+def test_a_picture_that_is_gone_stands_there_by_name(made):
+    html = (made.folder / "report.html").read_text(encoding="utf-8")
+    assert 'class="name">0 &#34;ä&lt;i&gt;&#39; 3#%20.jpg</span>' in html
+    assert "<i>" not in re.sub(r'<i( style="--share:[\d.]+")?></i>', "", html)
+    assert "truncated &amp; short" in html
+
+
+def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
+    """Noise compresses worst of all. What does not fit is listed by name, mistakes last, and the page says so."""
+    random = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(random.integers(0, 256, (100, 100, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    rows = []
+    for i in range(3000):
+        picture = tmp_path / f"{i % 20} {i}.png"
+        picture.symlink_to(f"{i % 20}.png")
+        rows.append({"image": str(picture), "label": "a", "prediction": "ab"[i % 10 == 0], "correct": i % 10 > 0})
+        rows[-1] |= {"probability": 0.9, "a": 0.9 if i % 10 else 0.1, "b": 0.1 if i % 10 else 0.9}
+
+    def page(rows):
+        answers = [int(not row["correct"]) for row in rows]
+        report = measure(["a", "b"], [0] * len(rows), answers, [[row["a"], row["b"]] for row in rows])
+        report |= dict.fromkeys(("comparison", "linear_probe", "step")) | {"excluded": [], "versions": {}, "date": ""}
+        report |= {"model": "m", "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
+        html = page_maker.page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path))
+        assert all(f'"{i % 20}%20{i}.png" title' in html for i in range(len(rows))), "embedded or named"
+        return html, set(re.findall(r'<a href="([^"]+)" [^>]*><span class="name"', html))
+
+    html, by_name = page(rows)
+    assert 10_000_000 < len(html.encode()) < 15_000_000 and not by_name
+    monkeypatch.setattr(page_maker, "EMBEDDED", 1_000_000)
+    html, by_name = page(rows[:300])
+    assert 800_000 < len(html.encode()) < 1_400_000
+    assert len(by_name) > 20 and f"{len(by_name)} correctly named or most ordinary pictures stand here by file" in html
+    wrong = re.search(r'id="cell-0-1".*?</section>', html, re.S)[0]
+    assert wrong.count("<img") == 30, "the mistakes were embedded first"
+
+
+def test_an_interrupted_write_leaves_the_old_report(made, tmp_path):
+    folder = tmp_path / "report"
+    shutil.copytree(made.folder, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lacking = {key: value for key, value in made.report.items() if key != "calibration"}
+    with pytest.raises(KeyError):
+        write_report(lacking, made.rows[:5], str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write_report(made.report | {"date": "now"}, made.rows, str(folder))
+    assert json.loads((folder / "report.json").read_text())["date"] == "now"
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_the_page_can_be_made_again_from_its_files(made, tmp_path):
+    report, rows = read_report(str(made.folder / "report.json"))
+    assert (report, rows) == (made.report, made.rows)
+    with pytest.raises(UserError, match=f"{tmp_path}: found no readable report.*make it with validation.sh"):
+        read_report(str(tmp_path))
+    assert [row["image"] for row in paired([(r["image"], r["label"]) for r in rows], rows, "")]
+
+
+def test_contact_sheet(made, tmp_path, browser):
+    rows = [row | {"error": "", "label": None} for row in made.rows]
+    rows[5]["prediction"] = "unsure"
+    rows.append({"image": "broken.jpg", "prediction": "", "error": "not a <picture>"})
+    html = contact_sheet(rows, LABELS, "a/model", str(tmp_path), 0.4)
+    (tmp_path / "sheet.html").write_text(html, encoding="utf-8")
+    headings = re.findall(r"<h2>(.*?) <span", html)
+    assert headings == ["cat", "dog", "rare", "&lt;b&gt;&amp;", "unsure"]  # nobody was called by the label never said
+    cat = re.search(r'id="name-1".*?</section>', html, re.S)[0]
+    certainty = [float(x) for x in re.findall(r"</a>([\d.]+)", cat)]
+    assert len(certainty) == sum(row["prediction"] == "cat" for row in rows) and certainty == sorted(certainty)[::-1]
+    assert "not a &lt;picture&gt;" in html
+    for width in (390, 1280):
+        browser.view(width)
+        browser.open((tmp_path / "sheet.html").as_uri())
+        assert browser.js(OVERFLOW) == []
+    assert browser.complaints() == []
+
+
+def test_tensorboard_has_each_step_once_and_in_order(made, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run [1]" / "validation"
+    for step, accuracy in ((200, 0.5), (100, 0.25), (200, 0.75), (None, 0.125)):
+        log_tensorboard(made.report | {"step": step, "accuracy": accuracy}, made.rows[4:], str(folder))
+    assert len(list(folder.iterdir())) == 1
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    points = [(point.step, point.value) for point in events.Scalars("validation/accuracy")]
+    assert points == [(0, 0.125), (100, 0.25), (200, 0.75)]
+    assert {"validation/macro_f1", "validation/ece", "validation/linear_probe"} < set(events.Tags()["scalars"])
+    for tag in ("validation/confusion_matrix", "validation/mistakes"):
+        assert [image.step for image in events.Images(tag)] == [0, 100, 200]
+        assert min(events.Images(tag)[0].width, events.Images(tag)[0].height) > 200
+
+
+@needs_chromium
+def test_tensorboard_shows_scalars_and_images(demo, browser):
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        f"--logdir={demo.root / 'logs'}",
+        "--port=0",
+        "--host=127.0.0.1",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+", line)))
+        browser.view(1280)
+        browser.open(f"{url}#timeseries")
+        cards = "[...document.querySelectorAll('card-view')].map(c => c.innerText).join()"
+        browser.wait_for(f"{cards}.includes('accuracy') && {cards}.includes('confusion_matrix')")
+        assert "loss" in browser.js(cards)
+        browser.js("document.querySelectorAll('image-card')[0].scrollIntoView()")
+        browser.wait_for("[...document.querySelectorAll('image-card img')].some(i => i.naturalWidth > 200)")
+        assert browser.js("document.querySelectorAll('scalar-card').length") >= 3
+    finally:
+        server.terminate()
+        server.wait()

@@ -1,0 +1,118 @@
+"""The scorer is what teacher forcing says, one label at a time, and what generate() says where that names a label."""
+
+import pytest
+import torch
+from tokenizers import normalizers
+
+from config import CHAT_TEMPLATE, Config, UserError
+from data_process_utils import list_pictures, load_picture
+from train import make_collator
+from validation import Scorer, load_model, load_processor
+
+
+@pytest.fixture(scope="module")
+def trained(demo):
+    processor = load_processor(str(demo.checkpoint))
+    return processor, load_model(str(demo.checkpoint), "float32")
+
+
+@pytest.fixture(scope="module")
+def pictures(demo):
+    """Mixed shapes in one batch: the demo's own, and stretched ones that take other grids."""
+    paths = list_pictures(str(demo.input / "validation_data"))[::17][:12]
+    opened = [load_picture(path) for path in paths]
+    return opened + [opened[0].resize((400, 60)), opened[1].resize((60, 400)), opened[2].resize((300, 300))]
+
+
+def conversation(config, picture, answer=None):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": config.question}]}
+    ]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def encode(processor, messages, **kwargs):
+    return processor.apply_chat_template(
+        messages,
+        chat_template=CHAT_TEMPLATE,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"add_special_tokens": False, "return_tensors": "pt", **kwargs},
+    )
+
+
+def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures):
+    processor, model = trained
+    config = Config()
+    scorer = Scorer(processor, config)
+    ours = scorer.score(model, scorer.collate(pictures))
+    for picture, row in zip(pictures, ours, strict=True):
+        prompt = encode(processor, conversation(config, picture))["input_ids"].shape[1]
+        for label, score in zip(config.labels, row.tolist(), strict=True):
+            inputs = encode(processor, conversation(config, picture, label))
+            with torch.inference_mode():
+                log_p = model(**inputs).logits.float().log_softmax(-1)[0]
+            ids = inputs["input_ids"][0]
+            alone = sum(log_p[i - 1, ids[i]].item() for i in range(prompt, len(ids)))
+            assert abs(alone - score) < 1e-4, (label, alone, score)
+
+
+def test_argmax_is_what_generate_says(trained, pictures):
+    processor, model = trained
+    config = Config()
+    scorer = Scorer(processor, config)
+    best = scorer.score(model, scorer.collate(pictures)).argmax(1).tolist()
+    agreed = 0
+    for picture, ours in zip(pictures, best, strict=True):
+        inputs = encode(processor, conversation(config, picture))
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=12, pad_token_id=processor.tokenizer.pad_token_id
+        )
+        said = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        if said in config.labels:
+            agreed += 1
+            assert config.labels[ours] == said
+    assert agreed >= len(pictures) // 2, "a trained model answers with labels"
+
+
+def test_one_bos_and_only_the_answer_learned(trained, demo):
+    processor, _ = trained
+    tokenizer, config = processor.tokenizer, Config()
+    path = list_pictures(str(demo.input / "train_data"))[0]
+    user = [{"type": "image", "text": None}, {"type": "text", "text": config.question}]
+    for label in config.labels:
+        messages = [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": [{"type": "text", "text": label}]},
+        ]
+        batch = make_collator(processor, assistant_only_loss=True)([{"images": [path], "messages": messages}])
+        learned = batch["labels"][0][batch["labels"][0] != -100]
+        assert tokenizer.decode(learned) == f"{label}</s>"
+        assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 1
+        scored = Scorer(processor, config).collate([load_picture(path)])
+        fed = len(Scorer(processor, config).fed_ids)
+        prompt = scored["input_ids"][0, :-fed]
+        assert torch.equal(prompt, batch["input_ids"][0, : len(prompt)])  # one prompt, in training and in scoring
+        assert torch.equal(scored["pixel_values"], batch["pixel_values"])
+
+
+def test_training_pads_on_the_right(trained, demo):
+    processor, _ = trained
+    rows = []
+    for path, label in zip(list_pictures(str(demo.input / "train_data"))[:2], ("cat", "squirrel"), strict=True):
+        content = [{"type": "image", "text": None}, {"type": "text", "text": Config().question}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": f"{label} " * (len(rows) + 1)}]}
+        rows.append({"images": [path], "messages": [{"role": "user", "content": content}, answer]})
+    mask = make_collator(processor, assistant_only_loss=True)(rows)["attention_mask"]
+    assert mask.sum(1).min() < mask.shape[1], "the rows differ in length"
+    assert (mask.diff(dim=1) <= 0).all()
+
+
+def test_labels_with_the_same_tokens_are_refused(demo):
+    processor = load_processor(str(demo.checkpoint))
+    backend = processor.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+    with pytest.raises(UserError, match="same answer tokens"):
+        Scorer(processor, Config(folder_to_label={"a": "cat", "b": "Cat"}))

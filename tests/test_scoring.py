@@ -1,0 +1,216 @@
+"""Batch size, order and rank count change nothing; what does not fit into memory goes in parts; the commands around."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from checkpoint import find_checkpoints, global_step, load_model, load_processor, run_name
+from config import Config
+from data_process_utils import image_token_count, list_pictures, load_picture, read_geometry
+from probe import fit
+from validation import Scorer, score_pictures
+
+PER_CLASS = 6  # of the demo's pictures, train and held out: enough to compare, quick to score
+
+
+@pytest.fixture(scope="module")
+def few(demo, tmp_path_factory):
+    """A small input folder of the demo's pictures and of odd shapes, so that a batch is padded."""
+    root = tmp_path_factory.mktemp("few")
+    for split, first in (("train_data", 0), ("validation_data", 0)):
+        for folder in sorted((demo.input / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for i, path in enumerate(sorted(folder.iterdir())[first : first + PER_CLASS]):
+                picture = load_picture(str(path))
+                if split == "validation_data" and i % 3 == 1:
+                    picture = picture.resize([(300, 60), (60, 300), (250, 240), (97, 61)][i % 4])
+                picture.save(root / split / folder.name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def scored(demo, few):
+    """(scorer, model, paths, lengths, log-probabilities one picture at a time), float32."""
+    scorer = Scorer(load_processor(str(demo.checkpoint)), Config())
+    model = load_model(str(demo.checkpoint), "float32")
+    paths = list_pictures(str(few / "validation_data"))
+    geometry = read_geometry(str(demo.checkpoint))
+    lengths = [image_token_count(*load_picture(path).size, geometry) for path in paths]
+    assert len(set(lengths)) > 4
+    return scorer, model, paths, lengths, score_pictures(model, scorer, paths, 1, lengths)
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+@pytest.mark.parametrize("order", ["by length", "shuffled"])
+def test_batch_size_and_order_change_nothing(scored, batch_size, order):
+    scorer, model, paths, lengths, alone = scored
+    shuffle = np.random.default_rng(batch_size).permutation(len(paths)).tolist()
+    # unlike lengths in one batch when shuffled: much padding, which must not leak
+    sizes = [lengths[i] for i in shuffle] if order == "by length" else [0] * len(paths)
+    together = score_pictures(model, scorer, [paths[i] for i in shuffle], batch_size, sizes)
+    p, q = alone[shuffle].softmax(1), together.softmax(1)
+    assert (p - q).abs().max() < 1e-4
+    assert torch.equal(p.argmax(1), q.argmax(1))
+    assert (q.double().sum(1) - 1).abs().max() < 1e-6
+    assert alone.std(0).max() > 0.01, "pictures differ in what they score"
+
+
+class SmallMemory(torch.nn.Module):
+    """The model on a GPU that holds three pictures at once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.device, self.dtype, self.sizes = model, model.device, model.dtype, []
+
+    def forward(self, **inputs):
+        self.sizes.append(len(inputs["input_ids"]))
+        if self.sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(**inputs)
+
+
+def test_a_batch_that_does_not_fit_goes_in_parts(demo, scored, capsys):
+    _, model, paths, lengths, alone = scored
+    small, scorer = SmallMemory(model), Scorer(load_processor(str(demo.checkpoint)), Config())
+    together = score_pictures(small, scorer, paths[:20], 10, lengths[:20])
+    assert (alone[:20].softmax(1) - together.softmax(1)).abs().max() < 1e-4
+    assert small.sizes[:3] == [10, 5, 2] and sum(size for size in small.sizes if size <= 3) == 20
+    assert small.sizes.count(10) == 1 and small.sizes.count(5) == 1, "what is known not to fit is not tried again"
+    said = capsys.readouterr().err
+    assert "out of memory with 10 pictures at once: going on with 5" in said
+    assert "out of memory with 5 pictures at once: going on with 3" in said
+
+
+def test_one_picture_that_does_not_fit_is_an_error(demo, scored):
+    _, model, paths, lengths, _ = scored
+    full = SmallMemory(model)
+    full.forward = lambda **inputs: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        score_pictures(full, Scorer(load_processor(str(demo.checkpoint)), Config()), paths[:2], 2, lengths[:2])
+
+
+def read_predictions(folder):
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    labels = Config().labels
+    return {image: (row["prediction"], [float(row[label]) for label in labels]) for image, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def by_one(run, demo, few, tmp_path_factory):
+    """(report folder, last line of stdout, output) of one rank, with the linear probe."""
+    root = tmp_path_factory.mktemp("one")
+    flags = f"--input_dir {few} --temp_dir {root}/temp --report_dir {root}/reports --logging_dir {root}/logs"
+    flags += f" --dtype float32 --model_name_or_path {demo.checkpoint}"
+    done = run(f"sh validation.sh {flags} --linear_probe", NUM_PROCESSES=1)
+    assert done.code == 0, done.output
+    return root, flags, json.loads(done.output.splitlines()[-1])
+
+
+def test_probe_is_logistic_regression_on_the_towers_features(by_one, demo, few):
+    """Features one picture at a time from the model's own pieces; the fit by hand."""
+    root, _, brief = by_one
+    processor, model = load_processor(str(demo.checkpoint)), load_model(str(demo.checkpoint), "float32")
+    tower, side = model.model.vision_tower, model.config.vision_config.image_size
+    features, labels, folders = {}, {}, Config().folder_to_label
+    for split in ("train", "validation"):
+        paths = [p for folder in folders for p in list_pictures(str(few / f"{split}_data" / folder))]
+        labels[split] = [Config().labels.index(folders[Path(path).parent.name]) for path in paths]
+        rows = []
+        for path in paths:
+            whole = processor.image_processor(load_picture(path), return_tensors="pt")["pixel_values"][0, :1]
+            assert whole.shape[-1] == side
+            with torch.inference_mode():
+                out = tower(whole, output_hidden_states=True)
+            patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
+            rows.append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
+        features[split] = np.stack(rows)
+        [cache] = (root / "temp" / "probe").glob(f"{split}-*.npy")
+        assert np.allclose(np.sort(np.load(cache), axis=0), np.sort(features[split], axis=0), atol=1e-4)
+    predicted, strength = fit(features["train"], labels["train"], features["validation"])
+    scaler = StandardScaler().fit(features["train"])
+    by_hand = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(features["train"]), labels["train"])
+    assert by_hand.predict(scaler.transform(features["validation"])).tolist() == predicted
+    report = json.loads(Path(brief["report"]).read_text())["linear_probe"]
+    assert report["accuracy"] == pytest.approx(np.mean(np.array(predicted) == labels["validation"]), abs=0.021)
+    assert (report["n"], report["n_train"], report["features"]) == (10 * PER_CLASS, 10 * PER_CLASS, rows[0].size)
+    assert report["comparison"]["accuracy"] == brief["accuracy"]
+
+
+def test_two_ranks_rank_all_checkpoints_and_change_nothing(by_one, run, demo, few, tmp_path):
+    """Two ranks, batches of 3, every checkpoint of a run in which one is broken, compared with the single rank's."""
+    root, flags, brief = by_one
+    training = tmp_path / "a run"
+    (training / "checkpoint-7").mkdir(parents=True)
+    for name in os.listdir(demo.checkpoint):
+        if (demo.checkpoint / name).is_file():
+            shutil.copy(demo.checkpoint / name, training / name)
+            shutil.copy(demo.checkpoint / name, training / "checkpoint-7" / name)
+    shutil.copytree(training / "checkpoint-7", training / "checkpoint-30")
+    with open(training / "checkpoint-30" / "model.safetensors", "r+b") as file:
+        file.truncate(100_000)
+    flags += f" --model_name_or_path '{training}' --report_dir {tmp_path}/reports --per_device_eval_batch_size 3"
+    done = run(f"sh validation.sh {flags} --all_checkpoints --compare_with {brief['report']}", NUM_PROCESSES=2)
+    assert done.code == 0, done.output
+    last = json.loads(done.output.splitlines()[-1])
+    with open(last["checkpoints"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", ""]
+    assert {row["checkpoint"] for row in rows[:2]} == {str(training), str(training / "checkpoint-7")}
+    assert rows[2]["checkpoint"] == str(training / "checkpoint-30") and "found SafetensorError" in rows[2]["error"]
+    assert (float(rows[0]["accuracy"]), rows[1]["p_best"]) == (brief["accuracy"], "1.0")
+    two = read_predictions(tmp_path / "reports" / "a run-checkpoint-7")
+    one = read_predictions(Path(brief["report"]).parent)
+    assert two.keys() == one.keys() and len(one) == 10 * PER_CLASS
+    for image, (prediction, probabilities) in one.items():
+        assert two[image][0] == prediction
+        assert np.abs(np.array(two[image][1]) - probabilities).max() < 1e-4
+        assert sum(probabilities) == pytest.approx(1, abs=1e-9)
+    report = json.loads((tmp_path / "reports" / "a run" / "report.json").read_text())
+    assert report["processes"] == 2
+    same = report["comparison"]
+    assert (same["difference"], same["mcnemar_p"], same["changed"], same["only_this"]) == (0, 1, [], 0)
+    assert len(list((root / "logs" / "a run" / "validation").iterdir())) == 1
+
+
+def test_other_pictures_end_with_one_line(by_one, run, demo):
+    _, flags, brief = by_one
+    done = run(f"python validation.py {flags} --input_dir {demo.input} --compare_with {brief['report']}")
+    assert done.code == 2
+    [error] = [line for line in done.output.splitlines() if "error" in line.lower()]
+    assert error.startswith(f"error: --compare_with {brief['report']}: found other pictures (60 not held out here")
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_with_one_line(by_one, run, demo, tmp_path):
+    _, flags, _ = by_one
+    shutil.copytree(demo.checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("checkpoint-*"))
+    with open(tmp_path / "broken" / "model.safetensors", "r+b") as file:
+        file.truncate(100_000)
+    done = run(f"python validation.py {flags} --model_name_or_path {tmp_path}/broken")
+    assert done.code == 2
+    error = done.output.splitlines()[-1]
+    assert (
+        error.startswith(f"error: {tmp_path}/broken: found SafetensorError") and "expected a whole checkpoint" in error
+    )
+    assert "Traceback" not in done.output
+
+
+def test_names_and_steps(tmp_path, monkeypatch):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-x", "checkpoint-100.saving"):
+        (tmp_path / "sft" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "sft")
+    assert [os.path.basename(path) for path in find_checkpoints(".")] == ["checkpoint-9", "checkpoint-100"]
+    (tmp_path / "sft" / "config.json").touch()
+    assert find_checkpoints(".")[-1] == "."
+    assert (run_name("."), run_name("checkpoint-9/"), run_name("../sft/")) == ("sft", "sft", "sft")
+    assert (global_step("checkpoint-9"), global_step("."), global_step("checkpoint-x")) == (9, 100, None)
+    (tmp_path / "sft" / "trainer_state.json").write_text('{"global_step": 123}')
+    assert global_step(".") == 123

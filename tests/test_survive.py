@@ -1,0 +1,184 @@
+"""Kill a run, cut its files short, give it a bad loss: nothing is lost, and what happened is said.
+
+`sh tests/soak.sh` does the killing ten times, on 1 and 2 ranks.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+from preflight import Findings, check_disk, check_output_dir
+from resume import check_resume, find_checkpoint
+from tests.conftest import start
+
+STEPS = 24
+
+
+def command(demo, out, *more):
+    return (
+        f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
+        f"--output_dir {out} --logging_dir {out}-logs --max_steps {STEPS} --save_steps 3 --save_total_limit 2 "
+        f"--logging_steps 1 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --eval_strategy no "
+        f"--learning_rate 1e-3 {' '.join(more)}"
+    )
+
+
+def run_until(line, command, then, **environment):
+    """Start command, call then(process) when a line of its output starts with `line`. -> (exit code, output)"""
+    process = start(command, **environment)
+    guard = threading.Timer(900, process.kill)
+    guard.start()
+    output = ""
+    try:
+        for text in process.stdout:
+            output += text
+            if text.startswith(line) and then:
+                then(process)
+                then = None
+        return process.wait(), output
+    finally:
+        guard.cancel()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo, run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "sft"
+    done = run(command(demo, out), NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    assert len(done.output.splitlines()) < 200 and "Warning" not in done.output
+    return out
+
+
+def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted, tmp_path, request):
+    """kill -9 and SIGTERM in turn, at random moments after the first step; the last start runs to the end."""
+    out, rng = tmp_path / "sft", random.Random(0)
+    outputs = []
+    for kill in range(request.config.getoption("--kills")):
+        number = (signal.SIGTERM, signal.SIGKILL)[kill % 2]
+
+        def end(process, number=number):
+            time.sleep(rng.uniform(0, 4))
+            process.send_signal(number)
+
+        code, output = run_until("{'loss'", command(demo, out), end, NUM_PROCESSES=2)
+        outputs.append(output)
+        if code == 0:
+            continue  # it was faster than the signal
+        if number == signal.SIGTERM:
+            assert code == 143, output[-3000:]
+            steps = output.count("{'loss'")
+            resumed = find_checkpoint(str(out))[0]
+            assert f"stopped after step {resumed.rsplit('-', 1)[1]}" in output and steps > 0
+        else:
+            assert code == -9
+    code, output = run_until("nothing", command(demo, out), None, NUM_PROCESSES=2)
+    assert code == 0, output[-3000:]
+    assert any("resuming from" in text for text in [*outputs[1:], output])
+    ours, theirs = load_file(out / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    assert not (out / ".saving").exists()
+
+
+def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
+    import psutil
+
+    out = tmp_path / "sft"
+
+    def kill_one(process):
+        ranks = [p for p in psutil.Process(process.pid).children() if "train.py" in " ".join(p.cmdline())]
+        ranks[1].kill()
+
+    code, output = run_until("{'loss'", command(demo, out), kill_one, NUM_PROCESSES=2)
+    assert code == 137
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1 was killed by signal 9") and "sh train.sh" in last
+
+
+def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted, tmp_path):
+    """Every file of the newest checkpoint in turn: cut short, then gone."""
+    newest, _ = find_checkpoint(str(uninterrupted))
+    assert newest.endswith(f"checkpoint-{STEPS}")
+    files = [os.path.relpath(os.path.join(d, f), newest) for d, _, names in os.walk(newest) for f in names]
+    assert len(files) > 10 and any("global_step" in name for name in files)
+    older = sorted(uninterrupted.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
+    for name in files:
+        for harm in ("cut", "remove"):
+            copy = tmp_path / "run"
+            shutil.copytree(older, copy / older.name, copy_function=os.link)
+            shutil.copytree(newest, copy / f"checkpoint-{STEPS}", copy_function=os.link)
+            victim = copy / f"checkpoint-{STEPS}" / name
+            content = victim.read_bytes()
+            victim.unlink()
+            if harm == "cut":
+                victim.write_bytes(content[:-1])
+            found, passed_over = find_checkpoint(str(copy))
+            assert found == str(copy / older.name), (name, harm)
+            assert len(passed_over) == 1 and f"checkpoint-{STEPS}" in passed_over[0]
+            shutil.rmtree(copy)
+
+
+def test_changed_essentials_are_named(uninterrupted):
+    newest, _ = find_checkpoint(str(uninterrupted))
+    with open(os.path.join(newest, "run.json")) as file:
+        record = json.load(file)
+    check_resume(record, newest)
+    with pytest.raises(UserError, match="world_size was 2, is 4 .* effective_batch was 16, is 32"):
+        check_resume({**record, "world_size": 4, "effective_batch": 32}, newest)
+    with pytest.raises(UserError, match="data was"):
+        check_resume({**record, "data": "other"}, newest)
+
+
+def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo.model, model)
+    for file in model.glob("*.safetensors"):
+        weights = load_file(file)
+        for name, weight in weights.items():
+            if name.endswith("lm_head.weight"):
+                weight[:] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+    bad = SimpleNamespace(model=model, input=demo.input, cache=demo.cache)
+    done = run(command(bad, tmp_path / "sft"))
+    assert done.code == 2
+    assert "error: step 1: the loss is nan on " in done.output and str(demo.input) in done.output
+
+
+def test_accuracy_while_training_is_validations(demo, run, tmp_path):
+    flags = "--eval_strategy steps --eval_steps 2 --save_steps 2 --max_steps 2 --eval_pictures 60"
+    best = "--load_best_model_at_end --metric_for_best_model accuracy"
+    done = run(command(demo, tmp_path / "sft", flags, best).replace("--eval_strategy no", ""), NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    (line,) = [line for line in done.output.splitlines() if "'eval_accuracy'" in line]
+    logged = float(line.split("'eval_accuracy': '")[1].split("'")[0])
+    done = run(
+        f"sh validation.sh --model_name_or_path {tmp_path}/sft/checkpoint-2 --input_dir {demo.input} "
+        f"--temp_dir {demo.cache} --on_eval_pictures --eval_pictures 60 --report_dir {tmp_path} "
+        f"--logging_dir {tmp_path}"
+    )
+    report = json.loads(done.output.strip().splitlines()[-1])
+    assert report["n"] == 60 and report["accuracy"] == pytest.approx(logged, abs=1e-4)
+
+
+def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "beach.jpg").touch()
+    args = SimpleNamespace(
+        output_dir=str(tmp_path / "holiday"), save_only_model=False, save_total_limit=5, save_strategy="steps"
+    )
+    findings = Findings()
+    findings.attempt(check_output_dir, args.output_dir)
+    findings.attempt(check_disk, args, 10**13)
+    with pytest.raises(UserError) as caught:
+        findings.report()
+    lines = str(caught.value).splitlines()
+    assert "beach.jpg" in lines[0] and "expected 542122.9 GiB" in lines[1] and "--save_total_limit 5 + 2" in lines[1]

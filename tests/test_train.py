@@ -1,0 +1,187 @@
+"""train.sh and validation.sh as a user types them: ranks, SEED's literal command, what is saved, and mistakes."""
+
+import csv
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from config import UserError
+
+# The command of the first README (August 2025), word for word but for paths and the step count.
+FIRST_COMMAND = """
+accelerate launch --config_file=./scripts/deepspeed_zero3.yaml --num_processes 1 \
+    train.py \
+    --model_name_or_path {model} --input_dir {input} --temp_dir {temp} --max_steps 2 \
+    --per_device_train_batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    --output_dir {out} \
+    {dtype} \
+    --gradient_checkpointing \
+    --num_train_epochs 1 \
+    --save_strategy "steps" \
+    --save_steps 100 \
+    --learning_rate 2e-5 \
+    --save_total_limit 5 \
+    --lr_scheduler_type cosine \
+    --weight_decay 0.01 \
+    {warmup} \
+    --optim adamw_bnb_8bit \
+    --per_device_eval_batch_size 8 \
+    --logging_steps 10 \
+    --logging_dir "{logs}" \
+    --report_to "tensorboard"
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(demo, others_pictures, run, tmp_path_factory):
+    """Somebody else's pictures through 2-rank ZeRO-3: paths and the console's output."""
+    tmp = tmp_path_factory.mktemp("two_ranks")
+    where = SimpleNamespace(
+        out=tmp / "my-run", logs=tmp / "logs", flags=f"--input_dir {others_pictures} --temp_dir {tmp}/cache"
+    )
+    done = run(
+        f"sh train.sh {where.flags} --model_name_or_path {demo.model} --output_dir {where.out} "
+        f"--logging_dir {where.logs} --num_train_epochs 3 --save_steps 1 --save_total_limit 2 --logging_steps 1 --gradient_accumulation_steps 2",
+        NUM_PROCESSES=2,
+    )
+    assert done.code == 0, done.output[-4000:]
+    where.output = done.output
+    return where
+
+
+def test_two_ranks_train_with_zero3_on_other_peoples_pictures(two_ranks):
+    assert "DeepSpeed ZeRO stage 3" in two_ranks.output and "adamw_bnb_8bit" in two_ranks.output
+    assert "4 per device x 2 accumulated x 2 CPU ranks = 16 pictures a step" in two_ranks.output
+    assert ">>cat</s><<" in two_ranks.output
+    assert f"sh validation.sh --model_name_or_path {two_ranks.out}" in two_ranks.output
+    assert "Warning" not in two_ranks.output
+    assert list(two_ranks.logs.rglob("events.out.tfevents.*"))
+    checkpoints = sorted(path.name for path in two_ranks.out.glob("checkpoint-*"))
+    assert len(checkpoints) == 2, "save_total_limit"
+
+
+def test_saved_checkpoint_is_plain(two_ranks, demo):
+    """A process that imports nothing of ours: no missing and no unexpected key, the input checkpoint's names."""
+    code = """
+import json, pathlib, sys
+from safetensors import safe_open
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+names = []
+for folder in sys.argv[1:]:
+    keys = set()
+    for file in pathlib.Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            keys |= set(tensors.keys())
+    names.append(keys)
+model, info = LlavaNextForConditionalGeneration.from_pretrained(sys.argv[1], output_loading_info=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+print(json.dumps([sorted(names[0] ^ names[1]), list(info["missing_keys"]), list(info["unexpected_keys"]),
+                  str(model.dtype), processor.tokenizer.padding_side]))
+"""
+    command = [sys.executable, "-c", code, str(two_ranks.out), str(demo.model)]
+    out = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
+    assert json.loads(out.splitlines()[-1]) == [[], [], [], "torch.bfloat16", "left"]
+
+
+def test_validation_is_the_same_on_1_2_and_3_ranks(two_ranks, run, tmp_path):
+    """21 held-out pictures: 2 does not divide them, batches of 4 divide nothing."""
+    reports, tables = [], []
+    for ranks in (1, 2, 3):
+        done = run(
+            f"sh validation.sh {two_ranks.flags} --model_name_or_path {two_ranks.out} --report_dir {tmp_path}/{ranks} "
+            f"--logging_dir {tmp_path}/logs --per_device_eval_batch_size 4",
+            NUM_PROCESSES=ranks,
+        )
+        assert done.code == 0, done.output[-3000:]
+        last = json.loads(done.output.strip().splitlines()[-1])
+        assert {"accuracy", "n", "macro_f1", "images_per_second"} <= set(last) and last["n"] == 21
+        folder = tmp_path / str(ranks) / "my-run"
+        report = json.loads((folder / "report.json").read_text())
+        reports.append({key: report[key] for key in ("n", "accuracy", "accuracy_ci95", "macro_f1", "confusion_matrix")})
+        with open(folder / "predictions.csv", newline="") as file:
+            tables.append([(row["image"], row["prediction"], row["probability"]) for row in csv.DictReader(file)])
+    assert reports[0] == reports[1] == reports[2]
+    assert tables[0] == tables[1] == tables[2] and len({row[0] for row in tables[0]}) == 21
+
+
+def test_names_pictures_without_labels(two_ranks, others_pictures, run, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    done = run(
+        f"python test.py {others_pictures}/validation_data/cat {tmp_path}/broken.jpg --output {tmp_path}/names.csv "
+        f"--model_name_or_path {two_ranks.out}"
+    )
+    assert done.code == 0, done.output
+    with open(tmp_path / "names.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    labels = list(rows[0])[list(rows[0]).index("butterfly") :]
+    for row in rows[:-1]:
+        assert row["prediction"] in labels and not row["error"]
+        assert abs(sum(float(row[label]) for label in labels) - 1) < 1e-4
+    assert rows[-1]["error"] and not rows[-1]["prediction"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "warmup"),
+    [("--torch_dtype bfloat16", "--warmup_ratio 0.03"), ("--dtype bfloat16", "--warmup_steps 0.03")],
+)
+def test_first_command_runs_as_it_was_written(demo, run, tmp_path, dtype, warmup):
+    paths = {"model": demo.model, "input": demo.input, "temp": demo.cache}
+    out = {"out": tmp_path / "sft", "logs": tmp_path / "logs", "dtype": dtype, "warmup": warmup}
+    done = run(FIRST_COMMAND.format(**paths, **out))
+    assert done.code == 0, done.output[-3000:]
+    assert (tmp_path / "sft" / "model.safetensors").is_file()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def parse(*flags):
+    from train import parse
+
+    return parse(["--output_dir", "somewhere", *flags])
+
+
+def test_flags_of_both_generations_mean_the_same():
+    old = parse("--torch_dtype", "float16", "--warmup_ratio", "0.1", "--logging_dir", "there", "--bf16", "False")
+    new = parse("--dtype", "float16", "--warmup_steps", "0.1", "--logging_dir", "there", "--bf16", "False")
+    for config, args, model_args in (old, new):
+        assert (model_args.dtype, args.warmup_steps, config.logging_dir) == ("float16", 0.1, "there")
+
+
+def test_defaults_protect_the_answer():
+    _, args, model_args = parse()
+    assert args.max_length is None and args.assistant_only_loss and model_args.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], r"unknown flag --learning_rat \(did you mean --learning_rate\?\)"),
+        (["--max_len", "77"], "unknown flag --max_len"),
+        (["--num_train_epochs", "many"], "invalid float value"),
+        (["--prompt_text=hi"], "unknown flag --prompt_text=hi"),
+        (["stray"], "stray"),
+    ],
+)
+def test_unknown_and_shortened_flags_are_errors(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(*flags)
+
+
+def test_empty_folders_are_told_at_once(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "input").mkdir()
+    done = run(f"sh train.sh --model_name_or_path {tmp_path}/model --input_dir {tmp_path}/input", timeout=15)
+    assert done.code == 2
+    assert "config.json" in done.output and "hf download" in done.output
+    assert "train_data" in done.output and "--input_dir" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_mistake_in_a_flag_ends_the_launcher_with_2(demo, run):
+    done = run(f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} --lr 1")
+    assert done.code == 2 and "Traceback" not in done.output
+    assert done.output.count("error: unknown flag --lr") == 1, done.output

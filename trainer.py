@@ -1,0 +1,201 @@
+"""TRL's SFTTrainer, made to survive: checkpoints complete or absent, stops that save, loss that is checked, accuracy.
+
+train.py reads like the recipe because what goes wrong at hour two is dealt with here. Nothing here changes what is
+learned.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from config import UserError
+from hub_layout import write_hub_files
+from metrics import measure
+from resume import SAVING, find_checkpoint, write_manifest
+from validation import score_pictures, stratified_sample
+
+
+def main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def barrier():
+    """All ranks."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received = 0  # on this rank
+        self.agreed = 0  # on all ranks
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.received == signal.SIGINT == number:
+            os._exit(128 + number)
+        self.received = number
+        if main_process():
+            name = signal.Signals(number).name
+            print(f"\n{name}: saving a checkpoint at the end of this step (Ctrl-C twice ends at once)", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = torch.tensor(self.received, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)  # all ranks stop at the same step
+        self.agreed = int(number)
+        if self.agreed and not control.should_training_stop:
+            control.should_save = control.should_training_stop = True
+
+
+class AnimalTrainer(SFTTrainer):
+    """Adds to SFTTrainer: atomic checkpoints, a checked loss, and evaluate() as closed-set accuracy.
+
+    scorer: validation.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified sample of
+    `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint.
+    """
+
+    def __init__(self, *args, scorer, eval_pictures, record, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scorer, self.eval_pictures, self.record = scorer, eval_pictures, record
+        self.run_dir = self.args.output_dir
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        pictures = inputs.pop("pictures")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {', '.join(pictures)}; checkpoints "
+                "are kept; look at these pictures, or start again with a lower --learning_rate"
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Closed-set accuracy, macro-F1 and the answer's loss on the sample. All ranks."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = data.select(stratified_sample(data["label"], self.eval_pictures))
+        pictures = [images[0] for images in data["images"]]
+        truth = [self.scorer.labels.index(label) for label in data["label"]]
+        started = time.perf_counter()
+        self.model_wrapped.eval()
+        log_p = score_pictures(
+            self.model_wrapped,
+            self.scorer,
+            pictures,
+            self.args.per_device_eval_batch_size,
+            list(data["image_tokens"]),
+            in_step=True,
+        )
+        self.model_wrapped.train()
+        seconds = time.perf_counter() - started
+        report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
+        tokens = sum(len(self.scorer.answers[t]) for t in truth)
+        metrics = {
+            "accuracy": report["accuracy"],
+            "macro_f1": report["macro_f1"],
+            "loss": -log_p[range(len(truth)), truth].sum().item() / tokens,
+            "pictures": len(truth),
+            "runtime": seconds,
+            "samples_per_second": len(truth) / seconds,
+        }
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The library's files, made into what the hub repository holds. Of checkpoints and of the final model."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            source = self.model.config._name_or_path
+            write_hub_files(output_dir or self.args.output_dir, source, self.processing_class)
+
+    def _get_output_dir(self, trial):
+        return self.run_dir
+
+    def create_model_card(self, *args, **kwargs):
+        """README.md of output_dir: how to ask the model, what it was trained with, how good it was last."""
+        if not main_process():
+            return
+        measured = [log for log in self.state.log_history if "eval_accuracy" in log][-1:]
+        accuracy = "not measured while training; `sh validation.sh` does"
+        if measured:
+            log = measured[0]
+            accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
+        record = json.dumps(self.record, indent=1, ensure_ascii=False)
+        with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+            file.write(
+                f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+                f"# {os.path.basename(os.path.normpath(self.args.output_dir))}\n\n"
+                f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
+                f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
+                f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
+                f"What ran (run.json):\n\n```json\n{record}\n```\n"
+            )
+
+    def _save_checkpoint(self, model, trial):
+        """The library's, into .saving; listed, synced, then renamed to checkpoint-N. All ranks."""
+        name = f"checkpoint-{self.state.global_step}"
+        saving, final = os.path.join(self.args.output_dir, SAVING), os.path.join(self.args.output_dir, name)
+        self._start_saving(saving)
+        self.run_dir = saving
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's and safetensors' word for a full disk
+            raise self._not_saved(error) from error
+        finally:
+            self.run_dir = self.args.output_dir
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = final
+        barrier()
+        if main_process():
+            self.state.save_to_json(os.path.join(saving, name, "trainer_state.json"))  # without .saving in its paths
+            with open(os.path.join(saving, name, "run.json"), "w", encoding="utf-8") as file:
+                json.dump(self.record, file, indent=1, ensure_ascii=False)
+            write_manifest(os.path.join(saving, name))
+            shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
+            os.rename(os.path.join(saving, name), final)
+            os.rmdir(saving)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        barrier()
+
+    def save_final(self):
+        """The model into output_dir, by way of .saving: no reader ever meets half a file. All ranks."""
+        saving = os.path.join(self.args.output_dir, SAVING)
+        self._start_saving(saving)
+        try:
+            self.save_model(saving)  # all ranks: ZeRO-3 gathers the weights
+        except (OSError, RuntimeError) as error:
+            raise self._not_saved(error) from error
+        barrier()
+        if main_process():
+            for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):  # config.json last
+                os.replace(os.path.join(saving, name), os.path.join(self.args.output_dir, name))
+            os.rmdir(saving)
+        barrier()
+
+    def _start_saving(self, saving):
+        if main_process():
+            shutil.rmtree(saving, ignore_errors=True)
+            os.makedirs(saving)
+        barrier()
+
+    def _not_saved(self, error):
+        last, _ = find_checkpoint(self.args.output_dir)
+        free = shutil.disk_usage(self.args.output_dir).free / 2**30
+        return UserError(
+            f"step {self.state.global_step}: could not save ({error}); {free:.1f} GiB free in {self.args.output_dir}; "
+            f"the last good checkpoint is {last or 'none'}; make room and start again"
+        )
