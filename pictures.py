@@ -38,7 +38,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder of Pillow's is ever run
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
 BATCH = 32  # pictures a message to a worker
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
