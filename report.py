@@ -1,4 +1,4 @@
-"""What a validation run leaves behind: report.json, predictions.csv, report.html, two plots, TensorBoard events.
+"""What a validation run leaves behind: report.json, predictions.csv, report.html and two plots.
 
     python report.py logs/validation/sft-llava-1.6-7b      # make page and plots again from report.json, predictions.csv
 
@@ -8,7 +8,6 @@ as small JPEGs up to EMBEDDED bytes, the worst mistakes first; what goes beyond 
 
 import base64
 import csv
-import glob
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from urllib.parse import quote
 import config as settings
 from config import UserError
 from data_process_utils import PictureError, load_picture
+from plots import confusion_figure, reliability_figure
 
 EMBEDDED = 13_000_000  # bytes of base64 a page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side of a thumbnail; of a picture in a gallery
@@ -37,7 +37,10 @@ def write_report(report, rows, folder):
         writer.writerows(rows)
     with open(os.path.join(new, "report.json"), "w", encoding="utf-8") as file:
         json.dump(report, file, indent=2, ensure_ascii=False)
-    for name, figure in (("confusion_matrix.png", confusion_figure(report)), ("reliability.png", reliability(report))):
+    for name, figure in (
+        ("confusion_matrix.png", confusion_figure(report)),
+        ("reliability.png", reliability_figure(report)),
+    ):
         figure.savefig(os.path.join(new, name), dpi=150)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
         file.write(page(report, rows, folder))
@@ -219,94 +222,6 @@ def embed(small, large):
                 for known, size in zip(result, sizes, strict=False):
                     known[path] = size
     return *result, dropped
-
-
-# --- plots and TensorBoard -------------------------------------------------------------------------------------------
-
-
-def confusion_figure(report):
-    import numpy as np
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    size = 2 + 0.5 * len(report["labels"])  # inches
-    figure = Figure((size, size), layout="constrained")
-    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
-    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d")
-    display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")
-    return figure
-
-
-def reliability(report):
-    from matplotlib.figure import Figure
-
-    figure = Figure((5, 5), layout="constrained")
-    axes = figure.subplots()
-    bins = [row for row in report["calibration"] if row["n"]]
-    axes.bar([row["low"] for row in bins], [row["accuracy"] for row in bins], 0.1, align="edge", edgecolor="white")
-    axes.plot([0, 1], [0, 1], "--", color="tab:orange", label="certain as often as right")
-    axes.plot([row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="black", ms=4)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="how certain it was", ylabel="how often it was right")
-    axes.set_title(f"expected calibration error {report['ece']:.3f}, n = {report['n']:,}")
-    axes.legend()
-    return figure
-
-
-def mistakes_figure(rows, most=16):
-    """The most confident mistakes as one picture, or None."""
-    from matplotlib.figure import Figure
-
-    wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])[:most]
-    if not wrong:
-        return None
-    columns = min(4, len(wrong))
-    figure = Figure((2.4 * columns, 2.6 * -(-len(wrong) // columns)), layout="constrained")
-    grid = figure.subplots(-(-len(wrong) // columns), columns, squeeze=False).flat
-    for axes in grid:
-        axes.axis("off")
-    for axes, row in zip(grid, wrong, strict=False):
-        picture = load_picture(row["image"])
-        picture.thumbnail((LARGE, LARGE))
-        axes.imshow(picture)
-        axes.set_title(f"{row['label']}, called\n{row['prediction']} {row['probability']:.0%}", fontsize=9)
-    return figure
-
-
-def log_tensorboard(report, rows, folder):
-    """Scalars and images of one checkpoint at its step into the one event file of `folder`.
-
-    What that file already has for other steps stays, for this step it is replaced, and all is in order of the steps:
-    TensorBoard drops what comes before a step that goes back.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    step = report["step"] or 0
-    values = [
-        Summary.Value(tag=f"validation/{tag}", simple_value=report[tag]) for tag in ("accuracy", "macro_f1", "ece")
-    ]
-    if report["linear_probe"]:
-        values.append(Summary.Value(tag="validation/linear_probe", simple_value=report["linear_probe"]["accuracy"]))
-    for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
-        if figure:
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=100)
-            width, height = figure.canvas.get_width_height()
-            image = Summary.Image(encoded_image_string=png.getvalue(), width=width, height=height, colorspace=3)
-            values.append(Summary.Value(tag=f"validation/{tag}", image=image))
-    old = sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")))
-    before = [event for path in old for event in LegacyEventFileLoader(path).Load() if event.HasField("summary")]
-    events = {(event.step, event.summary.value[0].tag): event for event in before if event.step != step}
-    for value in values:
-        events[step, value.tag] = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
-    writer = EventFileWriter(folder, filename_suffix=f".{time.time_ns()}")
-    for key in sorted(events):
-        writer.add_event(events[key])
-    writer.close()
-    for path in old:
-        os.remove(path)
 
 
 def main():

@@ -26,10 +26,11 @@ from checkpoint import checkpoint_name, find_checkpoints, global_step, load_mode
 from config import UserError
 from data_process_utils import PictureError, load_picture, load_split
 from metrics import compare, measure, paired
+from plots import log_tensorboard
 from preflight import preflight
 from probe import linear_probe
 from ranking import rank_checkpoints
-from report import log_tensorboard, print_report, read_report, write_report
+from report import print_report, read_report, write_report
 
 
 class Scorer:
@@ -37,8 +38,8 @@ class Scorer:
 
     The answers ride behind the prompt in one sequence, each seeing the prompt and itself only (4-D attention mask),
     with positions that restart at the prompt's end. What a label scores is what teacher forcing gives it alone: the
-    sum of log p over its answer tokens and </s>, tokenised within the whole conversation. Answers are left of
-    nothing and prompts are padded on the left, so the same columns hold them in every row of a batch.
+    sum of log p over its answer tokens and </s>, tokenised within the whole conversation. Prompts are padded on the
+    left, so the answers stand in the same columns of every row of a batch.
     """
 
     def __init__(self, processor, config):

@@ -1,0 +1,96 @@
+"""A report's pictures by matplotlib, and the TensorBoard events of a checkpoint: scalars and those pictures."""
+
+import glob
+import io
+import os
+import time
+
+from data_process_utils import PictureError, load_picture
+
+
+def confusion_figure(report):
+    import numpy as np
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 2 + 0.5 * len(report["labels"])  # inches
+    figure = Figure((size, size), layout="constrained")
+    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
+    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d")
+    display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")
+    return figure
+
+
+def reliability_figure(report):
+    from matplotlib.figure import Figure
+
+    figure = Figure((5, 5), layout="constrained")
+    axes = figure.subplots()
+    bins = [row for row in report["calibration"] if row["n"]]
+    axes.bar([row["low"] for row in bins], [row["accuracy"] for row in bins], 0.1, align="edge", edgecolor="white")
+    axes.plot([0, 1], [0, 1], "--", color="tab:orange", label="certain as often as right")
+    axes.plot([row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="black", ms=4)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="how certain it was", ylabel="how often it was right")
+    axes.set_title(f"expected calibration error {report['ece']:.3f}, n = {report['n']:,}")
+    axes.legend()
+    return figure
+
+
+def mistakes_figure(rows, most=16):
+    """The most confident mistakes as one picture, or None."""
+    from matplotlib.figure import Figure
+
+    wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])[:most]
+    if not wrong:
+        return None
+    columns = min(4, len(wrong))
+    figure = Figure((2.4 * columns, 2.6 * -(-len(wrong) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(wrong) // columns), columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, row in zip(grid, wrong, strict=False):
+        try:
+            picture = load_picture(row["image"])
+        except PictureError:  # removed since it was scored
+            continue
+        picture.thumbnail((240, 240))
+        axes.imshow(picture)
+        axes.set_title(f"{row['label']}, called\n{row['prediction']} {row['probability']:.0%}", fontsize=9)
+    return figure
+
+
+def log_tensorboard(report, rows, folder):
+    """Scalars and images of one checkpoint at its step into the one event file of `folder`.
+
+    What that file already has for other steps stays, for this step it is replaced, and all is in order of the steps:
+    TensorBoard drops what comes before a step that goes back.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    step = report["step"] or 0
+    values = [
+        Summary.Value(tag=f"validation/{tag}", simple_value=report[tag]) for tag in ("accuracy", "macro_f1", "ece")
+    ]
+    if report["linear_probe"]:
+        values.append(Summary.Value(tag="validation/linear_probe", simple_value=report["linear_probe"]["accuracy"]))
+    for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
+        if figure:
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=100)
+            width, height = figure.canvas.get_width_height()
+            image = Summary.Image(encoded_image_string=png.getvalue(), width=width, height=height, colorspace=3)
+            values.append(Summary.Value(tag=f"validation/{tag}", image=image))
+    old = sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")))
+    before = [event for path in old for event in LegacyEventFileLoader(path).Load() if event.HasField("summary")]
+    events = {(event.step, event.summary.value[0].tag): event for event in before if event.step != step}
+    for value in values:
+        events[step, value.tag] = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
+    writer = EventFileWriter(folder, filename_suffix=f".{time.time_ns()}")
+    for key in sorted(events):
+        writer.add_event(events[key])
+    writer.close()
+    for path in old:
+        os.remove(path)
