@@ -5,9 +5,9 @@
 The hub's config with 1 of 32 decoder layers and 2 of 24 CLIP layers (hidden 4096, vocabulary 32,064, 336 px tiles, the
 real tokenizer), random fp16 weights in the hub's files, loaded, trained, saved and scored by train.sh and test.py as
 they are: ZeRO-3 on one rank, bf16, 8-bit AdamW. Once with a picture of 1,368 image tokens, once of 2,928, the most
-there is. Memory is the training process's anonymous pages (RssAnon, sampled every 20 ms), less those of the same run on a
-narrow replica, which are Python's and the libraries'. Writes benchmarks/results/true_width.md; the last line of stdout
-is the same as JSON.
+there is. Memory is the training process's anonymous pages (RssAnon, sampled every 20 ms), less those of the same run on
+a narrow replica, which are Python's and the libraries'. Writes benchmarks/results/true_width.md; the last line of
+stdout is the same as JSON.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
@@ -36,16 +35,6 @@ from hub_layout import check_weights, read_shards  # noqa: E402
 GIB = 2**30
 SIZES = {1368: (300, 225), 2928: (672, 672)}  # image tokens -> width, height
 LAYERS, VISION_LAYERS = 1, 2
-
-
-def draw(folder, size, seed):
-    """train_data and validation_data of noise: two classes, one picture each."""
-    random = np.random.default_rng(seed)
-    for split in ("train_data", "validation_data"):
-        for name in ("cat", "dog"):
-            (folder / split / name).mkdir(parents=True)
-            pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / split / name / "a.png")
 
 
 def anonymous(process):
@@ -124,7 +113,7 @@ def main():
     rows = []
     for tokens, size in SIZES.items():
         pictures = work / f"pictures-{tokens}"
-        draw(pictures, size, tokens)
+        replica.pictures(pictures, size)
         base, _, _ = train(narrow, pictures, work)
         got, loss, out = train(wide, pictures, work)
         assert check_weights(out) == [] and read_shards(out)[0].keys() == shapes.keys()
@@ -159,12 +148,12 @@ def main():
         f"`python benchmarks/true_width.py`: hidden 4096, vocabulary 32,064, {LAYERS} decoder and {VISION_LAYERS} CLIP",
         f"layers, {parameters:,} parameters; one rank of ZeRO-3, bf16 weights, 8-bit AdamW, one picture a step;",
         f"{packages}; {os.cpu_count()} cores.",
-        f"GiB beside those of Python and the libraries ({rows[0]['libraries_gib']:.2f} GiB, from the same run on a narrow",
-        "replica). The plan is scripts/memory_plan.py's for this config, one rank, nothing offloaded, without its reserve.",
+        f"GiB beside the {rows[0]['libraries_gib']:.2f} of Python and the libraries (the same run on a narrow replica).",
+        "The plan is scripts/memory_plan.py's for this config, one rank, nothing offloaded, without its reserve.",
         "Seconds are those of a shared machine: only their order of size means anything.",
         "",
-        "| image tokens | loss | step, measured GiB | step, planned GiB | measured / planned | peak planned in | load GiB "
-        "| save GiB | step s | score GiB | score s, start included |",
+        "| image tokens | loss | step, measured GiB | step, planned GiB | measured / planned | peak planned in "
+        "| load GiB | save GiB | step s | score GiB | score s, start included |",
         "| --: | --: | --: | --: | --: | --- | --: | --: | --: | --: | --: |",
     ]
     lines += [
