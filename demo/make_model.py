@@ -63,7 +63,14 @@ def build_tokenizer() -> Tokenizer:
 
 
 def token(text):
-    return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "content": text,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def hub_name(name: str) -> str:
@@ -101,7 +108,11 @@ def init_weights(model):
     # patch embedding: cosine patterns, brightness first; fine patterns are rarer in pictures, so they count more
     freqs = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))
     colours = ([1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5])
-    filters = [(c, f) for c, n in zip(colours, (content - 2 * (content // 4), content // 4, content // 4)) for f in freqs[:n]]
+    filters = [
+        (c, f)
+        for c, n in zip(colours, (content - 2 * (content // 4), content // 4, content // 4), strict=True)
+        for f in freqs[:n]
+    ]
     kernel = torch.zeros_like(vision.embeddings.patch_embedding.weight)
     for row, (colour, (u, v)) in enumerate(filters):
         tint = torch.tensor(colour, dtype=torch.float) / math.sqrt(sum(c * c for c in colour))
@@ -201,8 +212,9 @@ def main():
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True,
         "added_tokens_decoder": {str(i): token(text) for i, text in names.items()}, "additional_special_tokens": [],
         "extra_special_tokens": {"image_token": "<image>"}, "image_token": "<image>", **special,
-        "model_max_length": 1000000000000000019884624838656, "padding_side": "left", "processor_class": "LlavaNextProcessor",
-        "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "use_default_system_prompt": False,
+        "model_max_length": 1000000000000000019884624838656, "padding_side": "left",
+        "processor_class": "LlavaNextProcessor", "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer", "use_default_system_prompt": False,
     })  # fmt: skip
     write("chat_template.json", {"chat_template": HUB_TEMPLATE})
     write("processor_config.json", {
@@ -214,7 +226,8 @@ def main():
         "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
         "image_grid_pinpoints": PINPOINTS, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_processor_type": "LlavaNextImageProcessor", "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "processor_class": "LlavaNextProcessor", "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": TILE},
+        "processor_class": "LlavaNextProcessor", "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": TILE},
     })  # fmt: skip
 
     config = build_config(image, vocab)

@@ -38,7 +38,13 @@ def figure(number):
                       plan.uniform(0.1, 0.4), plan.uniform(0, math.pi), plan.random() < 0.35))  # fmt: skip
 
     def draw(pen, r, coat):
-        tints = {"coat": coat, "dark": shade(coat, 0.6), "pale": shade(coat, 1.3), "black": "#221e1c", "white": "#f6f2ea"}
+        tints = {
+            "coat": coat,
+            "dark": shade(coat, 0.6),
+            "pale": shade(coat, 1.3),
+            "black": "#221e1c",
+            "white": "#f6f2ea",
+        }
         for kind, tint, x, y, long, short, turn, mirrored in parts:
             colour = rgb(tints.get(tint, tint))
             x, y, turn = x + r.uniform(-0.05, 0.05), y + r.uniform(-0.05, 0.05), turn + r.uniform(-0.15, 0.15)
@@ -68,10 +74,12 @@ def tiles(image):
     """(2, 3, TILE, TILE) bytes: the picture squeezed into a tile, and a tile cut out of it, as anyres does."""
     x, y = ((side - TILE) * random.randint(0, 2) // 2 for side in image.size)
     pair = (image.resize((TILE, TILE)), image.crop((x, y, x + TILE, y + TILE)))
-    return torch.stack([torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(TILE, TILE, 3) for t in pair]).permute(0, 3, 1, 2)
+    return torch.stack(
+        [torch.frombuffer(bytearray(t.tobytes()), dtype=torch.uint8).view(TILE, TILE, 3) for t in pair]
+    ).permute(0, 3, 1, 2)
 
 
-def train(name, parameters, loss_of, n, batch, epochs, rate):
+def train(parameters, loss_of, n, batch, epochs, rate):
     """AdamW with warm-up and cosine decay over n pictures; loss_of(indices) -> loss, number right."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
@@ -90,7 +98,8 @@ def train(name, parameters, loss_of, n, batch, epochs, rate):
         schedule.step()
         right, seen, total = right + hits, seen + batch, total + loss.item() * batch
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"{name}: step {step + 1}/{steps}, loss {total / seen:.3f}, right {right / seen:.3f}, {time.time() - start:.0f} s", flush=True)
+            done = f"{time.time() - start:.0f} s"
+            print(f"step {step + 1}/{steps}, loss {total / seen:.3f}, right {right / seen:.3f}, {done}", flush=True)
             right, seen, total = 0, 0, 0.0
 
 
@@ -110,7 +119,10 @@ def main():
     for i, k in enumerate(names.tolist()):
         images.append(picture(drawers[k], COATS, random.Random(f"pretrain/{i}")))
     seen = torch.stack([tiles(image) for image in images])
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     head = torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, FIGURES))
     tower = model.model.vision_tower
 
@@ -120,11 +132,16 @@ def main():
         for layer in tower.encoder.layers[:-1]:  # vision_feature_layer -2: nothing reads the last one
             hidden = layer(hidden, None)
         logits = head(hidden[:, 1:].mean(1))
-        return F.cross_entropy(logits, names[index], label_smoothing=0.05), (logits.argmax(1) == names[index]).sum().item()
+        return F.cross_entropy(logits, names[index], label_smoothing=0.05), (
+            logits.argmax(1) == names[index]
+        ).sum().item()
 
-    train("vision", [*tower.parameters(), *head.parameters()], name_by_tower, len(names), 64, args.epochs, 1.5e-3)
-
-    save_file({hub_name(k): v.half().contiguous() for k, v in model.state_dict().items() if "vision_tower" in k}, args.out, metadata={"format": "pt"})
+    train([*tower.parameters(), *head.parameters()], name_by_tower, len(names), 64, args.epochs, 1.5e-3)
+    save_file(
+        {hub_name(k): v.half().contiguous() for k, v in model.state_dict().items() if "vision_tower" in k},
+        args.out,
+        metadata={"format": "pt"},
+    )
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
