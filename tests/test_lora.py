@@ -150,7 +150,7 @@ def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path
 
 
 def settings_of(*flags):
-    _, args, model_args = parse(["--output_dir", "x", *flags])
+    _, args, model_args, _ = parse(["--output_dir", "x", *flags])
     return model_args, args
 
 
