@@ -20,10 +20,13 @@ sh train.sh \
     --temp_dir "$demo/cache" \
     --output_dir "$demo/sft-llava-demo" \
     --logging_dir "$demo/logs" \
-    --per_device_train_batch_size 32 \
+    --per_device_train_batch_size 16 \
     --gradient_accumulation_steps 1 \
-    --num_train_epochs 10 \
+    --num_train_epochs 3 \
     --learning_rate 1e-3 \
+    --no_gradient_checkpointing \
+    --save_steps 200 \
+    --eval_steps 200 \
     "$@"
 
 sh validation.sh \
