@@ -11,7 +11,7 @@ install_requirements requirements.txt
 demo=temp/demo
 rm -rf "$demo"
 mkdir -p "$demo"
-"$python" demo/make_pictures.py "$demo/input" --seed 0
+"$python" demo/make_pictures.py "$demo/input" --seed 0 --train 250
 "$python" demo/make_model.py "$demo/model" --seed 0
 
 sh train.sh \
