@@ -4,7 +4,8 @@
     python demo/pretrain.py /tmp/untrained
 
 It never sees an animal: it tells apart 80 invented figures, random heaps of blobs, strokes and wedges, by the mean of
-the patch features that LLaVA reads. About ten minutes on a quiet core.
+the patch features that LLaVA reads. It took 20 minutes on one thread of a
+busy machine.
 """
 
 import argparse
