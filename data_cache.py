@@ -308,7 +308,11 @@ def write_rows(config: Config, split: str, geometry: Geometry, checked: Path) ->
         }
     )
     chats = pa.array([conversation(config, label) for label in config.labels], schema.field("messages").type)
-    chat_json = {label: json.dumps(conversation(config, label), ensure_ascii=False) for label in config.labels}
+    chat_json = {  # the part of a line that depends on the label alone
+        label: f'"messages": {json.dumps(conversation(config, label), ensure_ascii=False)}, '
+        f'"label": {json.dumps(label, ensure_ascii=False)}'
+        for label in config.labels
+    }
     index = {label: i for i, label in enumerate(config.labels)}
     folders = dict.fromkeys((f for f in class_folders(config, split) if f in config.folder_to_label), 0)
     excluded, classes = Counter(), dict.fromkeys(config.labels, 0)
@@ -342,13 +346,11 @@ def write_rows(config: Config, split: str, geometry: Geometry, checked: Path) ->
                 folders[folder] += 1
                 classes[label] += 1
                 digest.update(f"{name}\0{sha}\0{label}\n".encode())
-                text.write(
-                    (
-                        (",\n" if n else "\n") + f'{{"images": [{json.dumps(path, ensure_ascii=False)}], '
-                        f'"messages": {chat_json[label]}, "label": {json.dumps(label, ensure_ascii=False)}, '
-                        f'"width": {width}, "height": {height}, "image_tokens": {cost}, "sha256": "{sha}"}}'
-                    ).encode()
+                line = (
+                    f'{{"images": [{json.dumps(path, ensure_ascii=False)}], {chat_json[label]}, "width": {width}, '
+                    f'"height": {height}, "image_tokens": {cost}, "sha256": "{sha}"}}'
                 )
+                text.write(f"{',' if n else ''}\n{line}".encode())
                 n += 1
                 total += cost
                 tokens["min"] = min(tokens["min"] or cost, cost)

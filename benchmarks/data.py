@@ -1,11 +1,12 @@
 """What the check of the pictures costs, beside merely decoding them and beside datasets' imagefolder.
 
-    python benchmarks/data.py                                  # all of it: about 15 minutes on 2 cores, 2 GB of disk
-    python benchmarks/data.py --pictures 2000 --scale 10000    # a quick look
+    python benchmarks/data.py                          # pairs: about 5 minutes on 2 cores
+    python benchmarks/data.py --scale                  # 10,000 to 1,000,000 entries: about 10 minutes, 2 GB of disk
+    python benchmarks/data.py --pictures 2000          # a quick look
 
 Draws its pictures in a temporary folder that it removes. Rounds are interleaved (decode, cold, warm, decode,
 ...; imagefolder in the first), so a busy machine slows all of them alike; compare the ratios, not the seconds. Writes
-benchmarks/results/data.md; last line of stdout is the same as JSON.
+benchmarks/results/data.md or data_scale.md; last line of stdout is the same as JSON.
 """
 
 import argparse
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from config import FOLDER_TO_LABEL
 
 CORES = len(os.sched_getaffinity(0))
-RESULT = ROOT / "benchmarks" / "results" / "data.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def draw(job) -> None:
@@ -210,36 +211,27 @@ def ratios(results, over, under, of="seconds") -> str:
     return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--pictures", type=int, default=14_308)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--scale", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.step:
-        return run_step(args.step, args.root)
-    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
-        pairs = compare(args.pictures, args.rounds, Path(folder) / "pairs")
-        shutil.rmtree(Path(folder) / "pairs")
-        sizes = [scale(n, Path(folder) / "scale") for n in args.scale]
+MACHINE = (
+    f"on {CORES} cores ({platform.machine()}), Python {platform.python_version()}, Pillow {Image.__version__}. The "
+    "machine was shared: compare the ratios and the CPU times, not the seconds."
+)
+
+
+def pairs_report(pairs: list[dict], pictures: int) -> list[str]:
     median = {name: statistics.median(row[name]["seconds"] for row in pairs if name in row) for name in pairs[0]}
-    lines = [
+    search = statistics.median(row["cold"]["search"] for row in pairs)
+    return [
         "# Checking the pictures: cost",
         "",
-        f"`python benchmarks/data.py` on {CORES} cores ({platform.machine()}), Python {platform.python_version()}, "
-        f"Pillow {Image.__version__}. The machine was shared: compare the ratios, not the seconds.",
+        f"`python benchmarks/data.py` {MACHINE}",
         "",
-        f"## {args.pictures:,} JPEGs of 300x225, {args.rounds} interleaved rounds, {CORES} processes",
+        f"{pictures:,} JPEGs of 300x225, {len(pairs)} interleaved rounds, {CORES} processes.",
         "",
         "| step | seconds (median) |",
         "|---|---|",
         f"| decode only (Pillow, process pool) | {median['decode']:.2f} |",
-        f"| `prepare()` cold: decode, verdict, sizes, tokens, three hashes, both caches, leak search | "
-        f"{median['cold']:.2f} |",
-        f"| of it the leak search (near-duplicates included) | "
-        f"{statistics.median(row['cold']['search'] for row in pairs):.3f} |",
+        f"| `prepare()` cold: verdict, sizes, tokens, three hashes, both caches, leak search | {median['cold']:.2f} |",
+        f"| of it the leak search, near-duplicates included | {search:.3f} |",
         f"| `prepare()` warm: nothing changed | {median['warm']:.3f} |",
         f"| imagefolder + map to the same columns, cold; no leak search | {median['imagefolder']:.2f} |",
         f"| the same, warm | {median['imagefolder warm']:.2f} |",
@@ -249,28 +241,57 @@ def main():
         f"| cold / decode only | {ratios(pairs, 'cold', 'decode')} |",
         f"| cold / decode only, CPU time of all processes | {ratios(pairs, 'cold', 'decode', 'cpu')} |",
         f"| cold / warm | {ratios(pairs, 'cold', 'warm')} |",
-        f"| imagefolder cold / cold | {ratios(pairs, 'imagefolder', 'cold')} |",
-        f"| imagefolder warm / warm | {ratios(pairs, 'imagefolder warm', 'warm')} |",
+        f"| imagefolder cold / cold, first round | {ratios(pairs, 'imagefolder', 'cold')} |",
+        f"| imagefolder warm / warm, first round | {ratios(pairs, 'imagefolder warm', 'warm')} |",
+    ]
+
+
+def scale_report(sizes: list[dict]) -> list[str]:
+    lines = [
+        "# Checking the pictures: scale",
         "",
-        "## Scale: hard links to 16x16 JPEGs, a fifth of them held out",
+        f"`python benchmarks/data.py --scale` {MACHINE}",
         "",
-        "Warm is a fresh process: `prepare()` with nothing changed, `load_split()`, 1,000 rows at random. Peaks are of "
-        "the main process. The search is the leak search alone on that many random hashes.",
+        "Hard links to 500 JPEGs of 16x16, a fifth of them held out. Cold: `prepare()`. Warm: a fresh process that "
+        "calls `prepare()` with nothing changed and `load_split()`, and reads 1,000 rows at random; its CPU time "
+        "includes 1 s of imports. Search: the leak search alone on that many random hashes, 1 in 500 a near-copy. "
+        "MiB: peak of the main process.",
         "",
-        "| entries | cold, s | CPU s | MiB | warm, s | CPU s | CPU µs each | MiB | search, s | CPU s | MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| entries | cold, s | CPU s | MiB | warm, s | CPU s | CPU µs each | MiB | search, s | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sizes:
         cold, warm, search = row["cold"], row["warm"], row["search"]
+        each = warm["cpu"] / row["n"] * 1e6
         lines.append(
-            f"| {row['n']:,} | {cold['seconds']:.1f} | {cold['cpu']:.1f} | {cold['peak_mib']:.0f} | "
-            f"{warm['seconds']:.2f} | {warm['cpu']:.2f} | {warm['cpu'] / row['n'] * 1e6:.1f} | {warm['peak_mib']:.0f} | "
-            f"{search['seconds']:.2f} | {search['cpu']:.2f} | {search['peak_mib']:.0f} |"
+            f"| {row['n']:,} | {cold['seconds']:.1f} | {cold['cpu']:.1f} | {cold['peak_mib']:.0f} "
+            f"| {warm['seconds']:.2f} | {warm['cpu']:.2f} | {each:.1f} | {warm['peak_mib']:.0f} "
+            f"| {search['seconds']:.2f} | {search['peak_mib']:.0f} |"
         )
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pictures", type=int, default=14_308)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--scale", type=int, nargs="*", help="numbers of entries; alone: 10,000 100,000 1,000,000")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        return run_step(args.step, args.root)
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
+        if args.scale is None:
+            found = compare(args.pictures, args.rounds, Path(folder))
+            name, lines = "data.md", pairs_report(found, args.pictures)
+        else:
+            found = [scale(n, Path(folder) / "scale") for n in args.scale or (10_000, 100_000, 1_000_000)]
+            name, lines = "data_scale.md", scale_report(found)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     say("\n".join(lines))
-    print(json.dumps({"pairs": pairs, "scale": sizes}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
