@@ -21,7 +21,7 @@ from pathlib import Path
 
 import config as settings
 from config import Config, UserError
-from pictures import Facts, Geometry, image_token_count, inspect_all, walk
+from pictures import Facts, Geometry, Workers, image_token_count, walk
 
 FORMAT = 1  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
@@ -194,14 +194,14 @@ def read_checked(path):
         yield from batches
 
 
-def build(config: Config, split: str, geometry: Geometry) -> dict:
+def build(config: Config, split: str, geometry: Geometry, workers: Workers) -> dict:
     """Check what is new, then write the rows. Each file is written beside its place and renamed, meta.json last."""
     start = time.perf_counter()
     old = read_meta(config, split)
     checked = temp_path(config, split, "checked.arrow")
     known = checked if old and identity(checked) == old["files"]["checked.arrow"] else None
     strays = Counter()
-    now, decoded = check(config, split, known, checked, strays)
+    now, decoded = check(config, split, known, checked, strays, workers)
     summary = write_rows(config, split, geometry, checked)
     summary["ignored"] = dict(strays)
     summary["decoded"] = decoded
@@ -226,7 +226,7 @@ def build(config: Config, split: str, geometry: Geometry) -> dict:
     return {**summary, "built": True}
 
 
-def check(config: Config, split: str, known, path: Path, strays: Counter) -> tuple[str, int]:
+def check(config: Config, split: str, known, path: Path, strays: Counter, workers: Workers) -> tuple[str, int]:
     """Write `path`, a row for each picture file; decode what `known` does not have. The stamp and the number decoded.
 
     Old and new listing are in the same order, so they are merged in one pass and neither is held in memory.
@@ -270,7 +270,7 @@ def check(config: Config, split: str, known, path: Path, strays: Counter) -> tup
 
         total = sum(1 for _ in listing(config, split, Counter())) if sys.stderr.isatty() else None
         with tqdm(total=total, desc=f"checking {split}", unit=" pictures", disable=None) as bar:
-            for row, facts in inspect_all(items(), config.data_processes):
+            for row, facts in workers.inspect_all(items()):
                 entries.append((*row, *facts[:3], *map(as_bytes, facts[3:5], (32, 16)), facts.phash))
                 bar.update()
                 if len(entries) == ROWS:

@@ -32,6 +32,7 @@ from pictures import (
     EXTENSIONS,
     Geometry,
     PictureError,
+    Workers,
     image_token_count,
     list_pictures,
     load_picture,
@@ -67,9 +68,9 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     summaries = {split: read_summary(config, split, geometry) for split in splits}
     leaks = read_leaks(config, summaries) if all(summaries.values()) else None
     if leaks is None:
-        with lock(config):
+        with lock(config), Workers(config.data_processes) as workers:
             for split in splits:
-                summaries[split] = read_summary(config, split, geometry) or build(config, split, geometry)
+                summaries[split] = read_summary(config, split, geometry) or build(config, split, geometry, workers)
             problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
             if not problems:
                 leaks = read_leaks(config, summaries) or search_leaks(config, summaries)
@@ -251,7 +252,8 @@ def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometr
             splits.append("validation")
         if problems := folder_problems(config, ["train"]):
             raise UserError("\n".join(problems))
-        summaries = {s: read_summary(config, s, geometry) or build(config, s, geometry) for s in splits}
+        with Workers(config.data_processes) as workers:
+            summaries = {s: read_summary(config, s, geometry) or build(config, s, geometry, workers) for s in splits}
         if problems := split_problems(config, "train", summaries["train"]):
             raise UserError("\n".join(problems))
         from data_leaks import groups, load_pictures

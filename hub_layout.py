@@ -186,7 +186,7 @@ def whole_models():
 
 
 def match_names(model, shapes):
-    """-> ({parameter name in the model: (name in the files, shape)}, transformers' renaming rules, used ones marked)."""
+    """-> ({parameter name in the model: (name in the files, shape)}, the renaming rules, used ones marked)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

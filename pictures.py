@@ -11,7 +11,7 @@ What decides is the content, not the name: a PNG called .jpg is read as PNG. For
 - More than config.MAX_PIXELS pixels (a decompression bomb) or a side under config.MIN_SIDE is an error before decoding.
 - Any aspect ratio is taken: LLaVA-NeXT's image processor scales 8000x10 to 672x1 and the model accepts it.
 
-`python pictures.py` is not for people: it is the worker that inspect_all() starts once a core. Workers are plain
+`python pictures.py` is not for people: it is the worker that Workers starts once a core. Workers are plain
 subprocesses, so a train.py with CUDA and threads is never forked or imported again, and a decoder that crashes takes
 one worker with it and not the run.
 """
@@ -38,7 +38,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder of Pillow's is ever run
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
 BATCH = 32  # pictures a message to a worker
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -306,62 +306,69 @@ def perceptual_hashes(thumbs) -> list[int]:
     return [int(value) if flat >= 2 else 0 for value, flat in zip(values, grey.std(axis=(1, 2)), strict=True)]
 
 
-def inspect_all(items, processes: int):
-    """(key, Facts) for each (key, path, Facts or None), in order; None is asked of `processes` workers (0: all cores).
+class Workers:
+    """with Workers(processes) as workers: processes that inspect pictures, started when first needed. 0: one a core."""
 
-    Memory does not grow with the number of items, and a worker is started only when there is something to decode.
-    """
-    if processes < 1:
-        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = queue.SimpleQueue()
-    for _ in range(processes):
-        workers.put(None)
+    def __init__(self, processes: int):
+        if processes < 1:
+            processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.processes = processes
 
-    def ask(paths):
+    def __enter__(self):
+        self.threads = ThreadPoolExecutor(self.processes)
+        self.idle = queue.SimpleQueue()
+        for _ in range(self.processes):
+            self.idle.put(None)
+        return self
+
+    def __exit__(self, *_):
+        self.threads.shutdown(cancel_futures=True)
+        for _ in range(self.processes):
+            _stop(self.idle.get())
+
+    def ask(self, paths) -> list[Facts]:
         """The facts of some paths; a picture on which the worker dies is damaged, the others are asked again."""
-        worker = workers.get()
+        worker = self.idle.get()
         try:
             worker = worker or _start_worker()
             answer = _ask(worker, paths)
             if answer is None:
                 worker = _stop(worker)
         finally:
-            workers.put(worker)
+            self.idle.put(worker)
         if answer is None:
             crashed = [Facts("damaged: the decoder crashed")]
-            return crashed if len(paths) == 1 else [facts for path in paths for facts in ask([path])]
+            return crashed if len(paths) == 1 else [facts for path in paths for facts in self.ask([path])]
         return answer
 
-    def batches():
-        batch, unknown = [], 0
-        for item in items:
-            batch.append(item)
-            unknown += item[2] is None
-            if unknown == BATCH or len(batch) == 32 * BATCH:
-                yield batch
-                batch, unknown = [], 0
-        yield batch
+    def inspect_all(self, items):
+        """(key, Facts) for each (key, path, Facts or None), in order; None is asked of the workers.
 
-    def finished(batch, future):
-        answers = iter(future.result() if future else ())
-        return [(key, facts or next(answers)) for key, _, facts in batch]
+        Memory does not grow with the number of items.
+        """
 
-    with ThreadPoolExecutor(processes) as threads:
+        def batches():
+            batch, unknown = [], 0
+            for item in items:
+                batch.append(item)
+                unknown += item[2] is None
+                if unknown == BATCH or len(batch) == 32 * BATCH:
+                    yield batch
+                    batch, unknown = [], 0
+            yield batch
+
+        def finished(batch, future):
+            answers = iter(future.result() if future else ())
+            return [(key, facts or next(answers)) for key, _, facts in batch]
+
         pending = deque()
-        try:
-            for batch in batches():
-                paths = [path for _, path, facts in batch if facts is None]
-                pending.append((batch, threads.submit(ask, paths) if paths else None))
-                if len(pending) > 4 * processes:
-                    yield from finished(*pending.popleft())
-            while pending:
+        for batch in batches():
+            paths = [path for _, path, facts in batch if facts is None]
+            pending.append((batch, self.threads.submit(self.ask, paths) if paths else None))
+            if len(pending) > 4 * self.processes:
                 yield from finished(*pending.popleft())
-        finally:
-            for _, future in pending:
-                if future:
-                    future.cancel()
-            for _ in range(processes):
-                _stop(workers.get())
+        while pending:
+            yield from finished(*pending.popleft())
 
 
 def _start_worker() -> subprocess.Popen:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 
-from checkpoint import find_checkpoints
+from checkpoint import find_checkpoints, load_processor
 from config import UserError
 from data_process_utils import prepare
 from hub_layout import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
@@ -48,14 +48,15 @@ def preflight(config, model_name_or_path, splits, all_checkpoints=False):
     return summary
 
 
-def check_run(config, args, model_args):
-    """Everything for a training run, before the weights load. -> (prepare()'s summary, Scorer, make_plan()'s plan).
+def check_run(config, args, model_args, make_scorer):
+    """Everything for a training run, before the weights load. -> (prepare()'s summary, scorer, make_plan()'s plan).
 
-    Raises one UserError with every problem found, a line each.
+    make_scorer(processor, config) raises UserError where two labels have the same tokens. Raises one UserError with
+    every problem found, a line each.
     """
     path, findings = model_args.model_name_or_path, Findings()
     summary = findings.attempt(prepare, config, ("train", "validation"), base_of(path))
-    scorer = findings.attempt(check_checkpoint, path, config)
+    scorer = findings.attempt(check_checkpoint, path, config, make_scorer)
     findings.attempt(check_output_dir, args.output_dir)
     findings.attempt(check_ranks, args.use_cpu)
     plan = findings.attempt(make_plan, config, args, model_args) if holds_model(path) else None
@@ -67,11 +68,8 @@ def check_run(config, args, model_args):
     return summary, scorer, plan
 
 
-def check_checkpoint(path, config):
-    """Files, weights, tokenizer, processor and answers of a checkpoint are usable. -> its Scorer."""
-    from checkpoint import load_processor
-    from validation import Scorer
-
+def check_checkpoint(path, config, make_scorer):
+    """Files, weights, tokenizer, processor and answers of a checkpoint are usable. -> its scorer."""
     require_checkpoint(path)
     if problems := check_weights(base_of(path)):
         raise UserError("\n".join(problems))
@@ -82,7 +80,7 @@ def check_checkpoint(path, config):
             f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
             "hub repository's files; fetch all that is not weights again"
         ) from None
-    return Scorer(processor, config)
+    return make_scorer(processor, config)
 
 
 def make_plan(config, args, model_args):

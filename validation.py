@@ -38,8 +38,8 @@ class Scorer:
 
     The answers ride behind the prompt in one sequence, each seeing the prompt and itself only (4-D attention mask),
     with positions that restart at the prompt's end. What a label scores is what teacher forcing gives it alone: the
-    sum of log p over its answer tokens and </s>, tokenised within the whole conversation. Answers are left of
-    nothing and prompts are padded on the left, so the same columns hold them in every row of a batch.
+    sum of log p over its answer tokens and </s>, tokenised within the whole conversation. Prompts are padded on the
+    left, so the answers stand in the same columns of every row of a batch.
     """
 
     def __init__(self, processor, config):

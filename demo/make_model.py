@@ -1,10 +1,9 @@
 """Write a tiny LLaVA-NeXT checkpoint in the layout of llava-hf/llava-v1.6-mistral-7b-hf.
 
-    python demo/make_model.py temp/demo/model
-    python demo/make_model.py /tmp/random --from_scratch 0
+    python demo/make_model.py temp/demo/model --seed 0
 
-Same files, same fields, same parameter names; only the sizes are small and the tokenizer knows few words. The weights
-are demo/pretrained.safetensors, which pretrain.py made and which have never met an animal, or seeded random ones.
+Same files, same fields, same parameter names; only the sizes are small and the tokenizer knows few words. The vision
+tower is demo/vision_tower.safetensors, which pretrain.py made and which has never met an animal; the rest is random.
 """
 
 import argparse
@@ -23,13 +22,12 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config  # noqa: E402
 
-PRETRAINED = Path(__file__).resolve().parent / "pretrained.safetensors"
+PRETRAINED = Path(__file__).resolve().parent / "vision_tower.safetensors"
 TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile
 VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
 SHARP = 1.5  # how firmly a vision head looks at its neighbour
-FIGURES = [c + v for c in "bdfghklmnprstvwz" for v in "aeiou"]  # names of pretrain.py's invented figures
 WORDS = "a an the this that is are it in on of and or not yes no what which who picture image photo animal wild bird"
 HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
@@ -45,7 +43,7 @@ HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
 def build_tokenizer() -> Tokenizer:
     """A Llama-style BPE (▁ for a space, byte fallback) that has each word of the prompt and each label as one token."""
     settings = Config()
-    words = f"[INST] {settings.question} [/INST] {' '.join(settings.labels + FIGURES)} {WORDS}"
+    words = f"[INST] {settings.question} [/INST] {' '.join(settings.labels)} {WORDS}"
     words = [f"▁{w}" for w in re.findall(r"\w+|[^\w\s]+", words)]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -65,7 +63,14 @@ def build_tokenizer() -> Tokenizer:
 
 
 def token(text):
-    return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "content": text,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def hub_name(name: str) -> str:
@@ -103,7 +108,11 @@ def init_weights(model):
     # patch embedding: cosine patterns, brightness first; fine patterns are rarer in pictures, so they count more
     freqs = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))
     colours = ([1, 1, 1], [1, 0, -1], [-0.5, 1, -0.5])
-    filters = [(c, f) for c, n in zip(colours, (content - 2 * (content // 4), content // 4, content // 4)) for f in freqs[:n]]
+    filters = [
+        (c, f)
+        for c, n in zip(colours, (content - 2 * (content // 4), content // 4, content // 4), strict=True)
+        for f in freqs[:n]
+    ]
     kernel = torch.zeros_like(vision.embeddings.patch_embedding.weight)
     for row, (colour, (u, v)) in enumerate(filters):
         tint = torch.tensor(colour, dtype=torch.float) / math.sqrt(sum(c * c for c in colour))
@@ -182,7 +191,8 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--from_scratch", type=int, metavar="SEED", help="random weights instead of the pre-trained")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--untrained", action="store_true", help="a random vision tower too, for pretrain.py to teach")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -202,8 +212,9 @@ def main():
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True,
         "added_tokens_decoder": {str(i): token(text) for i, text in names.items()}, "additional_special_tokens": [],
         "extra_special_tokens": {"image_token": "<image>"}, "image_token": "<image>", **special,
-        "model_max_length": 1000000000000000019884624838656, "padding_side": "left", "processor_class": "LlavaNextProcessor",
-        "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "use_default_system_prompt": False,
+        "model_max_length": 1000000000000000019884624838656, "padding_side": "left",
+        "processor_class": "LlavaNextProcessor", "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer", "use_default_system_prompt": False,
     })  # fmt: skip
     write("chat_template.json", {"chat_template": HUB_TEMPLATE})
     write("processor_config.json", {
@@ -215,11 +226,14 @@ def main():
         "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
         "image_grid_pinpoints": PINPOINTS, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_processor_type": "LlavaNextImageProcessor", "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "processor_class": "LlavaNextProcessor", "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": TILE},
+        "processor_class": "LlavaNextProcessor", "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": TILE},
     })  # fmt: skip
 
     config = build_config(image, vocab)
-    weights = load_file(PRETRAINED) if args.from_scratch is None else random_weights(config, args.from_scratch)
+    weights = random_weights(config, args.seed)
+    if not args.untrained:
+        weights |= load_file(PRETRAINED)
     shards, where = [[], []], {}
     for name in sorted(weights):  # language model and vision tower, as two shards of a large checkpoint would
         shards[name.startswith("vision_tower")].append(name)

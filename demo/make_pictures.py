@@ -101,7 +101,11 @@ def cat(pen, r, coat):
         pen.blob(s * 0.23, -0.33, 0.12, 0.11, iris)
         pen.blob(s * 0.23, -0.33, 0.035, 0.1, "#101010", edge=0)
         for dy in (-0.1, 0.0, 0.1):
-            pen.line([(s * 0.16, -0.1 + dy * 0.3), (s * 0.8, -0.1 + dy * 1.6)], 0.025, "#fafafa" if sum(rgb(coat)) < 330 else "#303030")
+            pen.line(
+                [(s * 0.16, -0.1 + dy * 0.3), (s * 0.8, -0.1 + dy * 1.6)],
+                0.025,
+                "#fafafa" if sum(rgb(coat)) < 330 else "#303030",
+            )
     pen.shape([(-0.08, -0.18), (0.08, -0.18), (0, -0.08)], "#e07a8a", edge=0)
     pen.line([(-0.12, 0.0), (0, -0.06), (0.12, 0.0)], 0.03, "#402020")
 
@@ -132,7 +136,9 @@ def cow(pen, r, coat):
     pen.blob(0.34, 0.34, 0.17, 0.13, "#f0a8a8")  # udder
     pen.shape([(-0.5, -0.38), (0.74, -0.38), (0.84, -0.1), (0.78, 0.3), (-0.4, 0.34), (-0.56, 0)], white)
     for x, y in ((-0.22, -0.14), (0.2, 0.08), (0.56, -0.16)):
-        pen.blob(x + r.uniform(-0.07, 0.07), y, r.uniform(0.13, 0.22), r.uniform(0.11, 0.17), patch, r.uniform(-1, 1), edge=0)
+        pen.blob(
+            x + r.uniform(-0.07, 0.07), y, r.uniform(0.13, 0.22), r.uniform(0.11, 0.17), patch, r.uniform(-1, 1), edge=0
+        )
     for s in (-1, 1):  # horns and ears
         pen.line([(-0.66 + s * 0.12, -0.62), (-0.66 + s * 0.26, -0.78), (-0.66 + s * 0.2, -0.96)], 0.07, "#e8dcb8")
         pen.blob(-0.66 + s * 0.3, -0.52, 0.14, 0.07, patch, s * 0.3)
@@ -214,7 +220,9 @@ def sheep(pen, r, coat):
     pen.blob(0.14, -0.06, 0.56, 0.38, wool, edge=0)
     for _ in range(16):
         x, y = 0.14 + r.uniform(-0.5, 0.5), -0.06 + r.uniform(-0.34, 0.34)
-        pen.line([(x - 0.07, y), (x - 0.04, y - 0.07), (x + 0.04, y - 0.06), (x + 0.05, y + 0.02)], 0.03, shade(wool, 0.68))
+        pen.line(
+            [(x - 0.07, y), (x - 0.04, y - 0.07), (x + 0.04, y - 0.06), (x + 0.05, y + 0.02)], 0.03, shade(wool, 0.68)
+        )
     pen.blob(-0.36, -0.36, 0.17, 0.08, face, 0.5)
     pen.blob(-0.6, -0.2, 0.2, 0.3, face, 0.4)
     for x, y in ((-0.52, -0.5), (-0.66, -0.46), (-0.4, -0.48)):
@@ -263,10 +271,18 @@ def clutter(image, r, front):
     """Grass, stones, clouds and strokes; in front of the animal only a little grass."""
     w, h = image.size
     for _ in range(r.randint(0, 4) if front else r.randint(5, 14)):
-        pen, colour = Pen(image, r.uniform(0, w), r.uniform(0, h), r.uniform(0.05, 0.14) * h), rgb(r.choice(BRIGHT + COATS))
+        pen, colour = (
+            Pen(image, r.uniform(0, w), r.uniform(0, h), r.uniform(0.05, 0.14) * h),
+            rgb(r.choice(BRIGHT + COATS)),
+        )
         kind = "grass" if front else r.choice(("grass", "grass", "stone", "cloud", "stroke"))
         if kind == "grass":
-            pen = Pen(image, r.uniform(0, w), h * r.uniform(0.9, 1.0) if front else r.uniform(0.5, 1.0) * h, r.uniform(0.05, 0.12) * h)
+            pen = Pen(
+                image,
+                r.uniform(0, w),
+                h * r.uniform(0.9, 1.0) if front else r.uniform(0.5, 1.0) * h,
+                r.uniform(0.05, 0.12) * h,
+            )
             for x in (-0.4, 0, 0.4):
                 pen.line([(x, 0), (x * 1.8 + r.uniform(-0.2, 0.2), -1)], 0.13, shade("#5f9a3c", r.uniform(0.6, 1.4)))
         elif kind == "stone":

@@ -1,21 +1,39 @@
 """Floating-point operations of one picture, counted by torch on tensors without memory (meta device)."""
 
+import copy
 
-def count(config, tokens, tiles, training=True) -> float:
-    """FLOPs of one picture of `tokens` image tokens from `tiles` vision-tower tiles; a multiply-add counts as two.
+
+def count(config, tokens, tiles, training=True, frozen=False) -> float:
+    """FLOPs of one picture of `tokens` positions, text included, and `tiles` vision tiles; a multiply-add is two.
 
     training: forward, the recomputed forward of activation checkpointing, and backward; else the forward alone.
-    config: LlavaNextConfig. Vision tower, projector and language model run as three calls: the model's own joining of
-    picture and text looks at data, which meta tensors do not have; it costs nothing. Attention counts all pairs of
-    tokens (what SDPA with a mask computes); a kernel that skips the upper triangle would do up to half of that part.
+    frozen: as LoRA trains, without the gradients of the weights and without a backward through the vision tower (the
+    adapters themselves are below 1 %). config: LlavaNextConfig. Counted on models of few layers and extrapolated:
+    layers are alike, so the count is linear in their number (tests/test_cost.py). Attention counts all pairs of tokens
+    (what SDPA with a mask computes); a kernel that skips the upper triangle would do up to half of that part.
+    """
+    text, vision = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
+    base, more_text, more_vision = (
+        count_layers(config, t, v, tokens, tiles, training, frozen) for t, v in ((1, 2), (2, 2), (1, 3))
+    )
+    return base + (text - 1) * (more_text - base) + (vision - 2) * (more_vision - base)
+
+
+def count_layers(config, text_layers, vision_layers, tokens, tiles, training=True, frozen=False) -> float:
+    """count() by really running every layer, of a model with so many.
+
+    Vision tower, projector and language model run as three calls: the model's own joining of picture and text looks at
+    data, which meta tensors do not have; it costs nothing.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlavaNextForConditionalGeneration
 
+    config = copy.deepcopy(config)
     config._attn_implementation = "eager"
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = text_layers, vision_layers
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
+        model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16).requires_grad_(not frozen)
         if training:
             model.train()
             model.activation_checkpointing_enable()

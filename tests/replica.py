@@ -308,6 +308,19 @@ def build_variant(source, folder, name) -> Path:
     return folder
 
 
+def pictures(folder, size=(300, 225), seed=0):
+    """train_data and validation_data of noise, width x height: two classes, one picture each."""
+    import numpy
+    from PIL import Image
+
+    random = numpy.random.default_rng(seed)
+    for split in ("train_data", "validation_data"):
+        for name in ("cat", "dog"):
+            (Path(folder) / split / name).mkdir(parents=True)
+            pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+            Image.fromarray(pixels).save(Path(folder) / split / name / "a.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
@@ -315,7 +328,10 @@ def main():
     parser.add_argument("--vision_layers", type=int, default=3)
     parser.add_argument("--full_width", action="store_true")
     parser.add_argument("--variant", choices=[*VARIANTS, *BROKEN])
+    parser.add_argument("--pictures", help="folder for two classes of noise to train on")
     args = parser.parse_args()
+    if args.pictures:
+        pictures(args.pictures)
     build(args.folder, args.layers, args.vision_layers, args.full_width)
     if args.variant:
         (VARIANTS | BROKEN)[args.variant](Path(args.folder))

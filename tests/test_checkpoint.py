@@ -378,16 +378,16 @@ def test_what_zero3_cannot_train_is_said_before_the_weights_load(hub, others_pic
 
 def test_type_of_the_checkpoint_is_never_taken_over(hub):
     for dtype in ("auto", "float16"):
-        _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub), "--dtype", dtype])
+        _, args, model_args, _ = parse(["--output_dir", "x", "--model_name_or_path", str(hub), "--dtype", dtype])
         with pytest.raises(UserError, match=f"--dtype: found {dtype}; expected bfloat16 or float32"):
             load_for_training(model_args, args)
-    _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
+    _, args, model_args, _ = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
     assert load_for_training(model_args, args).dtype == torch.bfloat16
 
 
 def test_big_models_are_cut_into_the_hubs_shards(hub, tmp_path):
     """5 GB a file, which a narrow model does not reach: the limit is looked at, then lowered."""
-    _, args, model_args = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
+    _, args, model_args, _ = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
     model = load_for_training(model_args, args)
     assert model.save_pretrained.keywords == {"max_shard_size": "5GB"}
     model.save_pretrained.keywords["max_shard_size"] = "2MB"

@@ -49,7 +49,7 @@ def tree(tmp_path):
             place.mkdir(parents=True)
             for i in range(n):
                 (place / f"{i}.jpg").write_bytes(saved(drawn(1000 * n + 10 * k + i), "JPEG"))
-    return Config(input_dir=str(tmp_path / "input"), temp_dir=str(tmp_path / "temp"), max_excluded=1.0)
+    return Config(str(tmp_path / "input"), str(tmp_path / "temp"), max_excluded=1.0, data_processes=1)
 
 
 def train(config, *parts) -> Path:

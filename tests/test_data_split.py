@@ -1,6 +1,7 @@
 """The cut: which pictures, that undoing it restores every byte and folder, also after kill -9 at random moments."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import data_process_utils
 import data_split
 from config import FOLDER_TO_LABEL, UserError
 
@@ -67,7 +71,16 @@ def arguments(tree, *more):
 
 
 def call(tree, *more):
-    return subprocess.run(arguments(tree, *more), capture_output=True, text=True, cwd=ROOT)
+    """The command within this process: .returncode, .stdout, .stderr."""
+    said, complaints, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaints):
+        patch.setattr(sys, "argv", [*arguments(tree, *more, "--data_processes", "1")[1:]])
+        try:
+            data_process_utils.main()
+        except UserError as error:
+            code = 2
+            print(error, file=sys.stderr)
+    return SimpleNamespace(returncode=code, stdout=said.getvalue(), stderr=complaints.getvalue())
 
 
 def cut(tree, *more):

@@ -148,12 +148,12 @@ def parse(*flags):
 def test_flags_of_both_generations_mean_the_same():
     old = parse("--torch_dtype", "float16", "--warmup_ratio", "0.1", "--logging_dir", "there", "--bf16", "False")
     new = parse("--dtype", "float16", "--warmup_steps", "0.1", "--logging_dir", "there", "--bf16", "False")
-    for config, args, model_args in (old, new):
+    for config, args, model_args, _ in (old, new):
         assert (model_args.dtype, args.warmup_steps, config.logging_dir) == ("float16", 0.1, "there")
 
 
 def test_defaults_protect_the_answer():
-    _, args, model_args = parse()
+    _, args, model_args, _ = parse()
     assert args.max_length is None and args.assistant_only_loss and model_args.dtype == "bfloat16"
 
 

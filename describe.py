@@ -1,0 +1,87 @@
+"""What a training run is about to do: for people on the console, for the record in run.json. Imports no torch."""
+
+import dataclasses
+import math
+import platform
+import statistics
+import subprocess
+from importlib import metadata
+
+from hub_layout import base_of, whole_models
+
+
+def describe(args, model_args, data, collator, summary):
+    """What is about to run, as equations, and one example with the learned tokens marked. Main process only."""
+    tokens = sorted(data[args.length_column_name])
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    micro_batches = -(-len(data) // (args.per_device_train_batch_size * args.world_size))  # a rank
+    steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    device = "CPU ranks" if args.use_cpu else "GPUs"
+    zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
+    example = collator([data[0]])
+    ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
+    learned = sum(label != -100 for label in labels)
+    print(
+        f"pictures        {len(data)} to train on; {summary}\n"
+        f"image tokens    {tokens[0]} to {tokens[-1]} a picture, median {statistics.median(tokens):g}; "
+        f"learned in the example below: {learned}\n"
+        f"effective batch {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} {device} = {per_step} pictures a step\n"
+        f"steps           {steps_per_epoch} an epoch x {args.num_train_epochs:g} epochs"
+        f"{f', stopped at --max_steps {args.max_steps}' if args.max_steps > 0 else ''} = {steps}\n"
+        f"optimizer       {args.optim.value}, learning rate {args.learning_rate:g}, "
+        f"{f'DeepSpeed ZeRO stage {zero}' if zero else 'no DeepSpeed'}, weights in {model_args.dtype}\n"
+        f"one example, learned tokens between >> <<:\n{mark(ids, labels, collator.processor)}\n",
+        flush=True,
+    )
+
+
+def describe_cost(config, args, model_args, data, plan):
+    """What a dry run adds: operations and memory, computed. Main process only."""
+    from scripts import flops, memory_plan
+
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    tokens = int(statistics.median(data[args.length_column_name]))
+    with whole_models():
+        each = flops.count(model, tokens + memory_plan.TEXT_TOKENS, memory_plan.tiles_of(model, tokens))
+    print(
+        f"operations      {each:.2e} FLOPs a median picture x {len(data)} = {each * len(data):.2e} an epoch (counted)"
+    )
+    if plan:
+        print(f"memory a GPU    peak {plan['peaks']['largest']:.1f} GiB at the largest picture (computed):")
+        for name, gib in plan["items"].items():
+            print(f"    {name:<28}{gib:7.2f}")
+
+
+def mark(ids, labels, processor):
+    """Decoded text of one sequence: runs of image tokens counted, supervised tokens between >> and <<."""
+    text, i = "", 0
+    image = processor.image_token_id
+    while i < len(ids):
+        j, learned = i, labels[i] != -100
+        while j < len(ids) and (labels[j] != -100) == learned and (ids[j] == image) == (ids[i] == image):
+            j += 1
+        run = f"<image>x{j - i}" if ids[i] == image else processor.tokenizer.decode(ids[i:j])
+        text += f">>{run}<<" if learned else run
+        i = j
+    return text
+
+
+def record_run(config, args, model_args, summary):
+    """What runs, as a dict for run.json: the settings that must match on a resume first, then all the others."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")}
+    versions |= {name: metadata.version(name) for name in ("bitsandbytes", "datasets", "pillow", "peft")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "world_size": args.world_size,
+        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "labels": config.labels,
+        "question": config.question,
+        "data": summary["train"]["fingerprint"],
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), **versions},
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model_args),
+        "training": args.to_dict(),
+    }

@@ -1,0 +1,176 @@
+"""LoRA on the narrow replica: what trains and what does not, small files, resume, merge, 4 bit, adapters as models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import replica
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from checkpoint import load_for_training, load_model, load_processor
+from config import Config, UserError
+from hub_layout import check_files
+from lora import merge
+from train import parse
+from validation import Scorer
+
+STEPS = "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --logging_steps 1 --eval_strategy no "
+STEPS += "--learning_rate 1e-2 --warmup_ratio 0 --use_peft"
+
+
+def adapter_size(layers=2, r=16, wide=64, kv=32, inner=96):
+    """Elements of A (r x in) and B (out x r) for q, k, v, o, gate, up and down of each layer."""
+    linear = [(wide, wide), (kv, wide), (kv, wide), (wide, wide), (inner, wide), (inner, wide), (wide, inner)]
+    return layers * sum(r * (out + into) for out, into in linear)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return replica.build(tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(others_pictures, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("cache")
+    return (
+        f"--input_dir {others_pictures} --temp_dir {tmp}/cache --logging_dir {tmp}/logs --allow_leaks --max_excluded 1"
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(hub, data, run, tmp_path_factory):
+    """Two steps of 2-rank ZeRO-3, a checkpoint after each."""
+    out = tmp_path_factory.mktemp("lora") / "sft"
+    command = f"sh train.sh {data} {STEPS} --model_name_or_path {hub} --output_dir {out} --max_steps 2 --save_steps 1"
+    done = run(command, NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    return SimpleNamespace(out=out, command=command, output=done.output)
+
+
+def test_only_adapters_train_and_only_they_are_saved(trained):
+    total = sum(torch.Size(s).numel() for s in replica.hub_shapes(replica.hub_config(2, 3, full_width=False)).values())
+    own = adapter_size()
+    assert f"{own:,} of {total + own:,} parameters = " in trained.output
+    values = load_file(trained.out / "adapter_model.safetensors")
+    assert sum(value.numel() for value in values.values()) == own
+    assert all("language_model.layers." in name and "lora_" in name for name in values)
+    assert all(value.abs().max() > 0 for value in values.values()), "a tensor that stayed at 0 was not trained"
+    assert not list(trained.out.rglob("model*.safetensors"))
+    state = sum(os.path.getsize(p) for p in (trained.out / "checkpoint-2").rglob("*optim_states.pt"))
+    assert state < 20 * own, "optimizer state of the adapters alone"
+    assert check_files(trained.out) == []
+
+
+def test_resumed_adapter_is_the_same_to_the_bit(trained, run):
+    before = (trained.out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(trained.out / "checkpoint-2")
+    (trained.out / "adapter_model.safetensors").unlink()
+    done = run(trained.command, NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    assert f"resuming from {trained.out}/checkpoint-1" in done.output
+    assert (trained.out / "adapter_model.safetensors").read_bytes() == before
+
+
+WATCH = """
+import json, sys
+import torch
+import train, trainer
+original = trainer.AnimalTrainer.train
+def watched(self, *args, **kwargs):
+    before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+    result = original(self, *args, **kwargs)
+    now = dict(self.model.named_parameters())
+    optimized = {id(value) for group in self.optimizer.param_groups for value in group["params"]}
+    print(json.dumps({
+        "same": [name for name in now if torch.equal(before[name], now[name])],
+        "changed": [name for name in now if not torch.equal(before[name], now[name])],
+        "optimized": [name for name in now if id(now[name]) in optimized],
+        "types": sorted({str(value.dtype) for name, value in now.items() if "lora_" not in name}),
+    }))
+    return result
+trainer.AnimalTrainer.train = watched
+train.main()
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"]], ids=["bf16", "4bit"])
+def test_base_stays_bit_identical(hub, data, tmp_path, flags):
+    """The live model of train.py before and after three steps, in bf16 and in bitsandbytes' 4 bit."""
+    command = [sys.executable, "-c", WATCH, *data.split(), *STEPS.split(), *flags, "--max_steps", "3"]
+    command += ["--save_strategy", "no", "--model_name_or_path", str(hub), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"same"'))
+    assert len(seen["changed"]) == 28 and all("lora_" in name for name in seen["changed"])
+    assert sorted(seen["optimized"]) == sorted(seen["changed"])
+    assert len(seen["same"]) == 81
+    assert seen["types"] == (["torch.bfloat16", "torch.uint8"] if flags else ["torch.bfloat16"])
+
+
+@pytest.fixture(scope="module")
+def scores():
+    picture = Image.effect_mandelbrot((300, 225), (-2, -1, 1, 1), 50).convert("RGB")
+
+    def score(folder):
+        scorer = Scorer(load_processor(folder), Config())
+        return scorer.score(load_model(folder, "float32"), scorer.collate([picture]))
+
+    return score
+
+
+def test_merged_and_unmerged_say_the_same(trained, hub, scores, tmp_path):
+    merge(str(trained.out), str(tmp_path / "merged"), "float32")
+    unmerged, merged, base = scores(str(trained.out)), scores(str(tmp_path / "merged")), scores(str(hub))
+    assert (unmerged - base).abs().max() > 0.1, "the adapter does something"
+    assert (unmerged - merged).abs().max() < 1e-3 and unmerged.argmax() == merged.argmax()
+    saved = {name: tuple(value.shape) for name, value in load_file(tmp_path / "merged" / "model.safetensors").items()}
+    assert saved == replica.hub_shapes(replica.hub_config(2, 3, full_width=False))
+    assert {path.name for path in hub.iterdir() if "model-" not in path.name} - {"model.safetensors.index.json"} <= {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
+
+
+def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path):
+    flags = f"--model_name_or_path {trained.out}/checkpoint-1"
+    done = run(f"sh validation.sh {data} {flags} --report_dir {tmp_path}/report")
+    assert done.code == 0, done.output[-3000:]
+    assert json.loads(done.output.strip().splitlines()[-1])["n"] > 0
+    done = run(f"python test.py {others_pictures}/validation_data/cat {flags} --output {tmp_path}/names.csv")
+    assert done.code == 0, done.output[-3000:]
+    done = run(f"python lora.py {trained.out} --merge {tmp_path}/plain")
+    assert done.code == 0 and f"sh validation.sh --model_name_or_path {tmp_path}/plain" in done.output
+    done = run(f"python lora.py {trained.out} --merge {tmp_path}/plain")
+    assert done.code == 2 and "expected a new folder" in done.output
+
+
+def settings_of(*flags):
+    _, args, model_args, _ = parse(["--output_dir", "x", *flags])
+    return model_args, args
+
+
+def test_what_cannot_be_trained_is_refused(hub, trained, run, tmp_path):
+    model_args, args = settings_of("--model_name_or_path", str(hub), "--load_in_4bit")
+    with pytest.raises(UserError, match="quantized weights cannot be trained; add --use_peft"):
+        load_for_training(model_args, args)
+    model_args, _ = settings_of("--model_name_or_path", str(hub), "--load_in_4bit", "--use_peft")
+    with pytest.raises(
+        UserError, match="ZeRO-3 cannot partition quantized weights; add --config_file scripts/ddp.yaml"
+    ):
+        load_for_training(model_args, SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+    model_args, args = settings_of("--model_name_or_path", str(trained.out))
+    with pytest.raises(UserError, match=r"found an adapter; .* `python lora.py \S+ --merge OUT`"):
+        load_for_training(model_args, args)
+    with pytest.raises(UserError, match="found no adapter_config.json"):
+        merge(str(hub), str(tmp_path / "out"))
+    lonely = shutil.copytree(trained.out, tmp_path / "lonely")
+    settings = json.loads((lonely / "adapter_config.json").read_text())
+    replica.dump(lonely / "adapter_config.json", settings | {"base_model_name_or_path": "gone"})
+    assert "found an adapter to the base model 'gone', which is not there" in check_files(lonely)[0]
+    done = run("sh train.sh --config_file scripts/none.yaml")
+    assert done.code == 2 and "expected scripts/deepspeed_zero3.yaml, scripts/ddp.yaml" in done.output
