@@ -1,6 +1,7 @@
 """Ten probabilities in one forward pass against generating one word: what does validation.py's scorer cost?
 
-    python benchmarks/validation.py --half_trained temp/demo/sft-llava-demo/checkpoint-100 --half_input temp/demo/input
+    sh demo/run.sh --max_steps 100 --save_steps 50
+    python benchmarks/validation.py --half_trained temp/demo/sft-llava-demo/checkpoint-50
 
 Side by side in one run, the same pictures in the same batches, rounds interleaved: (ours) Scorer; (a) one generate()
 call a picture; (b) batched generate(), stopped after two tokens, the least that any answer needs (a word and </s>).
@@ -33,7 +34,10 @@ from validation import Scorer, score_pictures
 
 HUB = Geometry(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 1, "default")
 SHAPES = [(300, 225), (225, 300), (300, 200), (640, 480), (300, 168), (300, 300), (1024, 768), (259, 194), (200, 300)]
-WIDTH = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_hidden_layers": 4}
+VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+# Wide enough that, as in the 7B, the weights and not the attention make the forward's work.
+TEXT = {"hidden_size": 768, "intermediate_size": 2688, "num_attention_heads": 12, "num_key_value_heads": 3}
+TEXT |= {"num_hidden_layers": 2, "head_dim": 64}
 
 
 def make_model(tokenizer_from):
@@ -47,10 +51,9 @@ def make_model(tokenizer_from):
     images.image_grid_pinpoints = shape.image_grid_pinpoints = grids
     processor.patch_size = shape.vision_config.patch_size = HUB.patch_size
     shape.vision_config.image_size = HUB.image_size
-    for part in (shape.vision_config, shape.text_config):
-        for name, value in WIDTH.items():
+    for part, sizes in ((shape.vision_config, VISION), (shape.text_config, TEXT)):
+        for name, value in sizes.items():
             setattr(part, name, value)
-    shape.text_config.head_dim = WIDTH["hidden_size"] // WIDTH["num_attention_heads"]
     torch.manual_seed(0)
     return processor, LlavaNextForConditionalGeneration(shape).float().eval()
 
@@ -169,8 +172,9 @@ def main():
         f"`python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`\n",
         f"{len(paths)} pictures of {min(lengths):,} to {max(lengths):,} image tokens (mean "
         f"{statistics.mean(lengths):,.0f}), batches of {args.batch_size}, {args.rounds} interleaved rounds after one "
-        "to warm up. Real picture geometry (336 px tiles, patch 14) but a small, random model (width "
-        f"{WIDTH['hidden_size']}, {WIDTH['num_hidden_layers']} layers in tower and language model), float32, "
+        "to warm up. Real picture geometry (336 px tiles, patch 14) but a small, random model (tower: width "
+        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers; language model: width {TEXT['hidden_size']}, "
+        f"{TEXT['num_hidden_layers']} layers), float32, "
         f"{torch.get_num_threads()} CPU thread(s), torch {torch.__version__}. Nothing here was measured on a GPU or on "
         "the 7B.\n",
         "The scorer's advantage is given a round: by the clock, and by CPU seconds, which other work on the machine "

@@ -45,7 +45,7 @@ def main():
     right.set(ylabel="accuracy", ylim=(0, 1))
     left.grid(alpha=0.3)
     lines = [line for axes in (left, right) for line in axes.get_lines()]
-    left.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=2)
     figure.savefig(args.output, dpi=100)
 
 
