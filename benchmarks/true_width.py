@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import replica
+
 from hub_layout import check_weights, read_shards
 
 GIB = 2**30
@@ -189,8 +190,8 @@ def main():
     ]
     lines += [
         f"| {r['image_tokens']:,} | {r['loss']:.2f} | {r['load_gib']:.2f} | {r['backward_gib']:.2f} | "
-        f"{r['backward_planned_gib']:.2f} | {r['backward_gib'] / r['backward_planned_gib']:.2f} | {r['step_gib']:.2f} | "
-        f"{r['step_planned_gib']:.2f} | {r['step_gib'] / r['step_planned_gib']:.2f} | {r['after_gib']:.2f} | "
+        f"{r['backward_planned_gib']:.2f} | {r['backward_gib'] / r['backward_planned_gib']:.2f} | "
+        f"{r['step_gib']:.2f} | {r['step_planned_gib']:.2f} | {r['step_gib'] / r['step_planned_gib']:.2f} | {r['after_gib']:.2f} | "
         f"{r['backward_seconds']:.0f} | {r['step_seconds']:.0f} | {r['score_gib']:.2f} | {r['score_seconds']:.0f} |"
         for r in rows
     ]
