@@ -47,10 +47,8 @@ def describe_trainable(model):
     places = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", place) for place in places))
     common = os.path.commonprefix([f"{place}." for place in places]).rpartition(".")[0]
     names = ", ".join(place.removeprefix(common).strip(".") for place in places)
-    return (
-        f"{count:,} of {total:,} parameters = {count / total:.2%}: {len(trained)} tensors beside the frozen "
-        f"{common}: {names}"
-    )
+    where = f" on {common}" if common else ""
+    return f"{count:,} of {total:,} parameters = {count / total:.2%}: {len(trained)} tensors{where}: {names}"
 
 
 def merge(adapter, out, dtype="bfloat16"):

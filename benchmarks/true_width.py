@@ -181,8 +181,8 @@ def main():
         f"{os.cpu_count()} cores.",
         "",
         f"GiB beside the {rows[0]['libraries_gib']:.2f} of Python and the libraries before the weights load. Planned:",
-        "scripts/memory_plan.py's items for this config, one rank, nothing offloaded, without its reserve; it plans for",
-        "CUDA's kernels. Seconds are those of a shared machine: only their order of size means anything.",
+        "scripts/memory_plan.py's items for this config, one rank, nothing offloaded, without its reserve; they are",
+        "CUDA's kernels'. Seconds are those of a shared machine: only their order of size means anything.",
         "",
         "| image tokens | loss | load | backward | planned | ratio | optimizer | planned | ratio | save "
         "| backward s | optimizer s | score | score s, start included |",
@@ -190,9 +190,10 @@ def main():
     ]
     lines += [
         f"| {r['image_tokens']:,} | {r['loss']:.2f} | {r['load_gib']:.2f} | {r['backward_gib']:.2f} | "
-        f"{r['backward_planned_gib']:.2f} | {r['backward_gib'] / r['backward_planned_gib']:.2f} | {r['step_gib']:.2f} | "
-        f"{r['step_planned_gib']:.2f} | {r['step_gib'] / r['step_planned_gib']:.2f} | {r['after_gib']:.2f} | "
-        f"{r['backward_seconds']:.0f} | {r['step_seconds']:.0f} | {r['score_gib']:.2f} | {r['score_seconds']:.0f} |"
+        f"{r['backward_planned_gib']:.2f} | {r['backward_gib'] / r['backward_planned_gib']:.2f} | "
+        f"{r['step_gib']:.2f} | {r['step_planned_gib']:.2f} | {r['step_gib'] / r['step_planned_gib']:.2f} | "
+        f"{r['after_gib']:.2f} | {r['backward_seconds']:.0f} | {r['step_seconds']:.0f} | "
+        f"{r['score_gib']:.2f} | {r['score_seconds']:.0f} |"
         for r in rows
     ]
     os.makedirs(args.results, exist_ok=True)

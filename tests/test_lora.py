@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import lora
 from checkpoint import load_for_training, load_model, load_processor
 from config import Config, UserError
 from hub_layout import check_files
@@ -136,17 +137,18 @@ def test_merged_and_unmerged_say_the_same(trained, hub, scores, tmp_path):
     }
 
 
-def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path):
+def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path, monkeypatch, capsys):
     flags = f"--model_name_or_path {trained.out}/checkpoint-1"
     done = run(f"sh validation.sh {data} {flags} --report_dir {tmp_path}/report")
     assert done.code == 0, done.output[-3000:]
     assert json.loads(done.output.strip().splitlines()[-1])["n"] > 0
     done = run(f"python test.py {others_pictures}/validation_data/cat {flags} --output {tmp_path}/names.csv")
     assert done.code == 0, done.output[-3000:]
-    done = run(f"python lora.py {trained.out} --merge {tmp_path}/plain")
-    assert done.code == 0 and f"sh validation.sh --model_name_or_path {tmp_path}/plain" in done.output
-    done = run(f"python lora.py {trained.out} --merge {tmp_path}/plain")
-    assert done.code == 2 and "expected a new folder" in done.output
+    monkeypatch.setattr(sys, "argv", ["lora.py", str(trained.out), "--merge", str(tmp_path / "plain")])
+    lora.main()
+    assert f"sh validation.sh --model_name_or_path {tmp_path}/plain" in capsys.readouterr().out
+    with pytest.raises(UserError, match="found files there; expected a new folder"):
+        lora.main()
 
 
 def settings_of(*flags):
