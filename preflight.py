@@ -32,7 +32,7 @@ class Findings(list):
             raise UserError("\n".join(self))
 
 
-def preflight(config, model_name_or_path, splits, all_checkpoints=False):
+def preflight(config, model_name_or_path, splits, all_checkpoints=False, output_dir=None):
     """The checkpoint is there, and the pictures are fit for use; builds their caches. Returns prepare()'s summary.
 
     all_checkpoints: a run's folder will do as well; its newest whole checkpoint says how many tokens a picture has.
@@ -44,6 +44,8 @@ def preflight(config, model_name_or_path, splits, all_checkpoints=False):
     findings = Findings()
     findings.attempt(require_checkpoint, path)
     summary = findings.attempt(prepare, config, splits, base_of(path))
+    if output_dir is not None:
+        findings.attempt(check_output_dir, output_dir)
     findings.report()
     return summary
 
@@ -63,7 +65,7 @@ def check_run(config, args, model_args, make_scorer):
     if holds_model(path):
         total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
         findings.attempt(check_disk, args, plan["trained"] if plan else total)
-        findings.attempt(check_memory, args, plan)
+        findings.attempt(check_memory, args, plan, gpu_memory(args.use_cpu))
     findings.report()
     return summary, scorer, plan
 
@@ -107,13 +109,18 @@ def make_plan(config, args, model_args):
         )
 
 
-def check_memory(args, plan):
-    """The plan's peak at the largest picture fits the smallest GPU of this rank's machine."""
+def gpu_memory(use_cpu):
+    """GiB of the smallest GPU of this machine, None without one."""
     import torch
 
-    if args.use_cpu or plan is None:
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return None if use_cpu or not sizes else min(sizes) / GIB
+
+
+def check_memory(args, plan, found):
+    """The plan's peak at the largest picture fits into `found` GiB (None: there is no GPU)."""
+    if found is None or plan is None:
         return
-    found = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
     peak = plan["peaks"]["largest"]
     if peak > found:
         raise UserError(
