@@ -4,8 +4,7 @@
     python demo/pretrain.py /tmp/untrained
 
 It never sees an animal: it tells apart 80 invented figures, random heaps of blobs, strokes and wedges, by the mean of
-the patch features that LLaVA reads. It took 20 minutes on one thread of a
-busy machine.
+the patch features that LLaVA reads. With OMP_NUM_THREADS=1 it took 11 minutes and ended at 0.977 right.
 """
 
 import argparse

@@ -73,9 +73,10 @@ def main():
         parser.add_argument("--model_name_or_path", default=model)
         parser.add_argument("--all_checkpoints", action="store_true")
         parser.add_argument("--linear_probe", action="store_true")
+        parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"] if training else None)
         args, _ = parser.parse_known_args(flags)
         splits = ("train", "validation") if training or args.linear_probe else ("validation",)
-        preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints)
+        preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 

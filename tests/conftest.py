@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in the tests themselves: two of them run at once
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +24,8 @@ def at_root(monkeypatch):
 
 def start(command, **environment):
     """Start a command in the root under sh (POSIX); stdout and stderr in one pipe, this python on the PATH."""
-    env = {**os.environ, **{key: str(value) for key, value in environment.items()}}
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env |= {key: str(value) for key, value in environment.items()}
     env["VIRTUAL_ENV"], env["PATH"] = sys.prefix, f"{sys.prefix}/bin:{env['PATH']}"
     words = ["sh", "-c", f"exec {command}"]
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
