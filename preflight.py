@@ -77,7 +77,9 @@ def check_checkpoint(path, config, make_scorer):
         raise UserError("\n".join(problems))
     try:
         processor = load_processor(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(
             f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
             "hub repository's files; fetch all that is not weights again"
