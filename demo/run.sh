@@ -49,7 +49,7 @@ low, high = report["accuracy_ci95"]
 print(f"""
 held-out accuracy  {report["accuracy"]:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {report["n"]}); chance {report["chance"]:.2f}
 checkpoint         {demo}/sft-llava-demo
-report             {demo}/logs/validation/sft-llava-demo
+report             {demo}/logs/validation/sft-llava-demo/report.html
 names of the unlabelled pictures   {demo}/predictions.csv
 training curves    tensorboard --logdir={demo}/logs""")
 EOF_PYTHON
