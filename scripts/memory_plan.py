@@ -274,11 +274,21 @@ def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r) -> li
     each, shapes = effective_batch // num_gpus, parameters(config)
     return [
         plan(
-            config, zero3, num_gpus, micro, each // micro, tokens, offload_param=params, offload_activations=acts,
-            method=method, lora_r=lora_r, shapes=shapes,
+            config,
+            zero3,
+            num_gpus,
+            micro,
+            each // micro,
+            tokens,
+            offload_param=params,
+            offload_activations=acts,
+            method=method,
+            lora_r=lora_r,
+            shapes=shapes,
         )  # fmt: skip
         for params, acts in ((False, False), (True, False), (False, True))[: 1 if method == "qlora" else 3]
-        for micro in (1, 2, 4, 8) if each % micro == 0
+        for micro in (1, 2, 4, 8)
+        if each % micro == 0
     ]
 
 
