@@ -10,13 +10,19 @@ from importlib import metadata
 from hub_layout import base_of, whole_models
 
 
+def count_steps(args, pictures) -> tuple[int, int]:
+    """(optimizer steps an epoch, in all) as transformers.Trainer counts them."""
+    a_step = args.per_device_train_batch_size * args.world_size  # micro-batches of all ranks
+    micro_batches = pictures // a_step if args.dataloader_drop_last else math.ceil(pictures / a_step)
+    an_epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    return an_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+
+
 def describe(args, model_args, data, collator, summary):
     """What is about to run, as equations, and one example with the learned tokens marked. Main process only."""
     tokens = sorted(data[args.length_column_name])
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    micro_batches = -(-len(data) // (args.per_device_train_batch_size * args.world_size))  # a rank
-    steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    steps_per_epoch, steps = count_steps(args, len(data))
     device = "CPU ranks" if args.use_cpu else "GPUs"
     zero = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
     example = collator([data[0]])

@@ -6,6 +6,8 @@ list last and then makes the folder appear by a rename. Imports no torch.
 
 import json
 import os
+import re
+import shutil
 
 from config import UserError
 
@@ -59,6 +61,27 @@ def find_checkpoint(output_dir) -> tuple[str | None, list[str]]:
             return path, passed_over
         passed_over.append(f"{path}: incomplete ({', '.join(lacking[:3])} missing or cut short); passed over")
     return None, passed_over
+
+
+def read_state(checkpoint) -> dict:
+    """trainer_state.json of a checkpoint: global_step, best_model_checkpoint, log_history ..."""
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+FOR_RESUMING = re.compile(
+    r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|run\.json|complete\.json"
+)
+
+
+def publish(checkpoint, output_dir):
+    """Copy the model of a complete checkpoint into output_dir, without what only resuming needs. Main process only."""
+    saving = os.path.join(output_dir, SAVING)
+    shutil.rmtree(saving, ignore_errors=True)
+    shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if FOR_RESUMING.match(n)])
+    for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):  # config.json last
+        os.replace(os.path.join(saving, name), os.path.join(output_dir, name))
+    os.rmdir(saving)
 
 
 # What a resumed run must share with the one that wrote the checkpoint, and why.

@@ -26,10 +26,10 @@ import config as settings
 from checkpoint import load_for_training
 from config import Config, UserError
 from data_process_utils import load_picture, load_split
-from describe import describe, describe_cost, record_run
+from describe import count_steps, describe, describe_cost, record_run
 from lora import describe_trainable, lora_config
 from preflight import check_run
-from resume import check_resume, find_checkpoint
+from resume import check_resume, find_checkpoint, publish, read_state
 from validation import Scorer
 
 # torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
@@ -133,6 +133,13 @@ def main():
     if dry_run:
         if speaks:
             describe_cost(config, args, model_args, train_data, plan)
+        return
+
+    state = read_state(resume) if resume else {"global_step": 0}
+    if resume and state["global_step"] >= count_steps(args, len(train_data))[1]:  # Trainer would take one step more
+        if speaks:
+            publish(args.load_best_model_at_end and state["best_model_checkpoint"] or resume, args.output_dir)
+            print(f"{resume} is the last step: nothing left to train; {args.output_dir} holds the model")
         return
 
     from trainer import AnimalTrainer, StopOnSignal
