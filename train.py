@@ -12,6 +12,7 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 """
 
 import argparse
+import atexit
 import ctypes
 import difflib
 import json
@@ -100,6 +101,14 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def leave(code):
+    """End this rank without the interpreter's shutdown, in which a thread of torch's aborted a finished run (once)."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main():
     end_with_launcher()
     if "-h" in sys.argv or "--help" in sys.argv:
@@ -161,11 +170,12 @@ def main():
         if speaks:
             print(f"stopped after step {trainer.state.global_step}; `sh train.sh` again goes on from there", flush=True)
         trainer.accelerator.end_training()
-        sys.exit(128 + stop.agreed)
+        leave(128 + stop.agreed)
     trainer.save_final()
     if speaks:
         print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
     trainer.accelerator.end_training()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,23 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import config as settings  # noqa: E402
-from preflight import preflight  # noqa: E402
+import config as settings
+
+try:
+    from preflight import preflight
+except ModuleNotFoundError as error:  # before `pip install`: say what can be said without any package
+    MISSING = error.name
+
+    def preflight(config, model, splits, *_):
+        problems = [f"found no Python package {MISSING}; expected requirements.txt; pip install -r requirements.txt"]
+        wanted = {os.path.join(model, "config.json"): "a checkpoint"}
+        wanted |= {os.path.join(config.input_dir, f"{split}_data"): "pictures, a folder a class" for split in splits}
+        problems += [
+            f"{path}: not found; expected {what}; see README.md"
+            for path, what in wanted.items()
+            if not os.path.exists(path)
+        ]
+        raise settings.UserError("\n".join(problems))
 
 
 def count_gpus():

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Kill a training run ten times at random moments, on two ranks, and compare the weights bit for bit. About 15 minutes.
+# Kill a training run ten times at random moments, on one and on two ranks; compare the weights bit for bit.
 set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

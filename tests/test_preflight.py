@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,16 @@ def test_three_problems_in_one_message(demo, run, tmp_path):
     assert "identical" in errors[1] and "--allow_leaks" in errors[1]
     assert "thesis.tex" in errors[2]
     assert "torch" not in done.output
+
+
+def test_before_anything_is_installed(tmp_path):
+    """python -S: no site-packages, as in a clone before `pip install`."""
+    command = [sys.executable, "-S", "scripts/launch.py", "train.py", "--model_name_or_path", str(tmp_path / "model")]
+    done = subprocess.run([*command, "--input_dir", str(tmp_path / "input")], capture_output=True, text=True)
+    errors = done.stderr.splitlines()
+    assert done.returncode == 2 and len(errors) == 4 and all(line.startswith("error: ") for line in errors)
+    assert "pip install -r requirements.txt" in errors[0]
+    assert "model/config.json" in errors[1] and "input/train_data" in errors[2]
 
 
 def test_more_ranks_than_gpus(run):

@@ -3,6 +3,7 @@
 `sh tests/soak.sh` does the killing ten times, on 1 and 2 ranks.
 """
 
+import functools
 import json
 import os
 import random
@@ -51,15 +52,27 @@ def run_until(line, command, then, **environment):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(demo, run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted") / "sft"
-    done = run(command(demo, out), NUM_PROCESSES=2)
-    assert done.code == 0, done.output[-3000:]
-    assert len(done.output.splitlines()) < 200 and "Warning" not in done.output
-    return out
+def uninterrupted_on(demo, run, tmp_path_factory):
+    """-> a function: output_dir of a run on so many ranks that nothing disturbed."""
+
+    @functools.cache
+    def finish(ranks):
+        out = tmp_path_factory.mktemp(f"uninterrupted-{ranks}") / "sft"
+        done = run(command(demo, out), NUM_PROCESSES=ranks)
+        assert done.code == 0, done.output[-3000:]
+        assert len(done.output.splitlines()) < 200 and "Warning" not in done.output
+        return out
+
+    return finish
 
 
-def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted, tmp_path, request):
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_on):
+    return uninterrupted_on(2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ranks, tmp_path, request):
     """kill -9 and SIGTERM in turn, at random moments after the first step; the last start runs to the end."""
     out, rng = tmp_path / "sft", random.Random(0)
     outputs = []
@@ -70,7 +83,7 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted, tmp_p
             time.sleep(rng.uniform(0, 4))
             process.send_signal(number)
 
-        code, output = run_until("{'loss'", command(demo, out), end, NUM_PROCESSES=2)
+        code, output = run_until("{'loss'", command(demo, out), end, NUM_PROCESSES=ranks)
         outputs.append(output)
         if code == 0:
             continue  # it was faster than the signal
@@ -81,10 +94,10 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted, tmp_p
             assert f"stopped after step {resumed.rsplit('-', 1)[1]}" in output and steps > 0
         else:
             assert code == -9
-    code, output = run_until("nothing", command(demo, out), None, NUM_PROCESSES=2)
+    code, output = run_until("nothing", command(demo, out), None, NUM_PROCESSES=ranks)
     assert code == 0, output[-3000:]
     assert any("resuming from" in text for text in [*outputs[1:], output])
-    ours, theirs = load_file(out / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
+    ours, theirs = load_file(out / "model.safetensors"), load_file(uninterrupted_on(ranks) / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
     assert not (out / ".saving").exists()
 
