@@ -19,7 +19,7 @@ NUM_PROCESSES=2 sh train.sh --model_name_or_path "$readers/hub" --input_dir "$re
 [ $# -gt 0 ] || set -- 4.46.0 4.50.0 4.57.6
 for version; do
     reader="$readers/$version"
-    [ -d "$reader" ] || {
+    "$reader/bin/python" -c "import transformers, torch" 2> /dev/null || {
         "$python" -m venv "$reader"
         # shellcheck disable=SC2046
         "$reader/bin/pip" install --quiet "transformers==$version" \
