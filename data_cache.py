@@ -23,7 +23,7 @@ import config as settings
 from config import Config, UserError
 from pictures import Facts, Geometry, Workers, image_token_count, walk
 
-FORMAT = 1  # of everything in temp_dir; a cache of another format is rebuilt
+FORMAT = 2  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
 ROWS = 8192  # rows an Arrow batch: what is in memory at once
 
@@ -231,6 +231,7 @@ def check(config: Config, split: str, known, path: Path, strays: Counter, worker
 
     Old and new listing are in the same order, so they are merged in one pass and neither is held in memory.
     """
+    workers.start()
     import pyarrow as pa
     from tqdm import tqdm
 

@@ -282,11 +282,18 @@ def inspect(paths) -> list[Facts]:
             continue
         pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
         pixels.update(picture.tobytes("raw", "RGBX"))  # as it lies in memory; X is 255
-        # reducing_gap: twice as fast, and the hash still moves by 0 to 4 bits under JPEG 20, half size or 1.5x
-        thumbs.append(picture.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("L"))
+        thumbs.append(thumbnail(picture))
         found.append(Facts("", *picture.size, sha.hex(), pixels.hexdigest()))
     hashes = iter(perceptual_hashes(thumbs))
     return [facts if facts.reason else facts._replace(phash=next(hashes)) for facts in found]
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """32x32 grey. Of a larger picture every third pixel is enough: the hash of a copy (JPEG 20, 0.4 to 2.2 times the
+    size) still moves by 0 to 4 bits, in a third of the time."""
+    if min(picture.size) >= 128:
+        picture = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
+    return picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
 
 
 def perceptual_hashes(thumbs) -> list[int]:
@@ -326,6 +333,11 @@ class Workers:
         self.threads.shutdown(cancel_futures=True)
         for _ in range(self.processes):
             _stop(self.idle.get())
+
+    def start(self):
+        """Start the processes now, while the caller imports what it needs."""
+        for _ in range(self.processes):
+            self.idle.put(self.idle.get() or _start_worker())
 
     def ask(self, paths) -> list[Facts]:
         """The facts of some paths; a picture on which the worker dies is damaged, the others are asked again."""
