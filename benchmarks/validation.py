@@ -36,8 +36,8 @@ HUB = Geometry(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 
 SHAPES = [(300, 225), (225, 300), (300, 200), (640, 480), (300, 168), (300, 300), (1024, 768), (259, 194), (200, 300)]
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
 # Wide enough that, as in the 7B, the weights and not the attention make the forward's work.
-TEXT = {"hidden_size": 768, "intermediate_size": 2688, "num_attention_heads": 12, "num_key_value_heads": 3}
-TEXT |= {"num_hidden_layers": 2, "head_dim": 64}
+TEXT = {"hidden_size": 1536, "intermediate_size": 5376, "num_attention_heads": 12, "num_key_value_heads": 3}
+TEXT |= {"num_hidden_layers": 2, "head_dim": 128}
 
 
 def make_model(tokenizer_from):
@@ -133,9 +133,9 @@ def main():
     parser.add_argument("--tokenizer_from", default="temp/demo/model", help="a checkpoint folder made by the demo")
     parser.add_argument("--half_trained", help="a checkpoint that is not done yet, for the accuracies")
     parser.add_argument("--half_input", default="temp/demo/input", help="its pictures")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output", default="benchmarks/results/validation.md")
     args = parser.parse_args()
     config = Config()
