@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 
+from balance import largest_micro_batch
 from checkpoint import find_checkpoints, load_processor
 from config import UserError
 from data_process_utils import prepare
@@ -95,7 +96,11 @@ def make_plan(config, args, model_args):
     if file.get("zero_optimization", {}).get("stage") != 3:
         return None
     model = memory_plan.load_config(base_of(model_args.model_name_or_path))
-    tokens = memory_plan.token_counts(model, config.temp_dir)
+    tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
+    if args.train_sampling_strategy == "batch_rebalance":
+        sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        formed = largest_micro_batch(memory_plan.all_counts(model, config.temp_dir), *sizes, seed)
     with whole_models():
         return memory_plan.plan(
             model,
@@ -108,6 +113,7 @@ def make_plan(config, args, model_args):
             method=("qlora" if model_args.load_in_4bit else "lora") if model_args.use_peft else "full",
             lora_r=model_args.lora_r,
             save_total_limit=args.save_total_limit or 1,
+            formed=formed,
         )
 
 

@@ -13,9 +13,11 @@ import time
 import torch
 import torch.distributed
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from balance import level
 from config import UserError
 from hub_layout import write_hub_files
 from metrics import measure
@@ -68,9 +70,21 @@ class AnimalTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, scorer, eval_pictures, record, **kwargs):
+        self.balanced = None  # the sampler of --train_sampling_strategy batch_rebalance
         super().__init__(*args, **kwargs)
         self.scorer, self.eval_pictures, self.record = scorer, eval_pictures, record
         self.run_dir = self.args.output_dir
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, BatchRebalanceSampler):
+            self.balanced = level(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
+
+    def _run_epoch(self, **kwargs):
+        if self.balanced:  # after a resume the library does not reach it through its wrappers
+            self.balanced.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(**kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         pictures = inputs.pop("pictures")

@@ -11,7 +11,9 @@ the launcher's 1. train.py may just as well be started with plain `accelerate la
 import argparse
 import logging
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 
@@ -60,6 +62,17 @@ def count_processes():
     return max(1, count_gpus())
 
 
+def run_here(args):
+    """torchrun's work for a lone rank: the script in this process, which has imported much of what it needs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1") | dict.fromkeys(("RANK", "LOCAL_RANK"), "0")
+    os.environ.update(one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [args.training_script, *args.training_script_args]
+    runpy.run_path(args.training_script, run_name="__main__")
+
+
 def main():
     words = sys.argv[1:]
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
@@ -95,9 +108,22 @@ def main():
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
+    import torch.distributed.run as torchrun
+
+    def launch_training():
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        port = ["--main_process_port=0"]  # any free one
+        words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+        launch_command(launch_command_parser().parse_args(words))
+
+    if processes == 1 and "--num_machines" not in " ".join(launcher_flags):
+        torchrun.run = run_here
+        launch_training()
+        return
+
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
     import psutil
-    import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun answers a signal by killing the ranks after 30 s, less than a checkpoint of the 7B takes. Ours pass it
@@ -123,11 +149,7 @@ def main():
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
     try:
         if training:
-            from accelerate.commands.launch import launch_command, launch_command_parser
-
-            port = ["--main_process_port=0"]  # any free one
-            words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
-            launch_command(launch_command_parser().parse_args(words))
+            launch_training()
         else:
             torchrun.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from balance import TEXT_TOKENS, largest_micro_batch  # noqa: E402
 from config import UserError, parser, run  # noqa: E402
 
 GIB = 2**30
@@ -32,7 +33,6 @@ RANK_RAM = 3.0  # GiB of host RAM a rank for Python, libraries, CUDA and its dat
 CHECKPOINT_BYTES = 6.08  # a trained parameter in global_step*/: fp32 master 4, 8-bit m and v 2.03, rest
 WEIGHT_BYTES = 2.01  # a parameter in bf16 safetensors
 TYPICAL_TOKENS, LARGEST_TOKENS = 1368, 2928  # image_tokens() of a 300x225 picture, and the most that there can be
-TEXT_TOKENS = 60  # prompt, answer and </s> around the picture
 HEAD = "lm_head.weight"
 NO_DECAY = r"bias|layernorm|layrnorm|layer_norm|(?:^|\.)norm\."  # as Trainer.get_decay_parameter_names
 
@@ -94,13 +94,20 @@ def token_counts(config, temp_dir: str) -> dict:
     if not file.exists():
         source = f"assumed: {file} is not there yet (300x225 pictures, and the largest that there can be)"
         return {"median": TYPICAL_TOKENS, "largest": LARGEST_TOKENS, "source": source}
+    counts = sorted(all_counts(config, temp_dir))
+    source = f"{len(counts):,} pictures of {file}"
+    return {"median": counts[len(counts) // 2], "largest": counts[-1], "source": source}
+
+
+def all_counts(config, temp_dir: str) -> list[int]:
+    """Image tokens of every picture in <temp_dir>/train.json, in its order."""
+    file = Path(temp_dir) / "train.json"
     try:
         records = json.loads(file.read_text())
-        shapes = [(record["height"], record["width"]) for record in records]
-        counts = sorted(image_tokens(config, *shape) for shape in shapes)
-        source = f"{len(counts):,} pictures of {file}"
-        return {"median": counts[len(counts) // 2], "largest": counts[-1], "source": source}
-    except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        counts = [image_tokens(config, record["height"], record["width"]) for record in records]
+        counts[0]  # IndexError: no pictures
+        return counts
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise UserError(
             f"{file}: found {error!r}; expected records with width and height; delete the file, training rebuilds it"
         ) from None
@@ -143,13 +150,15 @@ def plan(
     config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulation: int = 4,
     tokens: tuple[int, int] = (TYPICAL_TOKENS, LARGEST_TOKENS), *, offload_param: bool | None = None,
     offload_activations: bool = False, method: str = "full", lora_r: int = 16, save_total_limit: int = 5,
-    shapes: list | None = None,
+    shapes: list | None = None, formed: tuple[int, int] | None = None,
 ) -> dict:  # fmt: skip
     """The plan of one run as a dict (keys: module docstring).
 
     config: LlavaNextConfig. zero3: the parsed DeepSpeed file, "auto" as transformers fills it. tokens: image tokens of
     the (median, largest) picture. offload_param: None = as zero3 says. method: "full", "lora" (bf16 base, partitioned)
     or "qlora" (NF4 base, whole on each GPU: DDP). shapes: parameters(config), to build the model once for many plans.
+    formed: (pictures, tokens of the longest) of the largest micro-batch that batch_rebalance forms (balance.py); None
+    for other samplers, which may put micro_batch of the largest pictures together.
     """
     stage3 = zero3["zero_optimization"]
     if offload_param is None:
@@ -225,7 +234,7 @@ def plan(
     resident = sum(items[name] for name in ("parameters", "gradients", "fp32 master", "8-bit states"))
     peaks, phases = {}, {}
     for name, count in zip(("median", "largest"), tokens, strict=True):
-        acts = activations(config, micro_batch, count, method)
+        acts = activations(config, *(formed if formed and name == "largest" else (micro_batch, count)), method)
         away = acts["kept"] if offload_activations else 0  # transformers _activation_checkpointing_enable: save_on_cpu
         items[f"activations, {name}"] = acts["peak"] - away
         phase = {
@@ -264,14 +273,19 @@ def plan(
     }  # fmt: skip
 
 
-def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r) -> list[dict]:
-    """A plan for each micro-batch (1, 2, 4, 8) of the same effective batch: no offload, parameters, activations."""
+def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r, counts=None) -> list[dict]:
+    """A plan for each micro-batch (1, 2, 4, 8) of the same effective batch: no offload, parameters, activations.
+
+    counts: image tokens of every picture, for --train_sampling_strategy batch_rebalance.
+    """
     if num_gpus < 1 or effective_batch < 1 or effective_batch % num_gpus:
         raise UserError(
             f"--effective_batch: found {effective_batch} pictures for --num_gpus {num_gpus}; expected a multiple of "
             f"the GPUs; give one, like {max(1, num_gpus) * 16}"
         )
     each, shapes = effective_batch // num_gpus, parameters(config)
+    sizes = [micro for micro in (1, 2, 4, 8) if each % micro == 0]
+    formed = {m: largest_micro_batch(counts, m, each // m, num_gpus) for m in sizes} if counts else {}
     return [
         plan(
             config,
@@ -285,10 +299,10 @@ def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r) -> li
             method=method,
             lora_r=lora_r,
             shapes=shapes,
+            formed=formed.get(micro),
         )  # fmt: skip
         for params, acts in ((False, False), (True, False), (False, True))[: 1 if method == "qlora" else 3]
-        for micro in (1, 2, 4, 8)
-        if each % micro == 0
+        for micro in sizes
     ]
 
 
@@ -347,6 +361,7 @@ def main():
     add("--use_peft", action="store_true", help="LoRA: only adapters have gradients, master weights and states")
     add("--load_in_4bit", action="store_true", help="with --use_peft: QLoRA, an NF4 base on every GPU, without ZeRO-3")
     add("--lora_r", type=int, default=16, help="rank of the adapters")
+    add("--train_sampling_strategy", default="random", choices=["random", "batch_rebalance"], help="train.py's")
     add("--json", action="store_true", help="print one JSON object")
     args = flags.parse_args()
     if args.load_in_4bit and not args.use_peft:
@@ -355,7 +370,9 @@ def main():
     zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path)
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])
-    plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r)
+    balanced = args.train_sampling_strategy == "batch_rebalance"
+    counts = all_counts(config, args.temp_dir) if balanced else None
+    plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r, counts)
     best, reason = recommend(plans, limit)
     if args.json:
         report = {"model": args.model_name_or_path, "tokens": tokens, "gpu_memory_gib": args.gpu_memory_gib}

@@ -1,0 +1,69 @@
+"""On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
+
+Each rank leaves $METER.<rank>.json: when the process began and each step ended (seconds since the epoch), its CPU
+seconds by then, seconds spent waiting for data, tokens and how many of them are padding, peak memory of the process
+and of its workers (MiB).
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+import time
+
+BEGAN = time.time()
+
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "transformers.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def then_measure(module):
+            run(module)
+            measure(module.Trainer)
+
+        spec.loader.exec_module = then_measure
+        return spec
+
+
+def measure(trainer):
+    import resource
+
+    seen = {"began": BEGAN, "steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
+    fetch, train = trainer.get_batch_samples, trainer.train
+
+    def get_batch_samples(self, *args, **kwargs):
+        now = time.time()
+        batches, items = fetch(self, *args, **kwargs)
+        seen["waits"].append(time.time() - now)
+        masks = [batch["attention_mask"] for batch in batches]
+        seen["tokens"].append(sum(mask.numel() for mask in masks))
+        seen["padding"].append(sum(int((mask == 0).sum()) for mask in masks))
+        return batches, items
+
+    def train_and_note(self, *args, **kwargs):
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                seen["steps"].append(time.time())
+                seen["cpu"].append(time.process_time())
+
+        self.add_callback(Clock())
+        result = train(self, *args, **kwargs)
+        for who, key in ((resource.RUSAGE_SELF, "mib"), (resource.RUSAGE_CHILDREN, "worker_mib")):
+            seen[key] = resource.getrusage(who).ru_maxrss / 1024
+        with open(f"{os.environ['METER']}.{os.environ['RANK']}.json", "w") as file:
+            json.dump(seen, file)
+        return result
+
+    trainer.get_batch_samples, trainer.train = get_batch_samples, train_and_note
+
+
+if "METER" in os.environ:
+    sys.meta_path.insert(0, Hook())

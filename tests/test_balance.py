@@ -1,0 +1,63 @@
+"""balance.py: every picture once, like numbers of tokens, the seed's order, and a plan that knows the largest."""
+
+import random
+
+import pytest
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from balance import TEXT_TOKENS, largest_micro_batch, level
+from scripts import memory_plan
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    draw = random.Random(0)
+    return [draw.choice([1368] * 8 + [1464] * 3 + [1032] * 3 + [1176] * 3 + [2340] * 2 + [1944]) for _ in range(2000)]
+
+
+def batches(tokens, ranks=4, accumulation=4, seed=1, epoch=0):
+    found = []
+    for rank in range(ranks):
+        sampler = BatchRebalanceSampler(
+            tokens, 4 * accumulation * ranks, ranks, accumulation, rank=rank, drop_last=False
+        )
+        level(sampler, seed).set_epoch(epoch)
+        found.append(list(sampler))
+    return found
+
+
+def test_every_picture_once_an_epoch_and_as_many_micro_batches_on_every_rank(tokens):
+    found = batches(tokens)
+    assert sorted(i for rank in found for batch in rank for i in batch) == list(range(len(tokens)))
+    assert len({len(rank) for rank in found}) == 1
+
+
+def test_the_seed_and_the_epoch_decide_the_order(tokens):
+    assert batches(tokens, seed=1) == batches(tokens, seed=1)
+    assert batches(tokens, seed=1) != batches(tokens, seed=2)
+    assert batches(tokens, epoch=0) != batches(tokens, epoch=1)
+
+
+def test_hardly_any_padding_and_no_micro_batch_near_four_of_the_largest(tokens):
+    found = [[tokens[i] + TEXT_TOKENS for i in batch] for rank in batches(tokens) for batch in rank]
+    padded = sum(len(b) * max(b) for b in found)
+    assert sum(map(sum, found)) / padded > 0.94
+    draw = random.Random(0)
+    order = [t + TEXT_TOKENS for t in draw.sample(tokens, len(tokens))]
+    chance = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert sum(map(sum, chance)) / sum(len(b) * max(b) for b in chance) < 0.86, "random order pads"
+    assert max(len(b) * max(b) for b in found) < 0.8 * 4 * (2340 + TEXT_TOKENS)
+
+
+def test_the_plan_knows_the_largest_micro_batch(tokens):
+    config = memory_plan.load_config(ROOT / "tests" / "hub_config.json")
+    zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
+    shapes = memory_plan.parameters(config)
+    formed = largest_micro_batch(tokens, 4, 4, 4, seed=1)
+    most = max((b for rank in batches(tokens) for b in rank), key=lambda b: len(b) * (max(tokens[i] for i in b) + 60))
+    assert formed[0] * (formed[1] + 60) == len(most) * (max(tokens[i] for i in most) + 60)
+    sizes = (1368, 2340)
+    random_order = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes)["peaks"]
+    levelled = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes, formed=formed)["peaks"]
+    assert levelled["median"] == random_order["median"] and levelled["largest"] < random_order["largest"] - 0.5
