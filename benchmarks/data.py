@@ -282,7 +282,7 @@ def scale_report(sizes: list[dict]) -> list[str]:
         "the decoding left out (the verdicts of the 500 are looked up). Warm: a fresh process that "
         "calls `prepare()` with nothing changed and `load_split()`, and reads 1,000 rows at random; its CPU time "
         "includes 1 s of imports. Listing: `os.scandir` and `stat` of the same files, in a loop. "
-        "Search: the leak search alone on that many random hashes, 1 in 500 a near-copy. MiB: peak of the main process.",
+        "Search: the leak search alone on that many random hashes, 1 in 500 a near-copy. MiB: the main process.",
         "",
         "| entries | build, s | CPU s | MiB | warm, s | CPU s | MiB | listing, s | CPU s | search, s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
