@@ -9,10 +9,10 @@ a: the recipe of the first README through TRL's own script (stock.py): micro-bat
 b: the same with answer-only loss (assistant_only_loss)
 c: ours: train.sh's flags, batch_rebalance, and micro-batch 8: what memory_plan.py lets into 24 GiB for these shapes on
    8 GPUs (17.0 GiB at the largest micro-batch), or on 4 with --activation_checkpointing_kwargs '{"offload": true}'
-   (19.8 GiB); without that offload 4 GPUs would need 24.1 GiB and take micro-batch 4 (20.0 GiB): row c4
+   (19.8 GiB; the offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.0): c4
 All: the same tiny checkpoint and pictures, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures
 are drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of
-lengths are the 7B's; DeepSpeed's size limits are scaled by the models' parameters, so as many layers are live as there.
+lengths are the 7B's; DeepSpeed's size limits are scaled by the decoder layers' sizes: as many layers are live as there.
 Leaves results/{training,levers}.md and training.json (which cost.py --check reads).
 """
 
@@ -36,7 +36,7 @@ from data_process_utils import image_token_count
 PIXELS = {(300, 225): 8, (300, 200): 3, (225, 300): 3, (300, 300): 3, (640, 480): 2, (300, 1200): 1}  # shape: share
 RANKS, BATCH = 2, 64  # pictures a step
 SKIP = 3  # first steps, not counted: allocation, first gathers
-PARAMETERS = 7_566_747_648  # of the 7B
+LAYER = 147_712, 218_112_000  # parameters of a decoder layer, the tiny model's and the 7B's
 DOCUMENTED = {  # transformers' documentation of ZeRO-3, and the key without which DeepSpeed refuses bitsandbytes
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
     "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
@@ -47,8 +47,6 @@ DOCUMENTED = {  # transformers' documentation of ZeRO-3, and the key without whi
         "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True,
     },
 }  # fmt: skip
-LAYERS = ["transformers.models.mistral.modeling_mistral.MistralDecoderLayer",
-          "transformers.models.clip.modeling_clip.CLIPEncoderLayer"]  # fmt: skip
 BALANCED = "--train_sampling_strategy batch_rebalance"
 # name: (script, micro-batch, flags, changes to zero_optimization)
 ROWS = {
@@ -68,7 +66,6 @@ LEVERS = {
     "1 worker a rank, 2 batches ahead": ("ours", 4, "--dataloader_num_workers 1 --dataloader_prefetch_factor 2", {}),
     "no checkpointing": ("ours", 4, "--no_gradient_checkpointing", {}),
     "checkpointing every 2nd layer": ("ours", 4, """--activation_checkpointing_kwargs '{"every_n_layers": 2}'""", {}),
-    "layers gathered whole": ("ours", 4, "", {"leaf_module": {"classes": LAYERS}}),
     "overlap_comm off": ("ours", 4, "", {"overlap_comm": False}),
     "parameters not offloaded": ("ours", 4, "", {"offload_param": {"device": "none"}}),
     "capped grid": ("ours", 4, "", {}),
@@ -130,9 +127,8 @@ def write_zero3(work, script, changes):
     """DeepSpeed's and accelerate's settings for a run; sizes scaled from the 7B to the tiny model."""
     zero3 = json.loads((ROOT / "scripts" / "zero3.json").read_text()) if script == "ours" else DOCUMENTED
     stage3 = zero3["zero_optimization"] | changes
-    tiny = 1_103_104  # parameters of demo/make_model.py's
     for key in ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
-        stage3[key] = int(stage3[key] * tiny / PARAMETERS)
+        stage3[key] = int(stage3[key] * LAYER[0] / LAYER[1])
     (work / "zero3.json").write_text(json.dumps(zero3 | {"zero_optimization": stage3}))
     yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
     (work / "zero3.yaml").write_text(re.sub(r"scripts/zero3\.json.*", str(work / "zero3.json"), yaml))
@@ -150,12 +146,12 @@ def measure(work, row, seed, steps, score):
     common = (
         f"--model_name_or_path {work}/{model} --output_dir {out} --per_device_train_batch_size {micro} "
         f"--gradient_accumulation_steps {BATCH // RANKS // micro} --max_steps {steps} --seed {seed} --save_strategy no "
-        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 {flags}"
+        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 2e-3 {flags}"
     )
     environment = {
         "METER": meter, "PYTHONPATH": ROOT / "benchmarks" / "meter", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": ROOT / "temp/cache/torch", "HF_DATASETS_CACHE": work / "datasets",
-        "NUM_PROCESSES": RANKS, "TQDM_DISABLE": 1,
+        "NUM_PROCESSES": RANKS, "TQDM_DISABLE": 1, "LOCAL_SIZE": RANKS,
     }  # fmt: skip
     started = time.time()
     if script == "ours":
@@ -241,7 +237,7 @@ def main():
     add("--levers", action="store_true", help="each lever against row b instead of a, b and c")
     add("--rows", nargs="*", help="only these")
     add("--seeds", type=int, default=3, help="runs a row (default: 3)")
-    add("--steps", type=int, default=60, help="steps of 64 pictures a run (default: 60)")
+    add("--steps", type=int, default=50, help="steps of 64 pictures a run (default: 50)")
     add("--train", type=int, default=192, help="pictures a class to train on (default: 192)")
     add("--validation", type=int, default=40, help="pictures a class held out (default: 40)")
     add("--work", type=Path, default=ROOT / "temp" / "benchmark", help="scratch folder")
