@@ -1,18 +1,22 @@
 """Training speed at equal quality, side by side with what a user would run instead. On CPU ranks; ratios, not speeds.
 
-    python benchmarks/training.py                          # rows a, b, c, c4 in turns, 3 seeds -> results/training.md
+    sh demo/run.sh
+    python benchmarks/training.py                          # the rows below in turns, 3 seeds -> results/training.md
     python benchmarks/training.py --levers                 # each lever on its own against row b
     python benchmarks/training.py --rows b c --seeds 1     # part of it
 
 a: the recipe of the first README through TRL's own script (stock.py): micro-batch 4, random order, no workers, all
    tokens supervised, DeepSpeed settings as in transformers' documentation
-b: the same with answer-only loss (assistant_only_loss)
+b: the same with answer-only loss (assistant_only_loss). By memory_plan.py a and b need 27.5 GiB on 4 GPUs, so
+b24: what of b fits 24 GiB there: micro-batch 2, parameters in host RAM (20.7 GiB)
 c: ours: train.sh's flags, batch_rebalance, and micro-batch 8: what memory_plan.py lets into 24 GiB for these shapes on
    8 GPUs (17.0 GiB at the largest micro-batch), or on 4 with --activation_checkpointing_kwargs '{"offload": true}'
-   (19.8 GiB; the offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.0): c4
-All: the same tiny checkpoint and pictures, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures
-are drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of
-lengths are the 7B's; DeepSpeed's size limits are scaled by the decoder layers' sizes: as many layers are live as there.
+   (19.8 GiB; the offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.0): the
+   lever batch_rebalance
+All: the demo's half-trained checkpoint, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures are
+drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of lengths
+are the 7B's. DeepSpeed's size limits are scaled by the number of parameters, so a weight is gathered as often as there,
+and not kept because the model is small.
 Leaves results/{training,levers}.md and training.json (which cost.py --check reads).
 """
 
@@ -36,7 +40,7 @@ from data_process_utils import image_token_count
 PIXELS = {(300, 225): 8, (300, 200): 3, (225, 300): 3, (300, 300): 3, (640, 480): 2, (300, 1200): 1}  # shape: share
 RANKS, BATCH = 2, 64  # pictures a step
 SKIP = 3  # first steps, not counted: allocation, first gathers
-LAYER = 147_712, 218_112_000  # parameters of a decoder layer, the tiny model's and the 7B's
+PARAMETERS = 1_070_336, 7_566_747_648  # the tiny model's and the 7B's
 DOCUMENTED = {  # transformers' documentation of ZeRO-3, and the key without which DeepSpeed refuses bitsandbytes
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
     "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
@@ -52,8 +56,8 @@ BALANCED = "--train_sampling_strategy batch_rebalance"
 ROWS = {
     "a": ("stock", 4, "", {}),
     "b": ("stock", 4, "--assistant_only_loss True", {}),
+    "b24": ("stock", 2, "--assistant_only_loss True", {"offload_param": {"device": "cpu", "pin_memory": True}}),
     "c": ("ours", 8, BALANCED, {}),
-    "c4": ("ours", 4, BALANCED, {}),
 }
 LEVERS = {
     "train.py with b's settings": ("ours", 4, "", {}),
@@ -82,9 +86,9 @@ def flags_of_train_sh():
     return " ".join(line for flag, line in words.items() if flag not in places)
 
 
-def prepare(work, train, validation):
+def prepare(work, start, train, validation):
     """Pictures, their cache, and the checkpoint with the stock and with the capped grid."""
-    if (work / "ready").exists() and (work / "ready").read_text() == f"{train} {validation}":
+    if (work / "ready").exists() and (work / "ready").read_text() == f"{start} {train} {validation}":
         return
     import random
 
@@ -99,20 +103,22 @@ def prepare(work, train, validation):
                 r = random.Random(f"0/{split}/{folder}/{i}")
                 picture = make_pictures.picture(*make_pictures.ANIMALS[label], r)
                 picture.save(work / "input" / split / folder / f"{i:04d}.jpg", quality=92)
+    if not (start / "config.json").is_file():
+        raise UserError(f"--start {start}: found no config.json; expected a checkpoint; run `sh demo/run.sh` first")
     for name in ("model", "capped"):
-        shell(f"{sys.executable} demo/make_model.py {work / name}")
-    for name in ("config.json", "preprocessor_config.json"):
-        file = work / "capped" / name
+        shutil.copytree(start, work / name, ignore=shutil.ignore_patterns("global_step*", "*.pt", "*.pth"))
+    for file in (work / "capped").glob("*config.json"):
         content = json.loads(file.read_text())
-        content["image_grid_pinpoints"] = content["image_grid_pinpoints"][:2]
-        file.write_text(json.dumps(content))
+        if "image_grid_pinpoints" in content:
+            content["image_grid_pinpoints"] = content["image_grid_pinpoints"][:2]
+            file.write_text(json.dumps(content))
     for name in ("model", "capped"):
         shell(
             f"{sys.executable} -c 'import sys, config; from data_process_utils import prepare; "
             f'prepare(config.Config(input_dir="{work}/input", temp_dir="{work}/cache-{name}"), '
             f'model_name_or_path="{work}/{name}")\''
         )
-    (work / "ready").write_text(f"{train} {validation}")
+    (work / "ready").write_text(f"{start} {train} {validation}")
 
 
 def shell(command, **environment):
@@ -128,7 +134,7 @@ def write_zero3(work, script, changes):
     zero3 = json.loads((ROOT / "scripts" / "zero3.json").read_text()) if script == "ours" else DOCUMENTED
     stage3 = zero3["zero_optimization"] | changes
     for key in ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
-        stage3[key] = int(stage3[key] * LAYER[0] / LAYER[1])
+        stage3[key] = int(stage3[key] * PARAMETERS[0] / PARAMETERS[1])
     (work / "zero3.json").write_text(json.dumps(zero3 | {"zero_optimization": stage3}))
     yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
     (work / "zero3.yaml").write_text(re.sub(r"scripts/zero3\.json.*", str(work / "zero3.json"), yaml))
@@ -146,7 +152,7 @@ def measure(work, row, seed, steps, score):
     common = (
         f"--model_name_or_path {work}/{model} --output_dir {out} --per_device_train_batch_size {micro} "
         f"--gradient_accumulation_steps {BATCH // RANKS // micro} --max_steps {steps} --seed {seed} --save_strategy no "
-        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 2e-3 {flags}"
+        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 {flags}"
     )
     environment = {
         "METER": meter, "PYTHONPATH": ROOT / "benchmarks" / "meter", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu",
@@ -237,9 +243,11 @@ def main():
     add("--levers", action="store_true", help="each lever against row b instead of a, b and c")
     add("--rows", nargs="*", help="only these")
     add("--seeds", type=int, default=3, help="runs a row (default: 3)")
-    add("--steps", type=int, default=50, help="steps of 64 pictures a run (default: 50)")
+    add("--steps", type=int, default=30, help="steps of 64 pictures a run (default: 30)")
     add("--train", type=int, default=192, help="pictures a class to train on (default: 192)")
     add("--validation", type=int, default=40, help="pictures a class held out (default: 40)")
+    start = ROOT / "temp" / "demo" / "sft-llava-demo" / "checkpoint-200"
+    add("--start", type=Path, default=start, help="checkpoint to start from (default: the demo's, half trained)")
     add("--work", type=Path, default=ROOT / "temp" / "benchmark", help="scratch folder")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the tables")
     args = parser.parse_args()
@@ -250,8 +258,8 @@ def main():
                         f"{list(everything)}, more than {SKIP} steps and a seed")  # fmt: skip
     rows = {name: row for name, row in everything.items() if not args.rows or name in args.rows}
     work = args.work.resolve()
-    prepare(work, args.train, args.validation)
-    bases = [base for base in ("a", "b") if base in rows]
+    prepare(work, args.start, args.train, args.validation)
+    bases = [base for base in ("a", "b", "b24") if base in rows]
     found = in_turns(work, rows, args.seeds, args.steps, True, "b")
     write(args, found, rows, bases)
 
@@ -260,7 +268,7 @@ def write(args, found, rows, bases):
     """The tables, and training.json with what cost.py --check needs added to what is there."""
     name = "levers" if args.levers else "training"
     tokens = ", ".join(f"{w}x{h} ({image_token_count(w, h):,})" for w, h in PIXELS)
-    command = f"python benchmarks/training.py{' --levers' if args.levers else ''}"
+    command = f"python {' '.join(['benchmarks/training.py', *sys.argv[1:]])}"
     held_out = args.validation * len(FOLDER_TO_LABEL)
     text = (
         f"# {name.capitalize()}: measured on {RANKS} CPU ranks\n\nMade by `{command}` on {time.strftime('%Y-%m-%d')}, "
