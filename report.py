@@ -71,11 +71,12 @@ def read_report(path):
 def print_report(report, folder):
     """The table for people, then the line for programs."""
     low, high = report["accuracy_ci95"]
+    part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
     print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'f1':>6}")
     for label, row in report["per_class"].items():
         print(f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {row['f1']:>6.3f}")
     print(
-        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}, "
+        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}{part}, "
         f"chance {report['chance']:.2f}), macro-F1 {report['macro_f1']:.4f}, calibration error {report['ece']:.4f}"
     )
     if probe := report["linear_probe"]:

@@ -245,6 +245,7 @@ def validate(args):
 
     config = settings.take(args)
     data = load_split(config, "validation")
+    held_out = len(data)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures = [images[0] for images in data["images"]]
@@ -263,6 +264,7 @@ def validate(args):
     report = measure(scorer.labels, truth, predicted, probability) | {
         "model": args.model_name_or_path,
         "step": global_step(args.model_name_or_path),
+        "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,

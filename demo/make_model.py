@@ -21,6 +21,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config  # noqa: E402
+from hub_layout import HUB_TEMPLATE  # noqa: E402
 
 PRETRAINED = Path(__file__).resolve().parent / "vision_tower.safetensors"
 TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile
@@ -29,15 +30,6 @@ TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, 
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
 SHARP = 1.5  # how firmly a vision head looks at its neighbour
 WORDS = "a an the this that is are it in on of and or not yes no what which who picture image photo animal wild bird"
-HUB_TEMPLATE = (  # the hub's own chat template: no BOS, a space after </s>
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
-    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
 
 
 def build_tokenizer() -> Tokenizer:

@@ -77,7 +77,7 @@ def made(tmp_path_factory):
     ]
     report = measure(LABELS, truth, predicted, [[row[label] for label in LABELS] for row in rows]) | {
         "model": "some/model", "step": 1200, "date": "2030-01-01 12:00", "seconds": 12.5, "images_per_second": 4.0,
-        "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
+        "held_out": 60, "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": compare(right, other_right) | {"model": "m2", "where": "there", "changed": changed},
         "linear_probe": probe | {"accuracy_ci95": wilson_interval(sum(other_right), 50)},
@@ -122,7 +122,7 @@ def expected_numbers(folder, report, other_right):
         "macro_precision": sk.precision_score(y, said, average="macro", zero_division=0),
         "macro_recall": sk.recall_score(y, said, average="macro", zero_division=0),
         "log_loss": sk.log_loss([labels.index(label) for label in y], p, labels=range(len(labels))),
-        "seconds": report["seconds"], "images_per_second": report["images_per_second"],
+        "seconds": report["seconds"], "images_per_second": report["images_per_second"], "held_out": 60,
     }  # fmt: skip
     for label, values in sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0).items():
         if label in labels:
@@ -268,7 +268,7 @@ def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
         answers = [int(not row["correct"]) for row in rows]
         report = measure(["a", "b"], [0] * len(rows), answers, [[row["a"], row["b"]] for row in rows])
         report |= dict.fromkeys(("comparison", "linear_probe", "step")) | {"excluded": [], "versions": {}, "date": ""}
-        report |= {"model": "m", "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
+        report |= {"model": "m", "held_out": 0, "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
         html = page_maker.page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path))
         assert all(f'"{i % 20}%20{i}.png" title' in html for i in range(len(rows))), "embedded or named"
         return html, set(re.findall(r'<a href="([^"]+)" [^>]*><span class="name"', html))

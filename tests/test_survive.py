@@ -117,6 +117,17 @@ def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
     assert last.startswith("error: rank 1 was killed by signal 9") and "sh train.sh" in last
 
 
+def test_levelled_micro_batches_resume_to_the_bit(demo, run, tmp_path):
+    flags = "--train_sampling_strategy batch_rebalance --gradient_accumulation_steps 2 --max_steps 4 --save_steps 2"
+    done = run(command(demo, tmp_path / "whole", flags))
+    assert done.code == 0, done.output[-3000:]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    done = run(command(demo, tmp_path / "half", flags))
+    assert done.code == 0 and "half/checkpoint-2" in done.output, done.output[-3000:]
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert whole.keys() == half.keys() and all(torch.equal(whole[name], half[name]) for name in whole)
+
+
 def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted, tmp_path):
     """Every file of the newest checkpoint in turn: cut short, then gone."""
     newest, _ = find_checkpoint(str(uninterrupted))
