@@ -66,7 +66,6 @@ LEVERS = {
     "micro-batch 16": ("ours", 16, "", {}),
     "group_by_length": ("ours", 4, "--train_sampling_strategy group_by_length", {}),
     "batch_rebalance": ("ours", 4, BALANCED, {}),
-    "batch_rebalance, micro-batch 8": ("ours", 8, BALANCED, {}),
     "1 worker a rank, 2 batches ahead": ("ours", 4, "--dataloader_num_workers 1 --dataloader_prefetch_factor 2", {}),
     "no checkpointing": ("ours", 4, "--no_gradient_checkpointing", {}),
     "checkpointing every 2nd layer": ("ours", 4, """--activation_checkpointing_kwargs '{"every_n_layers": 2}'""", {}),
