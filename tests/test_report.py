@@ -122,8 +122,10 @@ def expected_numbers(folder, report, other_right):
         "macro_precision": sk.precision_score(y, said, average="macro", zero_division=0),
         "macro_recall": sk.recall_score(y, said, average="macro", zero_division=0),
         "log_loss": sk.log_loss([labels.index(label) for label in y], p, labels=range(len(labels))),
-        "seconds": report["seconds"], "images_per_second": report["images_per_second"], "held_out": 60,
+        "seconds": report["seconds"], "images_per_second": report["images_per_second"],
     }  # fmt: skip
+    if report["held_out"] > len(y):
+        want["held_out"] = report["held_out"]
     for label, values in sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0).items():
         if label in labels:
             keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
