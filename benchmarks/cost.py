@@ -170,7 +170,7 @@ def check_tokens(threads, repeats=3):
                                  "num_attention_heads": 4})  # fmt: skip
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(config).train()
+    model = LlavaNextForConditionalGeneration(config).float().train()
     model.activation_checkpointing_enable()
     size = config.vision_config.image_size
 
