@@ -289,8 +289,8 @@ def inspect(paths) -> list[Facts]:
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """32x32 grey. Of a larger picture every third pixel is enough: the hash of a copy (JPEG 20, 0.4 to 2.2 times the
-    size) still moves by 0 to 4 bits, in a third of the time."""
+    """32x32 grey. Of a larger picture every third pixel is enough, in a third of the time: of 660 pictures' copies
+    (JPEG 20, 0.4 to 2.2 times the size) fewer than 1 in 200 have a hash more than 4 bits away."""
     if min(picture.size) >= 128:
         picture = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
     return picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
