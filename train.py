@@ -58,11 +58,11 @@ def parse(argv):
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
     if not torch.cuda.is_available():
         parser.set_defaults(use_cpu=True)
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            import deepspeed.ops
+        import deepspeed.ops
 
-            # spares a lone CPU rank half a minute of compiling the op by which CPU ranks share memory
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # An op that only inference uses: half a minute of compiling, and a rank killed meanwhile leaves a lock file at
+        # which every later start would wait for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def fail(message):
         raise UserError(f"{message}; `python train.py --help` lists every flag")

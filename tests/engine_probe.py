@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed.ops
 import torch
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Trainer, TrainingArguments
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as train.py does
 config_file, out_file = sys.argv[1:3]
 config = LlavaNextConfig(**json.loads(Path(config_file).read_text()))
 arguments = TrainingArguments(  # before the model: zero.Init partitions while it is built
