@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 
-from balance import largest_micro_batch
+from balance import largest_micro_batch, shuffle_seed
 from checkpoint import find_checkpoints, load_processor
 from config import UserError
 from data_process_utils import prepare
@@ -99,8 +99,7 @@ def make_plan(config, args, model_args):
     tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
     if args.train_sampling_strategy == "batch_rebalance":
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        formed = largest_micro_batch(memory_plan.all_counts(model, config.temp_dir), *sizes, seed)
+        formed = largest_micro_batch(memory_plan.all_counts(model, config.temp_dir), *sizes, shuffle_seed(args))
     with whole_models():
         return memory_plan.plan(
             model,

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from balance import level
+from balance import level, shuffle_seed
 from config import UserError
 from hub_layout import write_hub_files
 from metrics import measure
@@ -78,7 +78,7 @@ class AnimalTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, BatchRebalanceSampler):
-            self.balanced = level(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+            self.balanced = level(sampler, shuffle_seed(self.args))
         return sampler
 
     def _run_epoch(self, **kwargs):

@@ -11,6 +11,7 @@ benchmarks/results/data.md or data_scale.md; last line of stdout is the same as 
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -281,7 +282,7 @@ def scale_report(sizes: list[dict]) -> list[str]:
         "Hard links to 500 JPEGs of 16x16, a fifth of them held out. Build: the first `prepare()` with "
         "the decoding left out (the verdicts of the 500 are looked up). Warm: a fresh process that "
         "calls `prepare()` with nothing changed and `load_split()`, and reads 1,000 rows at random; its CPU time "
-        "includes 1 s of imports. Listing: `os.scandir` and `stat` of the same files, in a loop. "
+        "includes 1 s of imports. Listing: `os.scandir` and `stat` of the same files. "
         "Search: the leak search alone on that many random hashes, 1 in 500 a near-copy. MiB: the main process.",
         "",
         "| entries | build, s | CPU s | MiB | warm, s | CPU s | MiB | listing, s | CPU s | search, s | MiB |",
@@ -296,8 +297,7 @@ def scale_report(sizes: list[dict]) -> list[str]:
             f"| {search['seconds']:.2f} | {search['peak_mib']:.0f} |"
         )
     steps = [
-        (b["warm"]["seconds"] - a["warm"]["seconds"]) / (b["n"] - a["n"]) * 1e6
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        (b["warm"]["seconds"] - a["warm"]["seconds"]) / (b["n"] - a["n"]) * 1e6 for a, b in itertools.pairwise(sizes)
     ]
     if steps:
         each = ", ".join(f"{step:.1f}" for step in steps)

@@ -139,12 +139,13 @@ def write_zero3(work, script, changes):
     (work / "zero3.yaml").write_text(re.sub(r"scripts/zero3\.json.*", str(work / "zero3.json"), yaml))
 
 
-def measure(work, row, seed, steps, score):
+def measure(work, row, seed, steps):
     """One run from the checkpoint: a dict of samples/s, waiting and padding shares, MiB, accuracy, start-up seconds."""
     script, micro, flags, changes = row
     out, meter = work / "out", work / "meter"
     for old in (out, *work.glob("meter.*")):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    (work / "torch" / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)  # of a killed run: stock would wait for it
     write_zero3(work, script, changes)
     model = "capped" if row is LEVERS["capped grid"] else "model"
     data = f"--input_dir {work}/input --temp_dir {work}/cache-{model}"
@@ -155,7 +156,7 @@ def measure(work, row, seed, steps, score):
     )
     environment = {
         "METER": meter, "PYTHONPATH": ROOT / "benchmarks" / "meter", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": ROOT / "temp/cache/torch", "HF_DATASETS_CACHE": work / "datasets",
+        "TORCH_EXTENSIONS_DIR": work / "torch", "HF_DATASETS_CACHE": work / "datasets",
         "NUM_PROCESSES": RANKS, "TQDM_DISABLE": 1, "LOCAL_SIZE": RANKS,
     }  # fmt: skip
     started = time.time()
@@ -184,26 +185,25 @@ def measure(work, row, seed, steps, score):
         "mib": sum(r["mib"] + (r["worker_mib"] if "num_workers" in flags else 0) for r in ranks),
         "to_step_1": times[0] - started,
     }
-    if score:
-        # What TRL trained without <s> is asked without it.
-        template = ".replace(\"{{ '<s>' }}\", '')" if script == "stock" else ""
-        code = f"import config; config.CHAT_TEMPLATE = config.CHAT_TEMPLATE{template}; import validation as v; v.main()"
-        told = shell(
-            f"{sys.executable} -c {shlex.quote(code)} --model_name_or_path {out} {data} --report_dir {work}/report "
-            f"--logging_dir {work}/logs --per_device_eval_batch_size 32"
-        )
-        result["accuracy"] = json.loads(told.strip().splitlines()[-1])["accuracy"]
+    # What TRL trained without <s> is asked without it.
+    template = ".replace(\"{{ '<s>' }}\", '')" if script == "stock" else ""
+    code = f"import config; config.CHAT_TEMPLATE = config.CHAT_TEMPLATE{template}; import validation as v; v.main()"
+    told = shell(
+        f"{sys.executable} -c {shlex.quote(code)} --model_name_or_path {out} {data} --report_dir {work}/report "
+        f"--logging_dir {work}/logs --per_device_eval_batch_size 32"
+    )
+    result["accuracy"] = json.loads(told.strip().splitlines()[-1])["accuracy"]
     return result
 
 
-def in_turns(work, rows, seeds, steps, score, base):
+def in_turns(work, rows, seeds, steps):
     """{name: [result a seed]}: every row once, then every row again, so that a slower hour slows all of them."""
     found = {name: [] for name in rows}
     for seed in range(seeds):
         for name, row in rows.items():
-            found[name].append(measure(work, row, seed, steps, score))
+            found[name].append(measure(work, row, seed, steps))
             r = found[name][-1]
-            ratio = r["samples_per_second"] / found[base][-1]["samples_per_second"] if found.get(base) else 1
+            ratio = r["samples_per_second"] / found["b"][-1]["samples_per_second"] if found.get("b") else 1
             print(
                 f"seed {seed}  {name:34s}" + "  ".join(f"{k} {v:.3f}" for k, v in r.items()) + f"  x{ratio:.2f}",
                 flush=True,
@@ -259,7 +259,7 @@ def main():
     work = args.work.resolve()
     prepare(work, args.start, args.train, args.validation)
     bases = [base for base in ("a", "b", "b24") if base in rows]
-    found = in_turns(work, rows, args.seeds, args.steps, True, "b")
+    found = in_turns(work, rows, args.seeds, args.steps)
     write(args, found, rows, bases)
 
 

@@ -1,6 +1,6 @@
 """On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
 
-Each rank leaves $METER.<rank>.json: when the process began and each step ended (seconds since the epoch), its CPU
+Each rank leaves $METER.<rank>.json: when each step ended (seconds since the epoch), its CPU
 seconds by then, seconds spent waiting for data, tokens and how many of them are padding, peak memory of the process
 and of its workers (MiB). TRL computes logits at the supervised positions alone, as on a GPU; without Triton it takes
 all positions.
@@ -12,8 +12,6 @@ import json
 import os
 import sys
 import time
-
-BEGAN = time.time()
 
 
 class Hook(importlib.abc.MetaPathFinder):
@@ -39,7 +37,7 @@ def measure(trainer):
 
     trl.trainer.utils._use_triton = lambda device: True
 
-    seen = {"began": BEGAN, "steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
+    seen = {"steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
     fetch, train = trainer.get_batch_samples, trainer.train
 
     def get_batch_samples(self, *args, **kwargs):
