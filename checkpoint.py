@@ -1,6 +1,7 @@
 """What is in a checkpoint folder and how it is read: processor, model for training, model for inference, its name."""
 
 import functools
+import gc
 import json
 import os
 import re
@@ -56,6 +57,9 @@ def load_weights(path, **options):
     problems = check_weights(path)
     if problems:
         raise UserError("\n".join(problems))
+    if not gc.isenabled():  # paused by main() while libraries were imported; now nobody looks at what they left
+        gc.enable()
+        gc.freeze()
     model, info = LlavaNextForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:

@@ -121,13 +121,16 @@ def run(main):
     """Call main(); a UserError becomes its message on stderr, a line a problem, and exit code 2.
 
     Before that: every cache that torch, DeepSpeed and friends would put under ~ goes to temp/cache, nobody is called
-    (models are local folders), and progress bars are for terminals only.
+    (models are local folders), progress bars are for terminals only, and torch's compiler, which bitsandbytes would
+    import at every start, stays away unless asked for.
     """
     cache = os.path.join(os.path.dirname(os.path.abspath(__file__)), "temp", "cache")
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
     if not any(word.startswith("--push_to_hub") for word in sys.argv):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any(word.startswith("--torch_compile") for word in sys.argv):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:

@@ -13,6 +13,7 @@ written as they come, so an interrupted run keeps what it has.
 """
 
 import csv
+import gc
 import io
 import os
 import sys
@@ -112,6 +113,7 @@ def main():
 
     unreadable, results = 0, ()
     if pictures:
+        gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
         scorer = Scorer(load_processor(args.model_name_or_path), config)
         model = load_model(args.model_name_or_path, args.dtype)
         size = args.per_device_eval_batch_size

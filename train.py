@@ -15,6 +15,7 @@ import argparse
 import atexit
 import ctypes
 import difflib
+import gc
 import json
 import logging
 import os
@@ -113,6 +114,7 @@ def leave(code):
 
 def main():
     end_with_launcher()
+    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
     config, args, model_args, dry_run = parse(sys.argv[1:])

@@ -15,6 +15,7 @@ batch (see Scorer), so every picture gets ten probabilities and an answer that i
 
 import argparse
 import csv
+import gc
 import os
 import sys
 import time
@@ -339,6 +340,7 @@ def main():
     config = settings.take(args)
     splits = ("train", "validation") if args.linear_probe else ("validation",)
     preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
+    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
     import torch
     from accelerate import PartialState
 

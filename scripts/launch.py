@@ -9,6 +9,7 @@ the launcher's 1. train.py may just as well be started with plain `accelerate la
 """
 
 import argparse
+import gc
 import logging
 import os
 import runpy
@@ -108,6 +109,7 @@ def main():
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 
+    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
     import torch.distributed.run as torchrun
 
     def launch_training():
