@@ -1,9 +1,9 @@
 """On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
 
-Each rank leaves $METER.<rank>.json: when each step ended (seconds since the epoch), its CPU
-seconds by then, seconds spent waiting for data, tokens and how many of them are padding, peak memory of the process
-and of its workers (MiB). TRL computes logits at the supervised positions alone, as on a GPU; without Triton it takes
-all positions.
+Each rank leaves $METER.<rank>.json: when (seconds since the epoch) the process began, the weights began and ended
+to load, training began, and each step ended; its CPU seconds by then, seconds spent waiting for data, tokens and how
+many of them are padding, peak memory of the process and of its workers (MiB). TRL computes logits at the supervised
+positions alone, as on a GPU; without Triton it takes all positions.
 """
 
 import importlib.abc
@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import time
+
+BEGAN = time.time()
 
 
 class Hook(importlib.abc.MetaPathFinder):
@@ -34,11 +36,18 @@ def measure(trainer):
     import resource
 
     import trl.trainer.utils
+    from transformers import PreTrainedModel
 
     trl.trainer.utils._use_triton = lambda device: True
 
-    seen = {"steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
-    fetch, train = trainer.get_batch_samples, trainer.train
+    seen = {"marks": [BEGAN], "steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
+    fetch, train, load = trainer.get_batch_samples, trainer.train, PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(*args, **kwargs):
+        seen["marks"].append(time.time())
+        model = load(*args, **kwargs)
+        seen["marks"].append(time.time())
+        return model
 
     def get_batch_samples(self, *args, **kwargs):
         now = time.time()
@@ -58,6 +67,7 @@ def measure(trainer):
                 seen["cpu"].append(time.process_time())
 
         self.add_callback(Clock())
+        seen["marks"].append(time.time())
         result = train(self, *args, **kwargs)
         for who, key in ((resource.RUSAGE_SELF, "mib"), (resource.RUSAGE_CHILDREN, "worker_mib")):
             seen[key] = resource.getrusage(who).ru_maxrss / 1024
@@ -66,6 +76,7 @@ def measure(trainer):
         return result
 
     trainer.get_batch_samples, trainer.train = get_batch_samples, train_and_note
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 if "METER" in os.environ:
