@@ -3,8 +3,10 @@
 Each step's pictures are sorted by length and cut into accumulation x ranks groups: long pictures travel in small
 micro-batches, short ones in large, hardly anything is padded, and all ranks work as long as each other. The library's
 sampler evens out time, with a quadratic term that lets micro-batches of short pictures grow; here it evens out tokens,
-which is what memory follows. largest_micro_batch() says beforehand what the first epoch on these pictures will need.
+which is what memory follows. largest_micro_batch() says beforehand what a run on these very pictures will need.
 """
+
+import itertools
 
 TEXT_TOKENS = 60  # prompt, answer and </s> around the picture
 
@@ -22,14 +24,14 @@ def level(sampler, seed):
     return sampler
 
 
-def largest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42) -> tuple[int, int]:
-    """(pictures, image tokens of the longest) of the micro-batch with the most tokens in the first epoch."""
+def largest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1) -> tuple[int, int]:
+    """(pictures, image tokens of the longest) of the micro-batch with the most tokens that so many epochs form."""
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
     effective, worst = micro_batch * accumulation * ranks, (0, 0)
     sampler = level(BatchRebalanceSampler(image_tokens, effective, ranks, accumulation, drop_last=False), seed)
-    for rank in range(ranks):
-        sampler.rank = rank
+    for epoch, sampler.rank in itertools.product(range(epochs), range(ranks)):
+        sampler.set_epoch(epoch)
         for batch in sampler:
             found = len(batch), max(image_tokens[i] for i in batch)
             worst = max(worst, found, key=lambda b: b[0] * (b[1] + TEXT_TOKENS))

@@ -12,6 +12,7 @@ from balance import largest_micro_batch, shuffle_seed
 from checkpoint import find_checkpoints, load_processor
 from config import UserError
 from data_process_utils import prepare
+from describe import count_steps
 from hub_layout import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
 
 GIB = 2**30
@@ -99,7 +100,9 @@ def make_plan(config, args, model_args):
     tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
     if args.train_sampling_strategy == "batch_rebalance":
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-        formed = largest_micro_batch(memory_plan.all_counts(model, config.temp_dir), *sizes, shuffle_seed(args))
+        counts = memory_plan.all_counts(model, config.temp_dir)
+        an_epoch, steps = count_steps(args, len(counts))
+        formed = largest_micro_batch(counts, *sizes, shuffle_seed(args), math.ceil(steps / an_epoch))
     with whole_models():
         return memory_plan.plan(
             model,

@@ -14,6 +14,7 @@ set -- --gradient_accumulation_steps 4 "$@"             # micro-batches a step; 
 set -- --output_dir sft-llava-1.6-7b "$@"               # the result, a plain Hugging Face checkpoint, and checkpoint-N/
 set -- --torch_dtype bfloat16 "$@"                      # load the weights in bfloat16 (today's name: --dtype)
 set -- --gradient_checkpointing "$@"                    # recompute activations in the backward pass instead of keeping them
+set -- --train_sampling_strategy batch_rebalance "$@"   # like numbers of tokens in all micro-batches: less padding (balance.py)
 set -- --num_train_epochs 1 "$@"                        # times through the training pictures
 set -- --save_strategy "steps" "$@"                     # save by steps
 set -- --save_steps 100 "$@"                            # a checkpoint every 100 steps (about 61 GB each for the 7B)

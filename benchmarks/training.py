@@ -81,7 +81,8 @@ def flags_of_train_sh():
     words = {shlex.split(line)[0]: line for line in lines}
     places = ("--model_name_or_path", "--output_dir", "--logging_dir", "--per_device_train_batch_size",
               "--gradient_accumulation_steps", "--save_strategy", "--save_steps", "--eval_strategy", "--eval_steps",
-              "--report_to", "--logging_steps", "--num_train_epochs", "--learning_rate")  # fmt: skip
+              "--report_to", "--logging_steps", "--num_train_epochs", "--learning_rate",
+              "--train_sampling_strategy")  # fmt: skip
     return " ".join(line for flag, line in words.items() if flag not in places)
 
 

@@ -361,7 +361,9 @@ def main():
     add("--use_peft", action="store_true", help="LoRA: only adapters have gradients, master weights and states")
     add("--load_in_4bit", action="store_true", help="with --use_peft: QLoRA, an NF4 base on every GPU, without ZeRO-3")
     add("--lora_r", type=int, default=16, help="rank of the adapters")
-    add("--train_sampling_strategy", default="random", choices=["random", "batch_rebalance"], help="train.py's")
+    add(
+        "--train_sampling_strategy", default="batch_rebalance", choices=["random", "batch_rebalance"], help="train.py's"
+    )
     add("--json", action="store_true", help="print one JSON object")
     args = flags.parse_args()
     if args.load_in_4bit and not args.use_peft:
@@ -370,7 +372,7 @@ def main():
     zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path)
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])
-    balanced = args.train_sampling_strategy == "batch_rebalance"
+    balanced = args.train_sampling_strategy == "batch_rebalance" and (Path(args.temp_dir) / "train.json").exists()
     counts = all_counts(config, args.temp_dir) if balanced else None
     plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r, counts)
     best, reason = recommend(plans, limit)

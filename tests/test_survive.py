@@ -118,7 +118,7 @@ def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
 
 
 def test_levelled_micro_batches_resume_to_the_bit(demo, run, tmp_path):
-    flags = "--train_sampling_strategy batch_rebalance --gradient_accumulation_steps 2 --max_steps 4 --save_steps 2"
+    flags = "--gradient_accumulation_steps 2 --max_steps 4 --save_steps 2"
     done = run(command(demo, tmp_path / "whole", flags))
     assert done.code == 0, done.output[-3000:]
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
