@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -187,6 +188,23 @@ def test_odd_file(odd, name, content, reason, size):
         assert (rows[name]["width"], rows[name]["height"]) == size
         assert pickle.loads(pickle.dumps(picture)).tobytes() == picture.tobytes()
         assert not picture.info
+
+
+def test_a_photograph_is_decoded_at_half_its_size(tmp_path):
+    """Sharp enough for every tile, upright, the same picture; other formats and smaller pictures stay whole."""
+    whole = drawn(1, (2600, 2100))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    whole.save(tmp_path / "large.png")
+    drawn(1, (2600, 2000)).save(tmp_path / "smaller.jpg")
+    half = data.load_picture(tmp_path / "large.jpg")
+    assert half.size == (1050, 1300) and not half.info
+    expected = np.asarray(whole.transpose(Image.Transpose.ROTATE_270).resize((1050, 1300)), dtype=int)
+    assert abs(np.asarray(half) - expected).mean() < 1
+    assert data.load_picture(tmp_path / "large.png").size == (2600, 2100)
+    assert data.load_picture(tmp_path / "smaller.jpg").size == (2600, 2000)
+    assert data.image_token_count(*half.size) == data.image_token_count(2100, 2600)
 
 
 def test_pixels_are_the_ones_a_viewer_shows(odd):
@@ -631,6 +649,8 @@ def test_fuzz_the_cache_never_promises_what_training_cannot_decode(tree):
     seeds = [saved(drawn(i, (40, 30)), f) for i, f in enumerate(("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"))]
     seeds += [frames("GIF"), frames("WEBP"), rotated(), grey16(), half_transparent("P")]
     seeds.append(saved(drawn(9), "TIFF", compression="tiff_lzw"))
+    for progressive in (False, True):  # large: decoded at half their size in training
+        seeds.append(saved(drawn(7, (2048, 2020)), "JPEG", quality=5, progressive=progressive))
     for i in range(600):
         train(tree, "cat", f"fuzz{i:03}.jpg").write_bytes(mutated(rng, seeds[i % len(seeds)]))
     tree.allow_leaks = True  # some mutations change no pixel
@@ -645,7 +665,8 @@ def test_fuzz_the_cache_never_promises_what_training_cannot_decode(tree):
         except data.PictureError as error:
             assert reasons[os.path.basename(path)] == str(error) and path not in used
         else:
-            assert (used[path]["width"], used[path]["height"]) == picture.size and picture.mode == "RGB"
+            size = used[path]["width"], used[path]["height"]
+            assert picture.mode == "RGB" and picture.size in (size, tuple(math.ceil(side / 2) for side in size))
 
 
 def test_a_decoder_that_crashes_costs_one_picture(tree, tmp_path):
