@@ -72,7 +72,6 @@ LEVERS = {
     "checkpointing every 2nd layer": ("ours", 4, """--activation_checkpointing_kwargs '{"every_n_layers": 2}'""", {}),
     "overlap_comm off": ("ours", 4, "", {"overlap_comm": False}),
     "parameters not offloaded": ("ours", 4, "", {"offload_param": {"device": "none"}}),
-    "torch.compile": ("ours", 4, "--torch_compile", {}),
     "capped grid": ("ours", 4, "", {}),
 }
 
@@ -125,7 +124,10 @@ def prepare(work, start, train, validation):
 
 def shell(command, **environment):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in environment.items()}}
-    done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True)
+    for _ in range(3):
+        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True)
+        if "terminate called without an active exception" not in done.stderr:  # torch's, rarely, when a stock run ends
+            break
     if done.returncode:
         raise UserError(f"{command}\nended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
@@ -200,17 +202,26 @@ def measure(work, name, row, seed, steps):
 
 
 def in_turns(work, rows, seeds, steps):
-    """{name: [result a seed]}: every row once, then every row again, so that a slower hour slows all of them."""
-    found = {name: [] for name in rows}
+    """{name: [result a seed]}: every row once, then every row again, so that a slower hour slows all of them.
+
+    Kept in measured.json until all are there: the same command goes on where it was interrupted.
+    """
+    file, wanted = work / "measured.json", json.dumps([rows, seeds, steps])
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    found = kept["found"] if kept.get("wanted") == wanted else {name: [] for name in rows}
     for seed in range(seeds):
         for name, row in rows.items():
+            if len(found[name]) > seed:
+                continue
             found[name].append(measure(work, name, row, seed, steps))
+            file.write_text(json.dumps({"wanted": wanted, "found": found}))
             r = found[name][-1]
             ratio = r["samples_per_second"] / found["b"][-1]["samples_per_second"] if found.get("b") else 1
             print(
                 f"seed {seed}  {name:34s}" + "  ".join(f"{k} {v:.3f}" for k, v in r.items()) + f"  x{ratio:.2f}",
                 flush=True,
             )
+    file.unlink()
     return found
 
 
