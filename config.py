@@ -7,9 +7,11 @@ Training hyper-parameters stand in train.sh, one flag a line; what they default 
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, fields
 
 # Folder name -> the word the model answers. Order is the order of the labels everywhere. `ragno` is Italian for spider.
@@ -133,6 +135,11 @@ def run(main):
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # torch warns on every ZeRO-3 collective and checkpointed layer, bitsandbytes of a CPU kernel for 4 bit: none of it
+    # is the user's to mend. The environment variable carries the filter into dataloader workers.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except KeyboardInterrupt:

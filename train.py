@@ -17,11 +17,9 @@ import ctypes
 import difflib
 import gc
 import json
-import logging
 import os
 import signal
 import sys
-import warnings
 
 import config as settings
 from checkpoint import load_for_training
@@ -33,11 +31,6 @@ from preflight import check_run
 from resume import check_resume, find_checkpoint, publish, read_state
 from validation import Scorer
 
-# torch warns on every ZeRO-3 collective and checkpointed layer; none of it is the user's to mend. The environment
-# variable carries the filter into dataloader workers.
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing CPU kernel for 4 bit
-os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 # On CPU ranks DeepSpeed else runs numactl whenever it reduces gradients, a fifth of the demo's step.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
