@@ -15,8 +15,9 @@ c: ours: train.sh's flags with micro-batch 8: what memory_plan.py lets into 24 G
    batch_rebalance
 All: the demo's half-trained checkpoint, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures are
 drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of lengths
-are the 7B's. DeepSpeed's size limits are scaled by the number of parameters, so a weight is gathered as often as there,
-and not kept because the model is small.
+are the 7B's. DeepSpeed's size limits are scaled by the decoder layer, and stock's, which would keep most of so small a
+model, to two layers: a weight is gathered as often (column gathers) as in a model of full depth, where
+tests/engine_probe.py counted 1.97 with zero3.json and 1.88 with stock's.
 Leaves results/{training,levers}.md and training.json (which cost.py --check reads).
 """
 
@@ -41,7 +42,7 @@ from data_process_utils import image_token_count
 PIXELS = {(300, 225): 8, (300, 200): 3, (225, 300): 3, (300, 300): 3, (640, 480): 2, (300, 1200): 1}  # shape: share
 RANKS, BATCH = 2, 64  # pictures a step
 SKIP = 3  # first steps, not counted: allocation, first gathers
-PARAMETERS = 1_070_336, 7_566_747_648  # the tiny model's and the 7B's
+LAYERS = 147_712, 218_112_000  # elements of a decoder layer: the tiny model's and the 7B's
 DOCUMENTED = {  # transformers' documentation of ZeRO-3, and the key without which DeepSpeed refuses bitsandbytes
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
     "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
@@ -71,6 +72,8 @@ LEVERS = {
     "no checkpointing": ("ours", 4, "--no_gradient_checkpointing", {}),
     "checkpointing every 2nd layer": ("ours", 4, """--activation_checkpointing_kwargs '{"every_n_layers": 2}'""", {}),
     "overlap_comm off": ("ours", 4, "", {"overlap_comm": False}),
+    "stage3_max_reuse_distance 0": ("ours", 4, "", {"stage3_max_reuse_distance": 0}),
+    "reduce_bucket_size auto": ("ours", 4, "", {"reduce_bucket_size": "auto"}),
     "parameters not offloaded": ("ours", 4, "", {"offload_param": {"device": "none"}}),
     "capped grid": ("ours", 4, "", {}),
 }
@@ -134,11 +137,14 @@ def shell(command, **environment):
 
 
 def write_zero3(work, script, changes):
-    """DeepSpeed's and accelerate's settings for a run; sizes scaled from the 7B to the tiny model."""
+    """DeepSpeed's and accelerate's settings for a run; sizes scaled from the 7B to the tiny model (docstring)."""
     zero3 = json.loads((ROOT / "scripts" / "zero3.json").read_text()) if script == "ours" else DOCUMENTED
     stage3 = zero3["zero_optimization"] | changes
-    for key in ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
-        stage3[key] = int(stage3[key] * PARAMETERS[0] / PARAMETERS[1])
+    for key in ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "reduce_bucket_size"):
+        if stage3[key] != "auto":
+            stage3[key] = int(stage3[key] * LAYERS[0] / LAYERS[1])
+    if script == "stock":
+        stage3 |= {"stage3_max_live_parameters": 2 * LAYERS[0], "stage3_max_reuse_distance": 2 * LAYERS[0]}
     (work / "zero3.json").write_text(json.dumps(zero3 | {"zero_optimization": stage3}))
     yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
     (work / "zero3.yaml").write_text(re.sub(r"scripts/zero3\.json.*", str(work / "zero3.json"), yaml))
@@ -187,6 +193,8 @@ def measure(work, name, row, seed, steps):
         "cpu_ms": 1e3 * sum(r["cpu"][-1] - r["cpu"][SKIP - 1] for r in ranks) / (BATCH * (len(times) - SKIP)),
         "waiting": statistics.mean(sum(r["waits"][SKIP:]) for r in ranks) / seconds,
         "padding": sum(sum(r["padding"]) for r in ranks) / sum(sum(r["tokens"]) for r in ranks),
+        "gathers": (ranks[0]["gathered"][-1] - ranks[0]["gathered"][SKIP - 1])
+        / (ranks[0]["reduced"][-1] - ranks[0]["reduced"][SKIP - 1]),
         "mib": sum(r["mib"] + (r["worker_mib"] if "num_workers" in flags else 0) for r in ranks),
         "to_step_1": times[0] - started,
     }
@@ -232,8 +240,8 @@ def ratios(found, name, base):
 def table(found, rows, bases):
     """Markdown: median of samples/s and of the ratios of neighbours, mean and spread (max - min) of accuracy."""
     out = ["| row | micro x acc. | samples/s | " + " | ".join(f"against {b}" for b in bases)
-           + " | CPU ms a picture | waiting for data | padding | peak MiB, both ranks | held-out accuracy |",
-           "|---" * (8 + len(bases)) + "|"]  # fmt: skip
+           + " | CPU ms a picture | waiting for data | padding | gathers | peak MiB, both ranks | held-out accuracy |",
+           "|---" * (9 + len(bases)) + "|"]  # fmt: skip
     for name, runs in found.items():
         middle = lambda key, runs=runs: statistics.median(r[key] for r in runs)  # noqa: E731
         against = [f"{statistics.median(ratios(found, name, b)):.2f}" for b in bases]
@@ -243,7 +251,7 @@ def table(found, rows, bases):
         out.append(
             f"| {name} | {micro}x{BATCH // RANKS // micro} | {rate:.1f} | {' | '.join(against)} "
             f"| {middle('cpu_ms'):.1f} | {middle('waiting'):.1%} "
-            f"| {middle('padding'):.1%} | {middle('mib'):,.0f} | {accuracy} |"
+            f"| {middle('padding'):.1%} | {middle('gathers'):.2f} | {middle('mib'):,.0f} | {accuracy} |"
         )
     return "\n".join(out)
 
@@ -310,8 +318,9 @@ def write(args, found, rows, bases):
     text = (
         f"# {name.capitalize()}: measured on {RANKS} CPU ranks\n\nMade by `{command}` on {time.strftime('%Y-%m-%d')}, "
         f"{os.cpu_count()} cores. Ratios count, speeds do not. {args.seeds} seeds in turns, medians; {args.steps} "
-        f"steps of {BATCH} pictures, the first {SKIP} not timed; accuracy on {held_out} held-out pictures, mean "
-        f"(least to most). Pictures, with the 7B's image tokens: {tokens}.\n\n{table(found, rows, bases)}\n"
+        f"steps of {BATCH} pictures, the first {SKIP} not timed; gathers: elements gathered over elements reduced; "
+        f"accuracy on {held_out} held-out pictures, mean (least to most). Pictures, with the 7B's image tokens: "
+        f"{tokens}.\n\n{table(found, rows, bases)}\n"
     )
     if args.levers:
         text += f"\n{large_jpeg(args.work.resolve() / 'model')}"

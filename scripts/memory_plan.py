@@ -221,8 +221,9 @@ def plan(
         "8-bit states": sum(8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256) for n in groups),
         # PartitionedParameterCoordinator._fetch_sub_module_impl: every module call prefetches more, until max_live
         # is reached, past it by one parameter at most; __params_to_release holds back what is needed again within the
-        # reuse distance. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
-        "live layers": 2 * (min(total, max(max_live, reuse) * (method != "qlora") + max(layer_sizes))),
+        # reuse distance, and since the backward meets weights in the opposite order that is what was used in the last
+        # half of it. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
+        "live layers": 2 * (min(total, max(max_live, reuse // 2) * (method != "qlora") + max(layer_sizes))),
         # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced)
         "buckets": 2 * bucket * (method != "qlora") + 2 * max(layer_sizes) * (method == "full"),
         # Stage3 _prepare_fp32_grad_for_sub_group: flatten in the gradients' type, then a fp32 cast
@@ -246,9 +247,12 @@ def plan(
         peaks[name] = (resident + items["buckets"] + phase[phases[name]]) / GIB + RESERVE
     items["reserve (assumed)"] = RESERVE * GIB
 
-    # Traffic, at most: Stage3 gathers a layer for forward, recompute and backward, the embedding once, the head twice;
-    # every trained gradient is reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
-    gathers = 0 if method == "qlora" else 3 * sum(layer_sizes) + 3 * head  # embedding 1 + head 2
+    # Traffic, at most: Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the
+    # other weights of a decoder layer twice, from the recompute to the backward; the embedding once, the head twice.
+    # Every trained gradient is reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
+    first = [size for name, size in sizes if ".layers.0." in name and "vision" not in name and size > threshold]
+    passes = 2 if reuse >= 2 * (sum(first) - first[0]) else 3
+    gathers = 0 if method == "qlora" else passes * sum(layer_sizes) + 3 * head  # embedding 1 + head 2
     sent = sum(size for _, size in trained)
     share = (num_gpus - 1) / num_gpus
     link = accumulation * 2 * share * (gathers * (ranks > 1) + sent * (2 if method == "qlora" else 1))

@@ -10,6 +10,7 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Trainer, TrainingArguments
 
@@ -60,9 +61,14 @@ counting("reduce_scatter_tensor", "reduce_scatter", 1)
 fetch, live = PartitionedParameterCoordinator.fetch_sub_module, [0]
 
 
+vocabulary = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+
+
 def watched(self, *args, **kwargs):
     fetch(self, *args, **kwargs)
-    live[0] = max(live[0], self._PartitionedParameterCoordinator__n_available_params)
+    now = self._PartitionedParameterCoordinator__n_available_params
+    now -= sum(p.ds_numel for p in vocabulary if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+    live[0] = max(live[0], now)
 
 
 PartitionedParameterCoordinator.fetch_sub_module = watched

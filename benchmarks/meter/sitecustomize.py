@@ -1,9 +1,9 @@
 """On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
 
-Each rank leaves $METER.<rank>.json: when (seconds since the epoch) the process began, the weights began and ended
-to load, training began, and each step ended; its CPU seconds by then, seconds spent waiting for data, tokens and how
-many of them are padding, peak memory of the process and of its workers (MiB). TRL computes logits at the supervised
-positions alone, as on a GPU; without Triton it takes all positions.
+Each rank leaves $METER.<rank>.json: when (seconds since the epoch) the process began, the weights began and ended to
+load, training began, and each step ended; its CPU seconds and the elements gathered and reduced by then, seconds spent
+waiting for data, tokens and how many of them are padding, peak memory of the process and of its workers (MiB). TRL
+computes logits at the supervised positions alone, as on a GPU; without Triton it takes all positions.
 """
 
 import importlib.abc
@@ -41,6 +41,8 @@ def measure(trainer):
     trl.trainer.utils._use_triton = lambda device: True
 
     seen = {"marks": [BEGAN], "steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
+    seen |= {"gathered": [], "reduced": []}
+    elements = {"gathered": 0, "reduced": 0}
     fetch, train, load = trainer.get_batch_samples, trainer.train, PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(*args, **kwargs):
@@ -58,6 +60,18 @@ def measure(trainer):
         seen["padding"].append(sum(int((mask == 0).sum()) for mask in masks))
         return batches, items
 
+    def count(name, key):
+        from deepspeed.comm.torch import TorchBackend
+
+        original = getattr(TorchBackend, name)
+
+        def counted(self, *args, **kwargs):
+            whole = [*args, *kwargs.values()][:2]  # the whole and this rank's part, in either order
+            elements[key] += max(tensor.numel() for tensor in whole)
+            return original(self, *args, **kwargs)
+
+        setattr(TorchBackend, name, counted)
+
     def train_and_note(self, *args, **kwargs):
         from transformers import TrainerCallback
 
@@ -65,8 +79,12 @@ def measure(trainer):
             def on_step_end(self, *args, **kwargs):
                 seen["steps"].append(time.time())
                 seen["cpu"].append(time.process_time())
+                for key, total in elements.items():
+                    seen[key].append(total)
 
         self.add_callback(Clock())
+        count("all_gather_into_tensor", "gathered")
+        count("reduce_scatter_tensor", "reduced")
         seen["marks"].append(time.time())
         result = train(self, *args, **kwargs)
         for who, key in ((resource.RUSAGE_SELF, "mib"), (resource.RUSAGE_CHILDREN, "worker_mib")):
