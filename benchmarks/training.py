@@ -11,13 +11,13 @@ b: the same with answer-only loss (assistant_only_loss). By memory_plan.py a and
 b24: what of b fits 24 GiB there: micro-batch 2, parameters in host RAM (20.7 GiB)
 c: ours: train.sh's flags with micro-batch 8: what memory_plan.py lets into 24 GiB for these shapes on 8 GPUs (17.0 GiB
    at the largest micro-batch), or on 4 with --activation_checkpointing_kwargs '{"offload": true}' (19.8 GiB; the
-   offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.0): the lever
+   offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.1): the lever
    batch_rebalance
 All: the demo's half-trained checkpoint, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures are
 drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of lengths
 are the 7B's. DeepSpeed's size limits are scaled by the decoder layer, and stock's, which would keep most of so small a
 model, to two layers: a weight is gathered as often (column gathers) as in a model of full depth, where
-tests/engine_probe.py counted 1.97 with zero3.json and 1.88 with stock's.
+tests/engine_probe.py counted 1.96 with zero3.json and 1.87 with stock's.
 Leaves results/{training,levers}.md and training.json (which cost.py --check reads).
 """
 
