@@ -250,8 +250,8 @@ def plan(
     # Traffic, at most: Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the
     # other weights of a decoder layer twice, from the recompute to the backward; the embedding once, the head twice.
     # Every trained gradient is reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
-    first = [size for name, size in sizes if ".layers.0." in name and "vision" not in name and size > threshold]
-    passes = 2 if reuse >= 2 * (sum(first) - first[0]) else 3
+    layer = [size for name, size in sizes if ".layers.0." in name and "vision" not in name and size > threshold]
+    passes = 2 if reuse >= 2 * sum(layer[1:]) else 3
     gathers = 0 if method == "qlora" else passes * sum(layer_sizes) + 3 * head  # embedding 1 + head 2
     sent = sum(size for _, size in trained)
     share = (num_gpus - 1) / num_gpus
