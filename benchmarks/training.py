@@ -11,7 +11,7 @@ b: the same with answer-only loss (assistant_only_loss). By memory_plan.py a and
 b24: what of b fits 24 GiB there: micro-batch 2, parameters in host RAM (20.7 GiB)
 c: ours: train.sh's flags with micro-batch 8: what memory_plan.py lets into 24 GiB for these shapes on 8 GPUs (17.0 GiB
    at the largest micro-batch), or on 4 with --activation_checkpointing_kwargs '{"offload": true}' (19.8 GiB; the
-   offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (20.1): the lever
+   offload itself cannot run here); without it 4 GPUs need 24.1 GiB and take micro-batch 4 (19.9): the lever
    batch_rebalance
 All: the demo's half-trained checkpoint, 64 pictures a step, 2-rank ZeRO-3 over gloo, bf16, adamw_bnb_8bit. Pictures are
 drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of lengths
@@ -188,13 +188,15 @@ def measure(work, name, row, seed, steps):
     ranks = [json.loads(Path(f"{meter}.{rank}.json").read_text()) for rank in range(RANKS)]
     times = ranks[0]["steps"]
     seconds = times[-1] - times[SKIP - 1]
+    moved = {
+        kind: sum(r["moved"][-1][kind] - r["moved"][SKIP - 1][kind] for r in ranks) for kind in ranks[0]["moved"][0]
+    }
     result = {
         "samples_per_second": BATCH * (len(times) - SKIP) / seconds,
         "cpu_ms": 1e3 * sum(r["cpu"][-1] - r["cpu"][SKIP - 1] for r in ranks) / (BATCH * (len(times) - SKIP)),
         "waiting": statistics.mean(sum(r["waits"][SKIP:]) for r in ranks) / seconds,
         "padding": sum(sum(r["padding"]) for r in ranks) / sum(sum(r["tokens"]) for r in ranks),
-        "gathers": (ranks[0]["gathered"][-1] - ranks[0]["gathered"][SKIP - 1])
-        / (ranks[0]["reduced"][-1] - ranks[0]["reduced"][SKIP - 1]),
+        "gathers": moved["all_gather"] / moved["reduce_scatter"],
         "mib": sum(r["mib"] + (r["worker_mib"] if "num_workers" in flags else 0) for r in ranks),
         "to_step_1": times[0] - started,
     }

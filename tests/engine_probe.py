@@ -9,10 +9,12 @@ from pathlib import Path
 
 import deepspeed.ops
 import torch
-from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "meter"))
+from moved import count_moved  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as train.py does
 config_file, out_file = sys.argv[1:3]
@@ -43,24 +45,8 @@ one = {
     "pixel_values": torch.randn(tiles, 3, size, size),
     "image_sizes": torch.tensor([size, 2 * size]),
 }
-moved = {"all_gather": 0, "reduce_scatter": 0}  # elements that a rank ends up with, or puts in
-
-
-def counting(name, kind, argument):
-    original = getattr(TorchBackend, name)
-
-    def counted(self, *args, **kwargs):
-        moved[kind] += args[argument].numel() if args else kwargs[("output_tensor", "input_tensor")[argument]].numel()
-        return original(self, *args, **kwargs)
-
-    setattr(TorchBackend, name, counted)
-
-
-counting("all_gather_into_tensor", "all_gather", 0)
-counting("reduce_scatter_tensor", "reduce_scatter", 1)
+moved = count_moved()
 fetch, live = PartitionedParameterCoordinator.fetch_sub_module, [0]
-
-
 vocabulary = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
 
 

@@ -40,9 +40,7 @@ def measure(trainer):
 
     trl.trainer.utils._use_triton = lambda device: True
 
-    seen = {"marks": [BEGAN], "steps": [], "cpu": [], "waits": [], "tokens": [], "padding": []}
-    seen |= {"gathered": [], "reduced": []}
-    elements = {"gathered": 0, "reduced": 0}
+    seen = {"marks": [BEGAN], "steps": [], "cpu": [], "moved": [], "waits": [], "tokens": [], "padding": []}
     fetch, train, load = trainer.get_batch_samples, trainer.train, PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(*args, **kwargs):
@@ -60,31 +58,19 @@ def measure(trainer):
         seen["padding"].append(sum(int((mask == 0).sum()) for mask in masks))
         return batches, items
 
-    def count(name, key):
-        from deepspeed.comm.torch import TorchBackend
-
-        original = getattr(TorchBackend, name)
-
-        def counted(self, *args, **kwargs):
-            whole = [*args, *kwargs.values()][:2]  # the whole and this rank's part, in either order
-            elements[key] += max(tensor.numel() for tensor in whole)
-            return original(self, *args, **kwargs)
-
-        setattr(TorchBackend, name, counted)
-
     def train_and_note(self, *args, **kwargs):
+        from moved import count_moved
         from transformers import TrainerCallback
+
+        moved = count_moved()
 
         class Clock(TrainerCallback):
             def on_step_end(self, *args, **kwargs):
                 seen["steps"].append(time.time())
                 seen["cpu"].append(time.process_time())
-                for key, total in elements.items():
-                    seen[key].append(total)
+                seen["moved"].append(dict(moved))
 
         self.add_callback(Clock())
-        count("all_gather_into_tensor", "gathered")
-        count("reduce_scatter_tensor", "reduced")
         seen["marks"].append(time.time())
         result = train(self, *args, **kwargs)
         for who, key in ((resource.RUSAGE_SELF, "mib"), (resource.RUSAGE_CHILDREN, "worker_mib")):

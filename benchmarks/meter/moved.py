@@ -1,0 +1,22 @@
+"""Counts what ZeRO-3 moves between the ranks: for sitecustomize.py here and tests/engine_probe.py."""
+
+
+def count_moved():
+    """{"all_gather": elements that this rank ends up with, "reduce_scatter": elements it puts in}, from now on."""
+    from deepspeed.comm.torch import TorchBackend
+
+    moved = {"all_gather": 0, "reduce_scatter": 0}
+
+    def counting(name, kind):
+        original = getattr(TorchBackend, name)
+
+        def counted(self, *args, **kwargs):
+            whole_and_part = [*args, *kwargs.values()][:2]  # in either order
+            moved[kind] += max(tensor.numel() for tensor in whole_and_part)
+            return original(self, *args, **kwargs)
+
+        setattr(TorchBackend, name, counted)
+
+    counting("all_gather_into_tensor", "all_gather")
+    counting("reduce_scatter_tensor", "reduce_scatter")
+    return moved
