@@ -59,13 +59,10 @@ def test_a_levelled_step_learns_what_a_step_in_random_order_does(demo, run, tmp_
             copy = tmp_path / "input" / picture.relative_to(demo.input)
             copy.parent.mkdir(parents=True, exist_ok=True)
             Image.open(picture).resize((400, 400) if "1.jpg" in copy.name else (50, 300)).save(copy)
-    flags = (
-        f"--model_name_or_path {demo.checkpoint} --input_dir {tmp_path}/input --temp_dir {tmp_path}/temp --max_steps 1 "
-    )
+    flags = f"--model_name_or_path {demo.checkpoint} --input_dir {tmp_path}/input --temp_dir {tmp_path}/temp "
     flags += f"--output_dir {tmp_path}/sft --logging_dir {tmp_path}/logs --save_strategy no --eval_strategy no "
-    flags += (
-        "--per_device_train_batch_size 5 --gradient_accumulation_steps 2 --logging_steps 1 --answer 'It is {label}.'"
-    )
+    flags += "--per_device_train_batch_size 5 --gradient_accumulation_steps 2 --max_steps 1 --logging_steps 1 "
+    flags += "--answer 'It is {label}.'"
     norms = []
     for strategy in ("random", "batch_rebalance"):
         done = run(f"sh train.sh {flags} --train_sampling_strategy {strategy}", NUM_PROCESSES=2)
@@ -88,3 +85,22 @@ def test_the_plan_knows_the_largest_micro_batch(tokens):
     random_order = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes)["peaks"]
     levelled = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes, formed=formed)["peaks"]
     assert levelled["median"] == random_order["median"] and levelled["largest"] < random_order["largest"] - 0.5
+
+
+def test_the_readme_quotes_the_plan_of_this_mix(tokens):
+    config = memory_plan.load_config(ROOT / "tests" / "hub_config.json")
+    zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
+    shapes = memory_plan.parameters(config)
+
+    def peak(gpus, micro, accumulation, levelled=True, **how):
+        formed = largest_micro_batch(tokens, micro, accumulation, gpus) if levelled else None
+        found = memory_plan.plan(
+            config, zero3, gpus, micro, accumulation, (1368, 2340), shapes=shapes, formed=formed, **how
+        )
+        return f"{found['peaks']['largest']:.1f}"
+
+    text = " ".join((ROOT / "scripts" / "README.md").read_text().split())
+    assert f"peak at 4 x 4 x 4 from {peak(4, 4, 4, levelled=False)} to {peak(4, 4, 4)} GiB" in text
+    assert f"would need {peak(4, 8, 2)} GiB on 4 GPUs" in text
+    assert f"and {peak(4, 8, 2, offload_activations=True)} with the activation offload" in text
+    assert f"on 8 GPUs 8 x 1 needs {peak(8, 8, 1)}" in text
