@@ -19,12 +19,12 @@ import os
 import sys
 
 import config as settings
-from checkpoint import load_model, load_processor
-from config import UserError
-from data_process_utils import list_pictures
-from preflight import require_checkpoint
-from report import contact_sheet
-from validation import Scorer, add_inference_flags, score_batches
+from animals.checkpoint.check import require_checkpoint
+from animals.checkpoint.load import load_model, load_processor
+from animals.command import UserError, run
+from animals.pictures.read import list_pictures
+from animals.scoring.report import contact_sheet
+from animals.scoring.scorer import Scorer, add_inference_flags, score_batches
 
 GUESSES = ("top2", "top2_probability", "top3", "top3_probability")
 
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

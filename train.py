@@ -22,14 +22,16 @@ import signal
 import sys
 
 import config as settings
-from checkpoint import load_for_training
-from config import Config, UserError
-from data_process_utils import load_picture, load_split
-from describe import count_steps, describe, describe_cost, record_run
-from lora import describe_trainable, lora_config
-from preflight import check_run
-from resume import check_resume, find_checkpoint, publish, read_state
-from validation import Scorer
+from animals.checkpoint.load import load_for_training
+from animals.checkpoint.steps import find_checkpoint, publish, read_state
+from animals.command import UserError, run
+from animals.pictures.prepare import load_split
+from animals.pictures.read import load_picture
+from animals.scoring.scorer import Scorer
+from animals.training.describe import count_steps, describe, describe_cost, record_run
+from animals.training.lora import describe_trainable, lora_config
+from animals.training.preflight import check_resume, check_run
+from config import Config
 
 # On CPU ranks DeepSpeed else runs numactl whenever it reduces gradients, a fifth of the demo's step.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -139,7 +141,7 @@ def main():
             print(f"{resume} is the last step: nothing left to train; {args.output_dir} holds the model")
         return
 
-    from trainer import AnimalTrainer, StopOnSignal
+    from animals.training.trainer import AnimalTrainer, StopOnSignal
 
     model = load_for_training(model_args, args)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
@@ -183,4 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

@@ -2,7 +2,7 @@
 # Fine-tune on all GPUs it finds.
 #   sh train.sh                              what stands below
 #   sh train.sh --num_train_epochs 3         the command line wins
-#   sh train.sh --use_peft --learning_rate 2e-4             LoRA: small adapters; see lora.py, also for QLoRA on one GPU
+#   sh train.sh --use_peft --learning_rate 2e-4             LoRA: small adapters; see animals/training/lora.py, also for QLoRA on one GPU
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh
@@ -14,7 +14,7 @@ set -- --gradient_accumulation_steps 4 "$@"             # micro-batches a step; 
 set -- --output_dir sft-llava-1.6-7b "$@"               # the result, a plain Hugging Face checkpoint, and checkpoint-N/
 set -- --torch_dtype bfloat16 "$@"                      # load the weights in bfloat16 (today's name: --dtype)
 set -- --gradient_checkpointing "$@"                    # recompute activations in the backward pass instead of keeping them
-set -- --train_sampling_strategy batch_rebalance "$@"   # like numbers of tokens in all micro-batches: less padding (balance.py)
+set -- --train_sampling_strategy batch_rebalance "$@"   # like numbers of tokens in all micro-batches: less padding (training/batches.py)
 set -- --num_train_epochs 1 "$@"                        # times through the training pictures
 set -- --save_strategy "steps" "$@"                     # save by steps
 set -- --save_steps 100 "$@"                            # a checkpoint every 100 steps (about 61 GB each for the 7B)

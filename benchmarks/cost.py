@@ -4,7 +4,7 @@
     python benchmarks/cost.py --check                              # also time this machine against the predictions
     python benchmarks/cost.py --link_4090 20 --share_h100 0.5      # every assumption is a flag; --help has its source
 
-Computed: operations a picture (scripts/flops.py, counted by torch), bytes a step (scripts/memory_plan.py, at most what
+Computed: operations a picture (flops.py, counted by torch), bytes a step (scripts/memory_plan.py, at most what
 ZeRO-3 gathers and reduces), the largest micro-batch that memory_plan.py lets into the GPU. Assumed: how fast operations
 and bytes go. A step takes as long as its operations plus its bytes when nothing overlaps, and as long as the longer of
 the two when all of it does; real runs lie between. GPU-to-GPU and host traffic of a 4090 share one PCIe link, so their
@@ -23,9 +23,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import UserError, run
-from scripts import flops, memory_plan
-from scripts.memory_plan import MARGIN, TEXT_TOKENS
+from animals.command import UserError, run
+from animals.training import memory as memory_plan
+from animals.training.batches import TEXT_TOKENS
+from animals.training.memory import MARGIN
+from benchmarks import flops
 
 CAPPED = [[336, 672], [672, 336]]
 LARGEST = {"stock": 2928, "capped": 1752}  # most image tokens a picture can have with the grid

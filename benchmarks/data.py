@@ -74,7 +74,7 @@ def step_decode(root):
 
 
 def prepare(root):
-    import data_process_utils
+    from animals.pictures import prepare as data_process_utils
     from config import Config
 
     config = Config(input_dir=str(root), temp_dir=str(root.parent / "temp"))
@@ -90,8 +90,8 @@ def step_check(root):
 def step_build(root):
     """The first build of a tree of scale(): real listing, caches and leak search; the verdicts of the 500 sources are
     looked up instead of decoding each link to them again."""
-    import data_process_utils
-    from pictures import Workers, inspect
+    from animals.pictures import prepare as data_process_utils
+    from animals.pictures.check import Workers, inspect
 
     facts = inspect([root.parent / "small" / f"{i}.jpg" for i in range(500)])
 
@@ -149,7 +149,7 @@ def step_imagefolder(root):
 
 def step_search(root):
     """The leak search alone on `root` random hashes, a fifth of them held out, 1 % of those near-copies."""
-    from data_leaks import Pictures, find_leaks
+    from animals.pictures.leaks import Pictures, find_leaks
 
     n, rng = int(root.name), np.random.default_rng(0)
     held = np.arange(n) % 5 == 0

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import UserError, run
+from animals.command import UserError, run
 
 FLOOR = (
     f"{sys.executable} -c 'import torch.distributed.run, accelerate.commands.launch' && "

@@ -35,9 +35,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-import pictures
-from config import FOLDER_TO_LABEL, UserError, run
-from data_process_utils import image_token_count
+from animals.checkpoint.tokens import image_token_count
+from animals.command import UserError, run
+from animals.pictures import read as pictures
+from config import FOLDER_TO_LABEL
 
 PIXELS = {(300, 225): 8, (300, 200): 3, (225, 300): 3, (300, 300): 3, (640, 480): 2, (300, 1200): 1}  # shape: share
 RANKS, BATCH = 2, 64  # pictures a step
@@ -118,7 +119,7 @@ def prepare(work, start, train, validation):
             file.write_text(json.dumps(content))
     for name in ("model", "capped"):
         shell(
-            f"{sys.executable} -c 'import sys, config; from data_process_utils import prepare; "
+            f"{sys.executable} -c 'import sys, config; from animals.pictures.prepare import prepare; "
             f'prepare(config.Config(input_dir="{work}/input", temp_dir="{work}/cache-{name}"), '
             f'model_name_or_path="{work}/{name}")\''
         )

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import replica
 
-from hub_layout import check_weights, read_shards
+from animals.checkpoint.check import check_weights, read_shards
 
 GIB = 2**30
 SIZES = {1368: (300, 225), 2928: (672, 672)}  # image tokens -> width, height
@@ -123,7 +123,7 @@ def train(model, pictures, work):
 
 def compare(wide, work, tokens, size):
     """A row of the table: measured and planned GiB for a picture of so many tokens."""
-    from memory_plan import activations, load_config, load_zero3, plan
+    from animals.training.memory import activations, load_config, load_zero3, plan
 
     pictures = work / f"pictures-{tokens}"
     replica.pictures(pictures, size)

@@ -25,12 +25,13 @@ import torch
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-import config as settings
-from checkpoint import load_model, load_processor
+from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.tokens import Geometry, image_token_count
+from animals.command import run
+from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.metrics import compare
+from animals.scoring.scorer import Scorer, score_pictures
 from config import CHAT_TEMPLATE, Config
-from data_process_utils import Geometry, image_token_count, list_pictures, load_picture
-from metrics import compare
-from validation import Scorer, score_pictures
 
 HUB = Geometry(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 1, "default")
 SHAPES = [(300, 225), (225, 300), (300, 200), (640, 480), (300, 168), (300, 300), (1024, 768), (259, 194), (200, 300)]
@@ -208,4 +209,4 @@ def main():
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from animals.checkpoint.save import HUB_TEMPLATE  # noqa: E402
 from config import Config  # noqa: E402
-from hub_layout import HUB_TEMPLATE  # noqa: E402
 
 PRETRAINED = Path(__file__).resolve().parent / "vision_tower.safetensors"
 TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile

@@ -22,9 +22,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import config as settings
+from animals.command import UserError, run
 
 try:
-    from preflight import preflight
+    from animals.training.preflight import preflight
 except ModuleNotFoundError as error:  # before `pip install`: say what can be said without any package
     MISSING = error.name
 
@@ -37,7 +38,7 @@ except ModuleNotFoundError as error:  # before `pip install`: say what can be sa
             for path, what in wanted.items()
             if not os.path.exists(path)
         ]
-        raise settings.UserError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def count_gpus():
@@ -58,7 +59,7 @@ def count_processes():
         gpus = count_gpus()
         if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
             most = f" to {gpus}, the GPUs there are" if gpus else ""
-            raise settings.UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
+            raise UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
         return int(chosen)
     return max(1, count_gpus())
 
@@ -78,14 +79,14 @@ def main():
     words = sys.argv[1:]
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
-        raise settings.UserError("launch.py: found no script; expected train.py or validation.py")
+        raise UserError("launch.py: found no script; expected train.py or validation.py")
     launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of train.sh's own flags, the launcher's one
     own.add_argument("--config_file")
     chosen, flags = own.parse_known_args(flags)
     if chosen.config_file:
         if not os.path.isfile(chosen.config_file):
-            raise settings.UserError(
+            raise UserError(
                 f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, "
                 "scripts/ddp.yaml or another one of accelerate's"
             )
@@ -167,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

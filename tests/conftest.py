@@ -31,7 +31,7 @@ def start(command, **environment):
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def sh(command, timeout=900, **environment):
+def sh(command, timeout=3600, **environment):
     """start(), and wait: .code and .output."""
     process = start(command, **environment)
     try:

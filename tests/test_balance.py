@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from balance import TEXT_TOKENS, largest_micro_batch, level
-from scripts import memory_plan
+from animals.training import memory as memory_plan
+from animals.training.batches import TEXT_TOKENS, largest_micro_batch, level
 from tests.conftest import ROOT
 
 

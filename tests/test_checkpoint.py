@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_for_training, load_model, load_processor
-from config import Config, UserError
-from data_process_utils import load_picture
-from hub_layout import HUB_NAME, check_files, check_weights, match_names
+from animals.checkpoint.check import HUB_NAME, check_files, check_weights, match_names
+from animals.checkpoint.load import load_for_training, load_model, load_processor
+from animals.command import UserError
+from animals.pictures.read import load_picture
+from animals.scoring.scorer import Scorer, score_batches
+from config import Config
 from train import make_collator, parse
-from validation import Scorer, score_batches
 
 # What a download holds beside weights, README and .gitattributes.
 HUB_FILES = {
@@ -231,7 +232,7 @@ def test_prompt_and_answers_token_for_token(hub):
 
 @pytest.mark.parametrize(("size", "expected"), IMAGE_TOKENS.items())
 def test_image_tokens(hub, size, expected):
-    from pictures import image_token_count, read_geometry
+    from animals.checkpoint.tokens import image_token_count, read_geometry
 
     processor = load_processor(hub)
     (counted,) = processor._get_num_multimodal_tokens(image_sizes=[size]).num_image_tokens

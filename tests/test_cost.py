@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import cost
-from scripts import flops, memory_plan
+from animals.training import memory as memory_plan
+from benchmarks import cost, flops
 from tests.conftest import ROOT
 
 

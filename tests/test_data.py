@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import config as settings
-import data_process_utils as data
-import pictures
-from config import Config, UserError
-from data_leaks import Pictures, groups, near_pairs
+from animals.checkpoint.tokens import Geometry, image_token_count, read_geometry
+from animals.command import UserError, yes_or_no
+from animals.pictures import check, read
+from animals.pictures import prepare as data
+from animals.pictures.leaks import Pictures, groups, near_pairs
+from config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("cat", "dog", "ragno")
@@ -178,12 +179,12 @@ def test_odd_file(odd, name, content, reason, size):
     if reason:
         assert name not in rows
         assert reasons[name].startswith(reason)
-        with pytest.raises(data.PictureError) as error:
-            data.load_picture(path)
+        with pytest.raises(read.PictureError) as error:
+            read.load_picture(path)
         assert str(error.value) == reasons[name]
     else:
         assert name not in reasons
-        picture = data.load_picture(path)
+        picture = read.load_picture(path)
         assert (picture.mode, picture.size) == ("RGB", size)
         assert (rows[name]["width"], rows[name]["height"]) == size
         assert pickle.loads(pickle.dumps(picture)).tobytes() == picture.tobytes()
@@ -198,18 +199,18 @@ def test_a_photograph_is_decoded_at_half_its_size(tmp_path):
     whole.save(tmp_path / "large.jpg", quality=95, exif=exif)
     whole.save(tmp_path / "large.png")
     drawn(1, (2600, 2000)).save(tmp_path / "smaller.jpg")
-    half = data.load_picture(tmp_path / "large.jpg")
+    half = read.load_picture(tmp_path / "large.jpg")
     assert half.size == (1050, 1300) and not half.info
     expected = np.asarray(whole.transpose(Image.Transpose.ROTATE_270).resize((1050, 1300)), dtype=int)
     assert abs(np.asarray(half) - expected).mean() < 1
-    assert data.load_picture(tmp_path / "large.png").size == (2600, 2100)
-    assert data.load_picture(tmp_path / "smaller.jpg").size == (2600, 2000)
-    assert data.image_token_count(*half.size) == data.image_token_count(2100, 2600)
+    assert read.load_picture(tmp_path / "large.png").size == (2600, 2100)
+    assert read.load_picture(tmp_path / "smaller.jpg").size == (2600, 2000)
+    assert image_token_count(*half.size) == image_token_count(2100, 2600)
 
 
 def test_pixels_are_the_ones_a_viewer_shows(odd):
     config, _, _ = odd
-    load = lambda name: np.asarray(data.load_picture(train(config, "cat", name)))  # noqa: E731
+    load = lambda name: np.asarray(read.load_picture(train(config, "cat", name)))  # noqa: E731
     first = np.asarray(drawn(1))
     for name in ("png_inside.jpg", "animated.webp", "pages.tif", "plain.bmp"):
         assert (load(name) == first).all(), name
@@ -232,18 +233,18 @@ def test_equal_pixels_have_equal_hashes_in_every_format(tmp_path):
         paths[-1].write_bytes(saved(picture, format, **LOSSLESS.get(format, {})))
     jpeg = tmp_path / "x.jpg"
     jpeg.write_bytes(saved(drawn(2), "JPEG"))
-    data.load_picture(jpeg).save(tmp_path / "y.png")
-    facts = pictures.inspect(paths)
+    read.load_picture(jpeg).save(tmp_path / "y.png")
+    facts = check.inspect(paths)
     assert len({f.pixels for f in facts}) == 1 and len({f.sha256 for f in facts}) == 5
-    assert len({f.pixels for f in pictures.inspect([jpeg, tmp_path / "y.png"])}) == 1
+    assert len({f.pixels for f in check.inspect([jpeg, tmp_path / "y.png"])}) == 1
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb())
     script = (
-        "import pictures\n"
-        "try: pictures.load_picture('bomb.png')\n"
-        "except pictures.PictureError as error: print(error)\n"
+        "from animals.pictures import read\n"
+        "try: read.load_picture('bomb.png')\n"
+        "except read.PictureError as error: print(error)\n"
         # of this program alone: ru_maxrss would count what it was forked from
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
@@ -303,8 +304,8 @@ def test_an_unreadable_file_is_excluded_and_mended_by_chmod(tree):
     if os.geteuid() == 0:  # root may read everything: look as somebody else
         os.seteuid(65534)
         try:
-            with pytest.raises(data.PictureError, match="unreadable: Permission denied"):
-                data.load_picture(secret)
+            with pytest.raises(read.PictureError, match="unreadable: Permission denied"):
+                read.load_picture(secret)
         finally:
             os.seteuid(0)
     else:
@@ -316,9 +317,9 @@ def test_an_unreadable_file_is_excluded_and_mended_by_chmod(tree):
 def test_list_pictures(tree):
     train(tree, "cat", "x.txt").write_text("x")
     strays = data_counter()
-    found = data.list_pictures(train(tree, "cat"), strays)
+    found = read.list_pictures(train(tree, "cat"), strays)
     assert [Path(path).name for path in found] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"] and strays == {".txt": 1}
-    assert data.list_pictures(found[0]) == [found[0]]
+    assert read.list_pictures(found[0]) == [found[0]]
 
 
 def data_counter():
@@ -423,7 +424,7 @@ def test_nothing_is_written_outside_temp(tree, tmp_path):
     home.mkdir()
     before = sorted(os.walk(tree.input_dir))
     script = (
-        "import sys, data_process_utils as d; from config import Config\n"
+        "import sys; from animals.pictures import prepare as d; from config import Config\n"
         "c = Config(input_dir=sys.argv[1], temp_dir=sys.argv[2])\n"
         "d.prepare(c); s = d.load_split(c, 'train').map(lambda row: {'n': 1}); print(len(s), 'torch' in sys.modules)"
     )
@@ -460,15 +461,15 @@ HUB_SIZES = {
 
 def test_image_tokens_of_the_stock_checkpoint():
     for (height, width), tokens in HUB_SIZES.items():
-        assert data.image_token_count(width, height, data.Geometry()) == tokens
+        assert image_token_count(width, height, Geometry()) == tokens
 
 
 @pytest.mark.parametrize(
     "geometry",
     [
-        data.Geometry(),
-        data.Geometry(56, 14, ((56, 112), (112, 56), (112, 112)), 1, "default"),
-        data.Geometry(48, 8, ((48, 96), (96, 48)), 0, "full"),
+        Geometry(),
+        Geometry(56, 14, ((56, 112), (112, 56), (112, 112)), 1, "default"),
+        Geometry(48, 8, ((48, 96), (96, 48)), 0, "full"),
     ],
 )
 def test_image_tokens_equal_the_processors(geometry):
@@ -485,22 +486,22 @@ def test_image_tokens_equal_the_processors(geometry):
     for height, width in sizes:
         side = geometry.image_size
         tokens = processor._get_number_of_features(height, width, side, side) - (geometry.strategy == "default")
-        assert data.image_token_count(width, height, geometry) == tokens, (height, width)
+        assert image_token_count(width, height, geometry) == tokens, (height, width)
 
 
 def test_geometry_comes_from_the_files_that_the_processor_reads(tmp_path):
-    assert data.read_geometry(tmp_path / "nothing") == data.Geometry()
+    assert read_geometry(tmp_path / "nothing") == Geometry()
     write = lambda name, content: (tmp_path / name).write_text(json.dumps(content))  # noqa: E731
     write("config.json", {"vision_config": {"image_size": 48, "patch_size": 8}, "image_grid_pinpoints": [[48, 96]]})
-    assert data.read_geometry(tmp_path) == data.Geometry(48, 8, ((48, 96),))
+    assert read_geometry(tmp_path) == Geometry(48, 8, ((48, 96),))
     write("preprocessor_config.json", {"size": {"shortest_edge": 56}, "image_grid_pinpoints": [[56, 112]]})
-    assert data.read_geometry(tmp_path) == data.Geometry(56, 8, ((56, 112),))
+    assert read_geometry(tmp_path) == Geometry(56, 8, ((56, 112),))
     nested = {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": [[28, 56]]}
     write("processor_config.json", {"image_processor": nested, "patch_size": 14, "num_additional_image_tokens": 0})
-    assert data.read_geometry(tmp_path) == data.Geometry(28, 14, ((28, 56),), 0)
+    assert read_geometry(tmp_path) == Geometry(28, 14, ((28, 56),), 0)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
-        data.read_geometry(tmp_path)
+        read_geometry(tmp_path)
 
 
 # --- freshness --------------------------------------------------------------------------------------------------------
@@ -561,7 +562,7 @@ def test_another_geometry_rewrites_the_counts_and_decodes_nothing(tree, tmp_path
     after = data.prepare(tree, model_name_or_path=tmp_path / "model")["train"]
     assert after["decoded"] == 0 and after["image_tokens"] != before["image_tokens"]
     row = data.load_split(tree, "train")[0]
-    assert row["image_tokens"] == data.image_token_count(64, 48, data.read_geometry(tmp_path / "model"))
+    assert row["image_tokens"] == image_token_count(64, 48, read_geometry(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("suffix", ["json", "arrow", "checked.arrow", "meta.json"])
@@ -592,14 +593,14 @@ def test_a_picture_that_vanishes_after_the_check_is_an_error_that_names_it(tree)
     data.prepare(tree)
     path = data.load_split(tree, "train")[0]["images"][0]
     os.unlink(path)
-    with pytest.raises(data.PictureError, match="missing"):
-        data.load_picture(path)
+    with pytest.raises(read.PictureError, match="missing"):
+        read.load_picture(path)
     assert data.prepare(tree)["train"]["n"] == 11
 
 
 def test_four_processes_at_once_build_once(tree):
     script = (
-        "import sys, data_process_utils as d; from config import Config\n"
+        "import sys; from animals.pictures import prepare as d; from config import Config\n"
         "s = d.prepare(Config(input_dir=sys.argv[1], temp_dir=sys.argv[2]))\n"
         "print(s['train']['built'], s['validation']['built'], len(d.load_split(Config(temp_dir=sys.argv[2]), 'train')))"
     )
@@ -661,8 +662,8 @@ def test_fuzz_the_cache_never_promises_what_training_cannot_decode(tree):
     for i in range(600):
         path = str(train(tree, "cat", f"fuzz{i:03}.jpg"))
         try:
-            picture = data.load_picture(path)
-        except data.PictureError as error:
+            picture = read.load_picture(path)
+        except read.PictureError as error:
             assert reasons[os.path.basename(path)] == str(error) and path not in used
         else:
             size = used[path]["width"], used[path]["height"]
@@ -673,7 +674,7 @@ def test_a_decoder_that_crashes_costs_one_picture(tree, tmp_path):
     """The worker is killed on one picture; the others of its batch are asked again."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if sys.argv[0].endswith('pictures.py') or sys.orig_argv[-1].endswith('pictures.py'):\n"
+        "if sys.argv[0].endswith('check.py') or sys.orig_argv[-1] == 'animals.pictures.check':\n"
         "    import pathlib, PIL.Image\n"
         "    real = PIL.Image.open\n"
         "    def fatal(file, *a, **k):\n"
@@ -716,7 +717,7 @@ def test_the_same_file_in_both_splits_stops(tree):
 
 
 def test_the_same_pixels_in_another_format_stop(tree):
-    data.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "copy.png"))
+    read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "copy.png"))
     (line,) = problems(tree)
     assert "1 same pixels, both splits" in line
 
@@ -738,7 +739,7 @@ def test_two_folders_of_one_label_do_not_conflict(tree):
 
 
 def test_a_recompressed_copy_across_splits_warns(tree):
-    original = data.load_picture(train(tree, "cat", "1.jpg"))
+    original = read.load_picture(train(tree, "cat", "1.jpg"))
     original.save(held(tree, "cat", "small.jpg"), quality=40)
     original.resize((128, 96), Image.Resampling.BICUBIC).save(held(tree, "cat", "large.jpg"), quality=80)
     found = data.prepare(tree)["train"]["leaks"]
@@ -793,14 +794,14 @@ def test_the_perceptual_hash_is_imagehashs():
     imagehash = pytest.importorskip("imagehash")
     thumbs = [drawn(seed, (32, 32)).convert("L") for seed in range(200)]
     theirs = [int(str(imagehash.phash(thumb)), 16) for thumb in thumbs]
-    assert pictures.perceptual_hashes(thumbs) == theirs
+    assert check.perceptual_hashes(thumbs) == theirs
 
 
 def test_the_settings_are_checked():
     for name, value in (("max_excluded", 2.0), ("near_duplicate_distance", 9)):
         with pytest.raises(UserError, match=name):
             Config(**{name: value})
-    assert settings.yes_or_no("False") is False
+    assert yes_or_no("False") is False
 
 
 def test_animations_have_several_frames():

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 import data_process_utils
-import data_split
-from config import FOLDER_TO_LABEL, UserError
+from animals.command import UserError
+from animals.pictures import split as data_split
+from config import FOLDER_TO_LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cat", "dog", "ragno")

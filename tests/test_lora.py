@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import lora
-from checkpoint import load_for_training, load_model, load_processor
-from config import Config, UserError
-from hub_layout import check_files
-from lora import merge
+from animals.checkpoint.check import check_files
+from animals.checkpoint.load import load_for_training, load_model, load_processor
+from animals.command import UserError
+from animals.scoring.scorer import Scorer
+from animals.training.lora import merge
+from config import Config
+from scripts import merge_lora
 from train import parse
-from validation import Scorer
 
 STEPS = "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --logging_steps 1 --eval_strategy no "
 STEPS += "--learning_rate 1e-2 --warmup_ratio 0 --use_peft"
@@ -81,7 +82,8 @@ def test_resumed_adapter_is_the_same_to_the_bit(trained, run):
 WATCH = """
 import json, sys
 import torch
-import train, trainer
+import train
+from animals.training import trainer
 original = trainer.AnimalTrainer.train
 def watched(self, *args, **kwargs):
     before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
@@ -144,11 +146,11 @@ def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path
     assert json.loads(done.output.strip().splitlines()[-1])["n"] > 0
     done = run(f"python test.py {others_pictures}/validation_data/cat {flags} --output {tmp_path}/names.csv")
     assert done.code == 0, done.output[-3000:]
-    monkeypatch.setattr(sys, "argv", ["lora.py", str(trained.out), "--merge", str(tmp_path / "plain")])
-    lora.main()
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(trained.out), "--merge", str(tmp_path / "plain")])
+    merge_lora.main()
     assert f"sh validation.sh --model_name_or_path {tmp_path}/plain" in capsys.readouterr().out
     with pytest.raises(UserError, match="found files there; expected a new folder"):
-        lora.main()
+        merge_lora.main()
 
 
 def settings_of(*flags):

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import memory_plan  # noqa: E402
-
-from config import UserError  # noqa: E402
+from animals.command import UserError  # noqa: E402
+from animals.training import memory as memory_plan  # noqa: E402
+from scripts import memory_plan as command_module  # noqa: E402
 
 HUB = ROOT / "tests" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
 ZERO3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
@@ -298,12 +297,12 @@ def test_json_and_table(monkeypatch, capsys, tmp_path):
     command = ["memory_plan.py", "--model_name_or_path", str(HUB), "--temp_dir", str(tmp_path)]
     command += ["--deepspeed_config", str(ROOT / "scripts" / "zero3.json")]
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
-    memory_plan.main()
+    command_module.main()
     report = json.loads(capsys.readouterr().out)
     assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
     assert report["recommended"]["micro_batch"] == 4
     monkeypatch.setattr(sys, "argv", command)
-    memory_plan.main()
+    command_module.main()
     table = capsys.readouterr().out
     assert "recommended: 4 per device x 4 accumulated x 4 ranks = 64 pictures a step" in table
     for item in report["plans"][0]["items"]:

@@ -9,8 +9,8 @@ from sklearn.calibration import calibration_curve
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from config import UserError
-from metrics import calibration, compare, measure, paired, wilson_interval
+from animals.command import UserError
+from animals.scoring.metrics import calibration, compare, measure, paired, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (3, 40), (271, 300), (2713, 3000)])

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from animals.pictures.read import list_pictures, load_picture
 from config import Config
-from data_process_utils import list_pictures, load_picture
 
 LABELS = Config().labels
 

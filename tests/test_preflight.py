@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlavaNextConfig
 
-from config import Config, UserError
-from preflight import check_checkpoint, check_disk, check_memory, check_output_dir
-from scripts import memory_plan
-from validation import Scorer
+from animals.command import UserError
+from animals.scoring.scorer import Scorer
+from animals.training import memory as memory_plan
+from animals.training.preflight import check_checkpoint, check_disk, check_memory, check_output_dir
+from config import Config
 
 
 def test_three_problems_in_one_message(demo, run, tmp_path):

@@ -18,11 +18,11 @@ import sklearn.metrics as sk
 from PIL import Image
 from sklearn.calibration import calibration_curve
 
-import report as page_maker
-from config import UserError
-from metrics import compare, measure, paired, wilson_interval
-from plots import log_tensorboard
-from report import contact_sheet, read_report, write_report
+from animals.command import UserError
+from animals.scoring import report as page_maker
+from animals.scoring.metrics import compare, measure, paired, wilson_interval
+from animals.scoring.plots import log_tensorboard
+from animals.scoring.report import contact_sheet, read_report, write_report
 from tests.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]

@@ -4,10 +4,12 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from config import CHAT_TEMPLATE, Config, UserError
-from data_process_utils import list_pictures, load_picture
+from animals.checkpoint.load import load_model, load_processor
+from animals.command import UserError
+from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.scorer import Scorer
+from config import CHAT_TEMPLATE, Config
 from train import make_collator
-from validation import Scorer, load_model, load_processor
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from checkpoint import find_checkpoints, global_step, load_model, load_processor, run_name
-from config import Config, UserError
-from data_process_utils import image_token_count, list_pictures, load_picture, read_geometry
-from probe import fit
-from validation import Scorer, load_scorer, score_pictures
+from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.steps import find_checkpoints, global_step, run_name
+from animals.checkpoint.tokens import image_token_count, read_geometry
+from animals.command import UserError
+from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.rivals import fit
+from animals.scoring.scorer import Scorer, load_scorer, score_pictures
+from config import Config
 
 PER_CLASS = 4  # of the demo's pictures, train and held out: enough to compare, quick to score
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import UserError
-from preflight import Findings, check_disk, check_output_dir
-from resume import check_resume, find_checkpoint
+from animals.checkpoint.steps import find_checkpoint
+from animals.command import UserError
+from animals.training.preflight import Findings, check_disk, check_output_dir, check_resume
 from tests.conftest import start
 
 STEPS = 24

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import UserError
+from animals.command import UserError
 
 # The command of the first README (August 2025), word for word but for paths and the step count.
 FIRST_COMMAND = """

@@ -5,7 +5,7 @@ import io
 import os
 import time
 
-from data_process_utils import PictureError, load_picture
+from animals.pictures.read import PictureError, load_picture
 
 
 def confusion_figure(report):

@@ -4,16 +4,18 @@ preflight() takes a second and imports no torch: the launcher calls it before an
 what needs the parsed training flags.
 """
 
+import json
 import math
 import os
 import shutil
 
-from balance import largest_micro_batch, shuffle_seed
-from checkpoint import find_checkpoints, load_processor
-from config import UserError
-from data_process_utils import prepare
-from describe import count_steps
-from hub_layout import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
+from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
+from animals.checkpoint.load import load_processor
+from animals.checkpoint.steps import find_checkpoints
+from animals.command import UserError
+from animals.pictures.prepare import prepare
+from animals.training.batches import largest_micro_batch, shuffle_seed
+from animals.training.describe import count_steps
 
 GIB = 2**30
 
@@ -90,8 +92,8 @@ def check_checkpoint(path, config, make_scorer):
 
 
 def make_plan(config, args, model_args):
-    """scripts/memory_plan.py's plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
-    from scripts import memory_plan
+    """The memory plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
+    from animals.training import memory as memory_plan
 
     file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
     if file.get("zero_optimization", {}).get("stage") != 3:
@@ -190,3 +192,29 @@ def check_ranks(use_cpu):
     gpus = 0 if use_cpu else torch.cuda.device_count()
     if gpus and ranks > gpus:
         raise UserError(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")
+
+
+# What a resumed run must share with the one that wrote the checkpoint, and why.
+MUST_MATCH = {
+    "world_size": "DeepSpeed's optimizer state is cut into one part a rank",
+    "effective_batch": "the position in the epoch would be another",
+    "labels": "the answers would be others",
+    "question": "the prompt would be another",
+    "data": "the training pictures changed",
+}
+
+
+def check_resume(record, checkpoint):
+    """The checkpoint's run.json agrees with this run's `record` in MUST_MATCH."""
+    with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
+        before = json.load(file)
+    changed = [
+        f"{key} was {before.get(key)!r}, is {record[key]!r} ({why})"
+        for key, why in MUST_MATCH.items()
+        if before.get(key) != record[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} cannot be resumed with these settings: {'; '.join(changed)}; restore them, or start anew "
+            "with another --output_dir"
+        )

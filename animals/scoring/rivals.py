@@ -8,9 +8,10 @@ import hashlib
 import os
 import sys
 
-from config import UserError
-from data_process_utils import PictureError, load_picture, load_split
-from metrics import compare, measure
+from animals.command import UserError
+from animals.pictures.prepare import load_split
+from animals.pictures.read import PictureError, load_picture
+from animals.scoring.metrics import compare, measure
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # of C, smaller regularises more; a tenth of the training pictures chooses
 

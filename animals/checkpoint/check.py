@@ -1,39 +1,17 @@
-"""A checkpoint folder as files: check one before its weights load, and write one as the hub repository has it.
+"""A checkpoint folder as files: is all there, and does it fit together? Reads headers, no weights.
 
-    python hub_layout.py model      # is all there, and does it fit together? Reads headers, no weights
-
-Reads what copies of llava-hf/llava-v1.6-mistral-7b-hf look like: as downloaded, older and newer snapshots, the hub's
-cache with its links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them. Writes the hub's
-form again: its file names and settings in today's and yesterday's spelling, which transformers 4.46 to 5 read.
+Takes what copies of llava-hf/llava-v1.6-mistral-7b-hf look like: as downloaded, older and newer snapshots, the hub's
+cache with its links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import shutil
 
-import config as settings
-from config import UserError
+from animals.command import UserError
+from animals.files import read_json
 
 HUB_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
-SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB in one file
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-HUB_TEMPLATE = (  # for a copy that has no chat template: the hub's, without BOS, with a space after </s>
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
-    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -59,14 +37,6 @@ def base_of(path):
 def holds_model(path):
     """A checkpoint or an adapter, judged by its settings file; the weights may still be missing."""
     return any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json"))
-
-
-def read_json(file):
-    try:
-        with open(file, encoding="utf-8") as opened:
-            return json.load(opened)
-    except ValueError as error:
-        raise UserError(f"{file}: found {error}; expected JSON; download the file again") from None
 
 
 def require_checkpoint(path):
@@ -233,85 +203,3 @@ def check_weights(path):
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
-
-
-def write_json(file, content):
-    part = f"{file}.part"
-    with open(part, "w", encoding="utf-8") as opened:
-        json.dump(content, opened, indent=2, ensure_ascii=False)
-        opened.write("\n")
-    os.replace(part, file)
-
-
-def write_hub_files(folder, source, processor):
-    """Make of what transformers 5 saved in `folder` what the hub repository holds. Main process only.
-
-    `source` is the folder the model was loaded from: its tokenizer files, which training does not change, are copied.
-    Both spellings of each setting are written, for readers before and after transformers 5.
-    """
-    source = base_of(source)
-    for name in TOKENIZER_FILES:
-        if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    write_tokenizer_settings(folder, processor)
-    nested = read_json(os.path.join(folder, "processor_config.json"))
-    pixels = nested.pop("image_processor") | {"processor_class": nested["processor_class"]}
-    write_json(os.path.join(folder, "preprocessor_config.json"), dict(sorted(pixels.items())))
-    write_json(os.path.join(folder, "processor_config.json"), nested)  # transformers 4.50 stops at a nested one
-    write_json(os.path.join(folder, "chat_template.json"), {"chat_template": processor.chat_template})
-    file = os.path.join(folder, "config.json")
-    if os.path.isfile(file):  # an adapter has none
-        config = read_json(file)
-        for part in (config, config["text_config"], config["vision_config"]):
-            if "dtype" in part:
-                part["torch_dtype"] = part["dtype"]
-        config["text_config"]["rope_theta"] = config["text_config"]["rope_parameters"]["rope_theta"]
-        config.pop("use_cache", None)  # was off for training only
-        write_json(file, config)
-
-
-def write_tokenizer_settings(folder, processor):
-    """tokenizer_config.json, special_tokens_map.json and added_tokens.json that readers of transformers 4 take."""
-    tokenizer = processor.tokenizer
-    file = os.path.join(folder, "tokenizer_config.json")
-    config = read_json(file)
-    if config.get("tokenizer_class") != "LlamaTokenizer":  # transformers 5 writes its own TokenizersBackend
-        for name in ("backend", "is_local", "local_files_only"):
-            config.pop(name, None)
-        special = config.pop("model_specific_special_tokens", None) or {"image_token": processor.image_token}
-        config |= {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": special, "legacy": True}
-        write_json(file, config)
-    if "added_tokens_decoder" not in config:
-        config["added_tokens_decoder"] = {
-            str(i): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word")}
-            | {"special": True}
-            for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        }
-        write_json(file, config)
-    map_file, added_file = (os.path.join(folder, name) for name in ("special_tokens_map.json", "added_tokens.json"))
-    if not os.path.isfile(map_file):
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        write_json(map_file, {name: {"content": getattr(tokenizer, name)} | flags for name in names})
-    if not os.path.isfile(added_file):
-        core = {"<unk>", "<s>", "</s>"}
-        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content not in core}
-        write_json(added_file, added)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("path", help="folder of a checkpoint or an adapter")
-    path = parser.parse_args().path
-    require_checkpoint(path)
-    problems = check_weights(base_of(path))
-    if problems:
-        raise UserError("\n".join(problems))
-    shapes, _ = read_shards(base_of(path))
-    print(f"{path}: nothing is missing; {len(shapes)} parameter tensors")
-
-
-if __name__ == "__main__":
-    settings.run(main)

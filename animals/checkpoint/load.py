@@ -2,13 +2,12 @@
 
 import functools
 import gc
-import json
-import os
 import re
-import sys
 
-from config import UserError
-from hub_layout import HUB_TEMPLATE, SHARD_SIZE, adapter_config, base_of, check_weights, fetch, holds_model
+from animals.checkpoint.check import adapter_config, base_of, check_weights, fetch
+from animals.checkpoint.save import HUB_TEMPLATE, SHARD_SIZE
+from animals.command import UserError
+from animals.ranks import say
 
 
 def load_processor(path):
@@ -42,12 +41,6 @@ def load_processor(path):
             f"model was trained on; fetch the tokenizer anew: {fetch(path, files)}"
         )
     return processor
-
-
-def say(message):
-    """On rank 0's stderr."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
 
 
 def load_weights(path, **options):
@@ -95,7 +88,7 @@ def load_for_training(model_args, args):
     if adapter_config(path) is not None:
         problems.append(
             f"--model_name_or_path {path}: found an adapter; expected a plain checkpoint; go on with it by "
-            f"--resume_from_checkpoint, or merge it first: `python lora.py {path} --merge OUT`"
+            f"--resume_from_checkpoint, or merge it first: `python scripts/merge_lora.py {path} --merge OUT`"
         )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         if not model_args.use_peft:
@@ -124,47 +117,3 @@ def load_for_training(model_args, args):
     model.config.use_cache = False  # of no use in training
     model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
     return model
-
-
-def checkpoint_name(path):
-    """`runs/sft/checkpoint-100` -> `sft-checkpoint-100`, `sft-llava-1.6-7b` -> itself: the report's folder name."""
-    parts = os.path.abspath(path).split(os.sep)
-    return "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
-
-
-def run_name(path):
-    """The name under which train.py logs to TensorBoard: of the run's folder, for a checkpoint-N in it too."""
-    path = os.path.abspath(path)
-    return os.path.basename(os.path.dirname(path) if os.path.basename(path).startswith("checkpoint-") else path)
-
-
-def saved_steps(path):
-    """{N: folder} of the checkpoint-N in a run's folder, in order."""
-    found = {int(name[11:]): name for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)}
-    return {step: os.path.join(path, found[step]) for step in sorted(found)}
-
-
-def global_step(path):
-    """After how many optimizer steps it was saved: trainer_state.json, else its name, else the run's last; or None."""
-    state = os.path.join(path, "trainer_state.json")
-    if os.path.isfile(state):
-        with open(state, encoding="utf-8") as file:
-            return json.load(file)["global_step"]
-    named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
-    return int(named[1]) if named else max(saved_steps(path), default=None)
-
-
-def find_checkpoints(path):
-    """Every checkpoint-N of a run, in order, and the final model if it is there; fit for use or not.
-
-    Raises UserError if there is none.
-    """
-    found = list(saved_steps(path).values()) if os.path.isdir(path) else []
-    if holds_model(path):
-        found.append(path)
-    if not found:
-        raise UserError(
-            f"--all_checkpoints: found no checkpoint-N and no model in {path}; expected the output folder of a "
-            "training; name it with --model_name_or_path"
-        )
-    return found

@@ -3,20 +3,19 @@
     sh train.sh --use_peft --learning_rate 2e-4                                     # ZeRO-3, as without LoRA
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml      # the whole model on each GPU
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml --load_in_4bit    # QLoRA
-    python lora.py sft-llava-1.6-7b --merge merged                                  # adapter + base -> checkpoint
+    python scripts/merge_lora.py sft-llava-1.6-7b --merge merged      # base + adapter
 
 validation.sh, test.py and --resume_from_checkpoint take the adapter's folder as it is. An adapter names its base
 model's folder; the two travel together.
 """
 
-import argparse
 import os
 import re
 
-import config as settings
-from checkpoint import load_model, load_processor
-from config import UserError
-from hub_layout import SHARD_SIZE, adapter_config, require_checkpoint, some, write_hub_files
+from animals.checkpoint.check import adapter_config, require_checkpoint, some
+from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.save import SHARD_SIZE, write_hub_files
+from animals.command import UserError
 
 # The language model's linear layers; the vision tower, the projector and lm_head stay as they are.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -63,19 +62,3 @@ def merge(adapter, out, dtype="bfloat16"):
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     processor.save_pretrained(out)
     write_hub_files(out, adapter, processor)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("adapter", help="folder that `sh train.sh --use_peft` left, or a checkpoint-N in it")
-    parser.add_argument("--merge", metavar="OUT", required=True, help="new folder for the plain checkpoint")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the merged weights")
-    args = parser.parse_args()
-    merge(args.adapter, args.merge, args.dtype)
-    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {args.merge}")
-
-
-if __name__ == "__main__":
-    settings.run(main)

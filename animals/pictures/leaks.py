@@ -1,7 +1,7 @@
 """Which pictures are the same: across the splits, under two labels, or near enough to belong on one side of a cut.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near means that the 64-bit
-perceptual hashes (pictures.py) differ in at most config.near_duplicate_distance bits: a recompressed or resized copy
+perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits: a recompressed or resized copy
 differs in 0 to 4, unrelated photographs in about 32. A flat picture has no hash and is only ever compared by pixels.
 
 leaks.csv: problem (both splits | two labels), match (same pixels | near), distance (bits), image, split, label,
@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from animals.files import replacing
+from animals.pictures.cache import FORMAT, SPLITS, csv_file, split_folder, temp_path
 from config import Config
-from data_cache import FORMAT, SPLITS, csv_file, replacing, split_folder, temp_path
 
 CANDIDATES = 1024  # at most, a picture and table: bounds the time when thousands of different pictures look alike
 BLOCK = 1 << 21  # candidate pairs compared at once: 50 MB
@@ -175,7 +176,7 @@ def read_leaks(config: Config, summaries: dict) -> dict | None:
 
 
 def load_pictures(config: Config, splits):
-    """data_leaks.Pictures of the usable pictures of some splits, and the path of one by its row number."""
+    """Pictures of the usable pictures of some splits, and the path of one by its row number."""
     parts, tables, starts = [], [], [0]
     for split in splits:
         with pa.memory_map(str(temp_path(config, split, "checked.arrow"))) as source, pa.ipc.open_stream(source) as s:

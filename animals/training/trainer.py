@@ -17,22 +17,13 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from balance import level, shuffle_seed
-from config import UserError
-from hub_layout import write_hub_files
-from metrics import measure
-from resume import SAVING, find_checkpoint, write_manifest
-from validation import score_pictures, stratified_sample
-
-
-def main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def barrier():
-    """All ranks."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+from animals.checkpoint.save import write_hub_files
+from animals.checkpoint.steps import SAVING, find_checkpoint, write_manifest
+from animals.command import UserError
+from animals.ranks import barrier, main_process
+from animals.scoring.metrics import measure
+from animals.scoring.scorer import score_pictures, stratified_sample
+from animals.training.batches import level, shuffle_seed
 
 
 class StopOnSignal(TrainerCallback):

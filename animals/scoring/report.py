@@ -15,10 +15,9 @@ import sys
 import time
 from urllib.parse import quote
 
-import config as settings
-from config import UserError
-from data_process_utils import PictureError, load_picture
-from plots import confusion_figure, reliability_figure
+from animals.command import UserError
+from animals.pictures.read import PictureError, load_picture
+from animals.scoring.plots import confusion_figure, reliability_figure
 
 EMBEDDED = 13_000_000  # bytes of base64 a page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side of a thumbnail; of a picture in a gallery
@@ -223,14 +222,3 @@ def embed(small, large):
                 for known, size in zip(result, sizes, strict=False):
                     known[path] = size
     return *result, dropped
-
-
-def main():
-    parser = settings.parser(__doc__.splitlines()[0])
-    parser.add_argument("folder", help="a report's folder")
-    folder = parser.parse_args().folder
-    write_report(*read_report(folder), folder)
-
-
-if __name__ == "__main__":
-    settings.run(main)

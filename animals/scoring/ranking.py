@@ -5,8 +5,8 @@ import json
 import os
 import sys
 
-from config import UserError
-from metrics import compare
+from animals.command import UserError
+from animals.scoring.metrics import compare
 
 COLUMNS = (
     "rank", "checkpoint", "step", "n", "accuracy", "low", "high", "macro_f1", "ece", "log_loss", "p_best", "error",

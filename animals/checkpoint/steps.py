@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 
-from config import UserError
+from animals.checkpoint.check import holds_model
+from animals.command import UserError
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> bytes of every other one
 SAVING = ".saving"  # in output_dir: what is being written
@@ -84,27 +85,45 @@ def publish(checkpoint, output_dir):
     os.rmdir(saving)
 
 
-# What a resumed run must share with the one that wrote the checkpoint, and why.
-MUST_MATCH = {
-    "world_size": "DeepSpeed's optimizer state is cut into one part a rank",
-    "effective_batch": "the position in the epoch would be another",
-    "labels": "the answers would be others",
-    "question": "the prompt would be another",
-    "data": "the training pictures changed",
-}
+def checkpoint_name(path):
+    """`runs/sft/checkpoint-100` -> `sft-checkpoint-100`, `sft-llava-1.6-7b` -> itself: the report's folder name."""
+    parts = os.path.abspath(path).split(os.sep)
+    return "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
-def check_resume(record, checkpoint):
-    """The checkpoint's run.json agrees with this run's `record` in MUST_MATCH."""
-    with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
-        before = json.load(file)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {record[key]!r} ({why})"
-        for key, why in MUST_MATCH.items()
-        if before.get(key) != record[key]
-    ]
-    if changed:
+def run_name(path):
+    """The name under which train.py logs to TensorBoard: of the run's folder, for a checkpoint-N in it too."""
+    path = os.path.abspath(path)
+    return os.path.basename(os.path.dirname(path) if os.path.basename(path).startswith("checkpoint-") else path)
+
+
+def saved_steps(path):
+    """{N: folder} of the checkpoint-N in a run's folder, in order."""
+    found = {int(name[11:]): name for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)}
+    return {step: os.path.join(path, found[step]) for step in sorted(found)}
+
+
+def global_step(path):
+    """After how many optimizer steps it was saved: trainer_state.json, else its name, else the run's last; or None."""
+    state = os.path.join(path, "trainer_state.json")
+    if os.path.isfile(state):
+        with open(state, encoding="utf-8") as file:
+            return json.load(file)["global_step"]
+    named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
+    return int(named[1]) if named else max(saved_steps(path), default=None)
+
+
+def find_checkpoints(path):
+    """Every checkpoint-N of a run, in order, and the final model if it is there; fit for use or not.
+
+    Raises UserError if there is none.
+    """
+    found = list(saved_steps(path).values()) if os.path.isdir(path) else []
+    if holds_model(path):
+        found.append(path)
+    if not found:
         raise UserError(
-            f"{checkpoint} cannot be resumed with these settings: {'; '.join(changed)}; restore them, or start anew "
-            "with another --output_dir"
+            f"--all_checkpoints: found no checkpoint-N and no model in {path}; expected the output folder of a "
+            "training; name it with --model_name_or_path"
         )
+    return found

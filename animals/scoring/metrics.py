@@ -5,7 +5,7 @@ No torch, no files; tests hold every one against scikit-learn, scipy or statsmod
 
 from math import sqrt
 
-from config import UserError
+from animals.command import UserError
 
 CALIBRATION_BINS = 10  # equal parts of 0..1
 

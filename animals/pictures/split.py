@@ -5,7 +5,7 @@
 
 The cut moves round(fraction * n) pictures of each class folder, at least one, never all. Which ones depends on the
 seed and on the pictures' pixels only, not on their names or their order on the disk. Pictures that are the same or
-near-duplicates of each other (data_leaks.py) go together, so a class of many look-alikes may get a smaller share.
+near-duplicates of each other (leaks.py) go together, so a class of many look-alikes may get a smaller share.
 
 A file is moved by one rename: it is never copied and never in both places. Where the cut stands is the name of its
 manifest in input_dir, a JSON file with every move, written before the first one:
@@ -21,7 +21,7 @@ import math
 import os
 from collections import Counter, defaultdict
 
-from config import UserError
+from animals.command import UserError
 
 STATES = ("pending", "undoing")
 

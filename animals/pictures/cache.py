@@ -20,8 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import config as settings
-from config import Config, UserError
-from pictures import Facts, Geometry, Workers, image_token_count, walk
+from animals.checkpoint.tokens import Geometry, image_token_count
+from animals.command import UserError
+from animals.files import replacing
+from animals.pictures.check import Facts, Workers
+from animals.pictures.read import walk
+from config import Config
 
 FORMAT = 2  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
@@ -46,24 +50,6 @@ def class_folders(config: Config, split: str) -> list[str]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-class replacing:
-    """with replacing(path) as file: the path holds the old bytes or all the new ones, never a part."""
-
-    def __init__(self, path):
-        self.path, self.part = path, Path(f"{path}.part")
-
-    def __enter__(self):
-        self.file = open(self.part, "wb")
-        return self.file
-
-    def __exit__(self, kind, *rest):
-        self.file.close()
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink()
 
 
 @contextmanager

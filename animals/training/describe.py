@@ -7,8 +7,6 @@ import statistics
 import subprocess
 from importlib import metadata
 
-from hub_layout import base_of, whole_models
-
 
 def count_steps(args, pictures) -> tuple[int, int]:
     """(optimizer steps an epoch, in all) as transformers.Trainer counts them."""
@@ -44,16 +42,7 @@ def describe(args, model_args, data, collator, summary):
 
 
 def describe_cost(config, args, model_args, data, plan):
-    """What a dry run adds: operations and memory, computed. Main process only."""
-    from scripts import flops, memory_plan
-
-    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
-    tokens = int(statistics.median(data[args.length_column_name]))
-    with whole_models():
-        each = flops.count(model, tokens + memory_plan.TEXT_TOKENS, memory_plan.tiles_of(model, tokens))
-    print(
-        f"operations      {each:.2e} FLOPs a median picture x {len(data)} = {each * len(data):.2e} an epoch (counted)"
-    )
+    """What a dry run adds: the memory plan, computed. Main process only."""
     if plan:
         print(f"memory a GPU    peak {plan['peaks']['largest']:.1f} GiB at the largest picture (computed):")
         for name, gib in plan["items"].items():

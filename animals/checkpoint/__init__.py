@@ -1,0 +1,4 @@
+"""A checkpoint folder, all that is LLaVA's own: check it, load it, save it, its steps, its tokens a picture.
+
+Knows no pictures, no labels' scores and no trainer: what a run does with a checkpoint lives above.
+"""

@@ -1,0 +1,77 @@
+"""How many tokens a picture costs, from a checkpoint's files alone: no picture is opened, no torch imported."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from animals.command import UserError
+
+
+class Geometry(NamedTuple):
+    """What decides how many tokens a picture costs. The defaults are LLaVA-1.6-Mistral-7B's."""
+
+    image_size: int = 336  # side of a tile, pixels
+    patch_size: int = 14
+    pinpoints: tuple = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # (height, width)
+    extra_tokens: int = 1  # CLS ...
+    strategy: str = "default"  # ... which "default" drops
+
+
+STOCK = Geometry()
+
+
+def read_geometry(model_name_or_path) -> Geometry:
+    """The geometry of a checkpoint folder, from the files that its processor reads, else the model's config.json.
+
+    Size and pinpoints: processor_config.json's image_processor, else preprocessor_config.json, as transformers does.
+    Patch size, extra tokens and strategy: processor_config.json. Stock LLaVA-1.6 values for what no file says, or
+    when the folder does not exist yet.
+    """
+
+    def read(name):
+        path = Path(model_name_or_path) / name
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: found {error}; expected JSON; download the file again") from None
+        return content if isinstance(content, dict) else {}
+
+    model, processor = read("config.json"), read("processor_config.json")
+    images = processor.get("image_processor") or read("preprocessor_config.json")
+    vision = model.get("vision_config") or {}
+    size = images.get("size") or {}
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    side = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
+    pinpoints = images.get("image_grid_pinpoints") or model.get("image_grid_pinpoints") or STOCK.pinpoints
+    return Geometry(
+        image_size=side or vision.get("image_size") or STOCK.image_size,
+        patch_size=processor.get("patch_size") or vision.get("patch_size") or STOCK.patch_size,
+        pinpoints=tuple(tuple(pair) for pair in pinpoints),
+        extra_tokens=processor.get("num_additional_image_tokens", STOCK.extra_tokens),
+        strategy=processor.get("vision_feature_select_strategy")
+        or model.get("vision_feature_select_strategy", STOCK.strategy),
+    )
+
+
+def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> int:
+    """Tokens of one picture in the prompt; equals transformers' LlavaNextProcessor._get_num_multimodal_tokens."""
+    best, most, least_waste = None, 0, math.inf
+    for pin_height, pin_width in geometry.pinpoints:
+        scale = min(pin_width / width, pin_height / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        waste = pin_height * pin_width - used
+        if used > most or (used == most and waste < least_waste):
+            best, most, least_waste = (pin_height, pin_width), used, waste
+    side = geometry.image_size // geometry.patch_size  # patches a tile side
+    rows, columns = side * (best[0] // geometry.image_size), side * (best[1] // geometry.image_size)
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        rows -= 2 * padding
+    else:
+        padding = (columns - int(round(width * (rows / height), 7))) // 2
+        columns -= 2 * padding
+    base = side * side + geometry.extra_tokens - (geometry.strategy == "default")
+    return base + rows * columns + rows  # the whole picture, its tiles, one newline a row

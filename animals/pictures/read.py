@@ -1,0 +1,180 @@
+"""The one way pixels are read: training, validation, test.py and the check of the data all call load_picture().
+
+    from animals.pictures.read import load_picture
+    picture = load_picture("input/train_data/cat/1.jpg")  # PIL, RGB, 8 bit, upright; PictureError if it is unusable
+
+What decides is the content, not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, BMP, GIF, TIFF.
+
+- Everything is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is read.
+- The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. 16-bit, 32-bit and float grey is
+  scaled to 8 bit, CMYK, grey, palette and 1-bit become RGB.
+- More than config.MAX_PIXELS pixels (a decompression bomb) or a side under config.MIN_SIDE is an error before decoding.
+- A JPEG of at least twice 1,008 pixels a side, the longest that the image processor scales any picture to, is decoded
+  at a half, a quarter or an eighth of its size: a 4000x3000 one is ready for the model in a third of the time.
+- Any aspect ratio is taken: LLaVA-NeXT's image processor scales 8000x10 to 672x1 and the model accepts it.
+"""
+
+import hashlib
+import io
+import os
+import stat
+import warnings
+from collections import Counter
+
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
+ENOUGH = 1008  # pixels a side: 3 x 336, the longest side of the largest grid
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: the verdict says what matters
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used. str(error) is "category" or "category: detail", e.g. "truncated"."""
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def load_picture(path) -> Image.Image:
+    """The picture as 8-bit RGB, upright, without metadata. Raises PictureError, and nothing else, if it is unusable."""
+    return _load(path, enough=ENOUGH)[0]
+
+
+def _load(path, digest=False, enough=None) -> tuple[Image.Image, bytes]:
+    """The picture and, if asked for, the sha256 of the file."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise PictureError("is a directory")
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError("not a regular file")
+        if status.st_size == 0:
+            raise PictureError("empty file")
+        if status.st_size > MAX_BYTES:
+            raise PictureError(f"too many bytes: {status.st_size:,}, at most {MAX_BYTES:,}")
+        with open(path, "rb") as file:
+            content = file.read()
+        return _decode(io.BytesIO(content), enough), hashlib.sha256(content).digest() if digest else b""
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError("broken link" if os.path.islink(path) else "missing") from None
+    except UnidentifiedImageError:
+        raise PictureError("not a picture") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"too many pixels: more than {MAX_PIXELS:,}") from None
+    except OSError as error:
+        if error.errno:
+            raise PictureError(f"unreadable: {os.strerror(error.errno)}") from None
+        kind = "truncated" if "truncated" in str(error).lower() else "damaged"
+        raise PictureError(f"{kind}: {error}") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise PictureError(f"damaged: {type(error).__name__}: {error}") from None
+
+
+def _decode(file, enough=None) -> Image.Image:
+    """enough: pixels a side that a JPEG must keep; None for all that it has."""
+    with Image.open(file, formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise PictureError(f"too many pixels: {width}x{height}, at most {MAX_PIXELS:,}")
+        if min(width, height) < MIN_SIDE:
+            raise PictureError(f"too small: {width}x{height}, at least {MIN_SIDE} a side")
+        if enough:
+            picture.draft(None, (enough, enough))
+        picture.load()
+        try:
+            turned = picture.getexif().get(0x0112, 1) != 1
+            upright = ImageOps.exif_transpose(picture) if turned else picture
+        except Exception:  # unreadable EXIF: the pixels are sound, taken as they lie
+            upright = picture
+        # A JPEG is done with its file and needs no copy; other decoders may keep theirs for the next frame.
+        rgb = upright if upright.mode == "RGB" and picture.format == "JPEG" else _to_rgb(upright)
+        rgb.info = {}  # no second rotation, no colour profile to carry around
+        return rgb
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        import numpy as np
+
+        grey = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        low, high = float(grey.min()), float(grey.max())
+        tops = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
+        if picture.mode.startswith("I;16"):
+            low, high = 0, 65535
+        elif low >= 0 and high <= tops[-1]:
+            low, high = 0, next(top for top in tops if high <= top)
+        grey = (grey - low) / max(high - low, 1e-9) * 255
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def walk(folder, strays: Counter):
+    """(path, os.stat_result or None) of every file with a picture's extension below `folder`, in the order of names.
+
+    Links are followed; a folder that was already read (a loop, a second link) is not read again. Everything else
+    (hidden files, Thumbs.db, .txt ...) is counted in `strays` by extension or name. Raises OSError if a folder cannot
+    be listed.
+    """
+    seen = set()
+
+    def entries(path):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            strays["folder linked twice"] += 1
+            return iter(())
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as found:
+            return iter(sorted(found, key=lambda entry: entry.name))
+
+    stack = [entries(folder)]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+            continue
+        extension = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            strays["hidden"] += 1
+        elif extension in EXTENSIONS:
+            try:
+                yield entry.path, entry.stat()
+            except OSError:  # a broken link, a loop of links
+                yield entry.path, None
+        elif _is_folder(entry):
+            stack.append(entries(entry.path))
+        else:
+            strays[extension or entry.name] += 1
+
+
+def _is_folder(entry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def list_pictures(path, strays: Counter | None = None) -> list[str]:
+    """The picture files below a folder, sorted; other files are counted in `strays`. A file is a list of itself."""
+    if os.path.isfile(path):
+        return [os.fspath(path)]
+    return [found for found, _ in walk(path, Counter() if strays is None else strays)]
+
+
+# --- image tokens ----------------------------------------------------------------------------------------------------
+
+
+# --- inspection on all cores -----------------------------------------------------------------------------------------
