@@ -120,7 +120,8 @@ def test_scoring_imports_neither_trl_nor_deepspeed(demo):
 def test_config_is_standard_library_only():
     code = (
         "import sys; before = set(sys.modules); import config\n"
-        "print([n for n in set(sys.modules) - before if 'site-packages' in (getattr(sys.modules[n], '__file__', '') or '')])"
+        "new = [sys.modules[name] for name in set(sys.modules) - before]\n"
+        "print([m for m in new if 'site-packages' in (getattr(m, '__file__', '') or '')])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
