@@ -1,17 +1,21 @@
 """Settings of the whole project, in one place. Standard library only, so every script may import it at once.
 
-Each field of `Config` is also a flag of every script. What wins: config.py < *.sh < the command line.
+Each field of `Config` is also a flag of every script. What wins: config.py < what the checkpoint was trained with
+(its task.json: labels, question, answer, chat format) < *.sh < the command line.
 Training hyper-parameters stand in train.sh, one flag a line; what they default to when train.py is run bare is
 `TRAINING_DEFAULTS` below.
 """
 
 import argparse
 import json
+import os
 from dataclasses import dataclass, field, fields
 
 from animals.command import UserError, yes_or_no
+from animals.files import subfolders
 
 # Folder name -> the word the model answers. Order is the order of the labels everywhere. `ragno` is Italian for spider.
+# For pictures of other things `--folder_to_label folders` takes the folders' own names, or write them here.
 FOLDER_TO_LABEL = {
     "butterfly": "butterfly",
     "cat": "cat",
@@ -24,6 +28,9 @@ FOLDER_TO_LABEL = {
     "sheep": "sheep",
     "squirrel": "squirrel",
 }
+
+PROMPT = "What animal is in this picture? Answer with one of these words: {labels}."
+ANSWER = "{label}"
 
 # Pictures beyond these are refused before they are decoded, in training, validation and test alike.
 MAX_PIXELS = 64_000_000  # width x height; 8000 x 8000; 192 MB of RGB; a 50-megapixel phone picture passes
@@ -62,8 +69,6 @@ TRAINING_DEFAULTS = {
 
 def setting(default, text):
     """A field of Config: its default and the line `--help` shows for it."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -73,23 +78,27 @@ class Config:
     temp_dir: str = setting("temp", "folder for the caches; may be deleted at any time")
     logging_dir: str = setting("logs", "folder for TensorBoard's events, a subfolder a run")
     eval_pictures: int = setting(500, "held-out pictures that training measures itself on, stratified; 0 = all")
-    prompt: str = setting(
-        "What animal is in this picture? Answer with one of these words: {labels}.",
-        "the question; {labels} becomes the list of labels",
+    # None, the three of them: what the checkpoint was trained with, else PROMPT, ANSWER and FOLDER_TO_LABEL
+    prompt: str | None = setting(
+        None, "the question; {labels} becomes the list of labels. None: the checkpoint's, else PROMPT"
     )
-    answer: str = setting("{label}", "the answer that is learned; {label} becomes the picture's label")
-    folder_to_label: dict | str | None = setting(FOLDER_TO_LABEL, "class folder -> label, as a JSON object")
+    answer: str | None = setting(None, "what is learned; {label} becomes the picture's label. None: as --prompt")
+    folder_to_label: dict | str | None = setting(
+        None, "class folder -> label, as a JSON object; `folders`: their own names. None: as --prompt"
+    )
     max_excluded: float = setting(0.01, "share of a split that may be unusable pictures; more is an error")
     near_duplicate_distance: int = setting(4, "bits of 64 that perceptual hashes of near-duplicates differ in at most")
     allow_leaks: bool = setting(False, "go on although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "processes that decode pictures when the cache is built; 0 = one a core")
 
+    chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's, else the one above
+
     def __post_init__(self):
-        if isinstance(self.folder_to_label, str):
-            try:
-                self.folder_to_label = json.loads(self.folder_to_label)
-            except ValueError as error:
-                raise UserError(f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}') from None
+        words = {"folder_to_label": FOLDER_TO_LABEL, "prompt": PROMPT, "answer": ANSWER}
+        self.given = {name for name in words if getattr(self, name) is not None}  # these win over the checkpoint's
+        for name in words.keys() - self.given:
+            setattr(self, name, words[name])
+        self.folder_to_label = read_table(self.folder_to_label, self.input_dir)
         if not 0 <= self.max_excluded <= 1:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
         if not 0 <= self.near_duplicate_distance <= 8:
@@ -111,6 +120,40 @@ class Config:
         """The assistant's turn for a label."""
         return self.answer.replace("{label}", label)
 
+    def conversation(self, label=None) -> list[dict]:
+        """The chat about a picture, as TRL and all Hugging Face tools read it; without a label the question alone."""
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
+        if label is not None:
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": self.answer_for(label)}]})
+        return chat
+
+
+def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
+    """class folder -> label, of a dict, of its JSON, or of `folders`: those of train_data, else of validation_data."""
+    if table == "folders":
+        splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
+        names = next(filter(None, (subfolders(split) for split in splits if os.path.isdir(split))), [])
+        if not names:
+            raise UserError(
+                f"--folder_to_label folders: found no folder in {' or '.join(splits)}; expected one of pictures a "
+                "class; put them there, or name another --input_dir"
+            )
+        return {name: name for name in names}
+    try:
+        table = json.loads(table) if isinstance(table, str) else dict(table)
+    except ValueError as error:
+        raise UserError(
+            f'--folder_to_label: {error}; expected JSON like {{"ragno": "spider"}}, or the word folders'
+        ) from None
+    if not isinstance(table, dict) or not table or not all(v and isinstance(v, str) for v in table.values()):
+        raise UserError(f'--folder_to_label: found {table!r}; expected JSON like {{"ragno": "spider"}}')
+    return table
+
+
+def flags():
+    """The fields of Config that are flags."""
+    return [f for f in fields(Config) if f.init]
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A strict parser (no shortened flags) that already has every setting of Config as a flag."""
@@ -118,15 +161,13 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     group = result.add_argument_group("settings (config.py)")
-    for f in fields(Config):
+    for f in flags():
         kind = {int: int, float: float, bool: yes_or_no}.get(f.type, str)
-        default = json.dumps(f.default_factory()) if callable(f.default_factory) else f.default
         bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --allow_leaks alone means True
-        text = f.metadata["help"].replace("%", "%%")
-        group.add_argument(f"--{f.name}", type=kind, default=default, help=text, **bare)
+        group.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"], **bare)
     return result
 
 
 def take(args: argparse.Namespace) -> Config:
     """The Config within parsed arguments."""
-    return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    return Config(**{f.name: getattr(args, f.name) for f in flags()})

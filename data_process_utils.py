@@ -23,6 +23,7 @@ import os
 from collections import Counter
 
 import config as settings
+from animals.checkpoint.task import settings_for
 from animals.checkpoint.tokens import Geometry, read_geometry
 from animals.command import UserError, run
 from animals.pictures import split as data_split
@@ -130,7 +131,7 @@ def main():
     group.add_argument("--add_to_validation", action="store_true", help="cut although validation_data holds pictures")
     group.add_argument("--undo_split", action="store_true", help="move the pictures of the cut back")
     args = parser.parse_args()
-    config = settings.take(args)
+    config = settings_for(settings.take(args), args.model_name_or_path, training=True)
     if args.undo_split:
         undo(config)
     elif args.validation_fraction is not None:

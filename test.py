@@ -21,6 +21,7 @@ import sys
 import config as settings
 from animals.checkpoint.check import require_checkpoint
 from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures
 from animals.scoring.report import contact_sheet
@@ -95,8 +96,8 @@ def main():
     )
     add_inference_flags(parser)
     args = parser.parse_args()
-    config = settings.take(args)
     require_checkpoint(args.model_name_or_path)
+    config = settings_for(settings.take(args), args.model_name_or_path)
     if not 0 <= args.min_probability <= 1:
         raise UserError(f"--min_probability: found {args.min_probability}; expected a number from 0 to 1")
     pictures = find_pictures(args.paths or [os.path.join(config.input_dir, "test_data")])

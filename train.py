@@ -24,6 +24,7 @@ import sys
 import config as settings
 from animals.checkpoint.load import load_for_training
 from animals.checkpoint.steps import find_checkpoint, publish, read_state
+from animals.checkpoint.task import other_words, settings_for
 from animals.command import UserError, run
 from animals.pictures.prepare import load_split
 from animals.pictures.read import load_picture
@@ -73,10 +74,10 @@ def parse(argv):
         config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         fail(str(error))
-    return config, args, model_args, more.dry_run
+    return settings_for(config, model_args.model_name_or_path, training=True), args, model_args, more.dry_run
 
 
-def make_collator(processor, assistant_only_loss):
+def make_collator(processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):
     """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked.
 
     Adds `pictures`, the paths, so that a bad loss can name them.
@@ -89,7 +90,7 @@ def make_collator(processor, assistant_only_loss):
             return {**super().torch_call(opened), "pictures": [example["images"][0] for example in examples]}
 
     return PictureCollator(
-        processor, assistant_only_loss=assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, max_length=None
+        processor, assistant_only_loss=assistant_only_loss, chat_template=chat_template, max_length=None
     )
 
 
@@ -116,6 +117,8 @@ def main():
     speaks = args.process_index == 0  # one rank speaks for all
     if args.use_cpu and speaks:
         print("no GPU found: training on the CPU", flush=True)
+    for line in other_words(config, model_args.model_name_or_path) if speaks else ():
+        print(f"{line}: trained with the new words from here on", flush=True)
 
     # Before the weights load: everything that can be known to go wrong, in one message.
     summary, scorer, plan = check_run(config, args, model_args, Scorer)
@@ -125,7 +128,7 @@ def main():
         check_resume(record, resume)
     resume = args.resume_from_checkpoint or resume  # the user's word is taken as it is
 
-    collator = make_collator(scorer.processor, args.assistant_only_loss)
+    collator = make_collator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data = load_split(config, "train")
     if speaks:
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")

@@ -22,6 +22,7 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.steps import checkpoint_name, find_checkpoints, global_step, run_name
+from animals.checkpoint.task import settings_for
 from animals.command import run
 from animals.pictures.prepare import load_split
 from animals.scoring.metrics import compare, measure, paired
@@ -41,7 +42,7 @@ def validate(args):
     """
     from accelerate import PartialState
 
-    config = settings.take(args)
+    config = settings_for(settings.take(args), args.model_name_or_path)
     data = load_split(config, "validation")
     held_out = len(data)
     if args.on_eval_pictures:
@@ -124,7 +125,7 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0])
     add_flags(parser)
     args = parser.parse_args()
-    config = settings.take(args)
+    config = settings_for(settings.take(args), args.model_name_or_path)
     splits = ("train", "validation") if args.linear_probe else ("validation",)
     preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
     gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it

@@ -39,3 +39,9 @@ def write_json(file, content):
         json.dump(content, opened, indent=2, ensure_ascii=False)
         opened.write("\n")
     os.replace(part, file)
+
+
+def subfolders(path) -> list[str]:
+    """The names of the folders in `path`, sorted, without hidden ones."""
+    with os.scandir(path) as found:
+        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))

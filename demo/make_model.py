@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from animals.checkpoint.save import HUB_TEMPLATE  # noqa: E402
+from animals.checkpoint.load import HUB_TEMPLATE  # noqa: E402
 from config import Config  # noqa: E402
 
 PRETRAINED = Path(__file__).resolve().parent / "vision_tower.safetensors"

@@ -22,6 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import config as settings
+from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
 
 try:
@@ -106,7 +107,8 @@ def main():
         parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"] if training else None)
         args, _ = parser.parse_known_args(flags)
         splits = ("train", "validation") if training or args.linear_probe else ("validation",)
-        preflight(settings.take(args), args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
+        config = settings_for(settings.take(args), args.model_name_or_path, training)
+        preflight(config, args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
     if not training and processes == 1:
         os.execv(sys.executable, [sys.executable, script, *flags])
 

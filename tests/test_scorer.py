@@ -45,11 +45,21 @@ def encode(processor, messages, **kwargs):
     )
 
 
-def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures):
+def invented(n):
+    """A table of n folders whose names nobody trained on, of one token and of many."""
+    parts = ("zor", "bli", "quax", "me", "tho")
+    return {name: name for name in ("_".join((parts[i % 5], parts[i // 5 % 5], str(i))) for i in range(n))}
+
+
+@pytest.mark.parametrize("table", [None, invented(3), invented(120)], ids=["ten", "3", "120"])
+def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures, table, capfd):
     processor, model = trained
-    config = Config()
+    config = Config(folder_to_label=table)
+    pictures = pictures if table is None else pictures[-2:]
     scorer = Scorer(processor, config)
-    ours = scorer.score(model, scorer.collate(pictures))
+    said = capfd.readouterr().err
+    assert (f"the question takes {len(scorer._token_ids()) - 1} tokens" in said) == (len(config.labels) == 120)
+    ours, text = scorer.score(model, scorer.collate(pictures)), []
     for picture, row in zip(pictures, ours, strict=True):
         prompt = encode(processor, conversation(config, picture))["input_ids"].shape[1]
         for label, score in zip(config.labels, row.tolist(), strict=True):
@@ -59,6 +69,8 @@ def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures):
             ids = inputs["input_ids"][0]
             alone = sum(log_p[i - 1, ids[i]].item() for i in range(prompt, len(ids)))
             assert abs(alone - score) < 1e-4, (label, alone, score)
+            text.append((ids != processor.image_token_id).sum().item())
+    assert scorer.text_tokens == max(text)
 
 
 def test_argmax_is_what_generate_says(trained, pictures):

@@ -4,17 +4,15 @@ Takes what copies of llava-hf/llava-v1.6-mistral-7b-hf look like: as downloaded,
 cache with its links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
 """
 
-import contextlib
+import functools
 import json
 import os
 
 from animals.command import UserError
+from animals.compat import whole_models
 from animals.files import read_json
 
 HUB_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
-
-
-# --- checks --------------------------------------------------------------------------------------------------------
 
 
 def fetch(path, name=""):
@@ -119,7 +117,12 @@ def read_shards(path, stem="model"):
 
 def read_header(file):
     """{name: shape} of a safetensors file. ValueError says what is wrong with it, its length included."""
-    size = os.path.getsize(file)
+    status = os.stat(file)
+    return _read_header(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache  # several checks of one start ask for the same headers
+def _read_header(file, size, changed):
     with open(file, "rb") as opened:
         start = opened.read(8)
         if start == b"version ":
@@ -143,16 +146,14 @@ def some(names, most=3):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-@contextlib.contextmanager
-def whole_models():
-    """A model that is built in here is whole, not partitioned, even if ZeRO-3 is on."""
-    from transformers.integrations import deepspeed
+@functools.cache
+def meta_model(config):
+    """The model that the text of a config.json describes, without memory (meta device); whole, even under ZeRO-3."""
+    import torch
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    kept, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
+    with whole_models(), torch.device("meta"):
+        return LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(json.loads(config)))
 
 
 def match_names(model, shapes):
@@ -176,11 +177,8 @@ def check_weights(path):
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    import torch
-    from transformers import AutoConfig, LlavaNextForConditionalGeneration
-
-    with whole_models(), torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(path))
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        model = meta_model(file.read())
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
     # buffers of older versions that no longer are parameters
@@ -200,6 +198,3 @@ def check_weights(path):
         problems = problems[:5] + ([f"{path}: {more} more of these"] if more > 0 else [])
         problems.append(f"{path}: the weights and config.json are not of one model; fetch both anew: {fetch(path)}")
     return problems
-
-
-# --- writing -------------------------------------------------------------------------------------------------------

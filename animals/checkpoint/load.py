@@ -1,20 +1,24 @@
-"""What is in a checkpoint folder and how it is read: processor, model for training, model for inference, its name."""
+"""How a checkpoint folder is read: its processor, its model for training, its model for inference."""
 
 import functools
 import gc
 import re
 
 from animals.checkpoint.check import adapter_config, base_of, check_weights, fetch
-from animals.checkpoint.save import HUB_TEMPLATE, SHARD_SIZE
+from animals.checkpoint.save import SHARD_SIZE
 from animals.command import UserError
 from animals.ranks import say
+from config import CHAT_TEMPLATE
+
+# For a copy without one: ours without what the hub's lacks. Readers of it add BOS themselves.
+HUB_TEMPLATE = re.sub(r"\{\{ '<s>' \}\}|\{% (end)?generation %\}", "", CHAT_TEMPLATE)
 
 
 def load_processor(path):
     """The checkpoint's processor (of an adapter: its base's) with the PIL image backend, torchvision or not.
 
     processor.chat_template is the checkpoint's own, mended where old copies have it wrong; training and scoring pass
-    config.CHAT_TEMPLATE themselves. Old snapshots lack processor_config.json; config.json says the same.
+    Config.chat_template themselves. Old snapshots lack processor_config.json; config.json says the same.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 

@@ -271,12 +271,6 @@ def as_bytes(value: str | bytes, length: int) -> bytes:
     return value if isinstance(value, bytes) else bytes.fromhex(value).ljust(length, b"\0")
 
 
-def conversation(config: Config, label: str) -> list[dict]:
-    """The chat of one picture: what TRL and every Hugging Face tool read. The picture itself goes in `images`."""
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.question}]}
-    return [question, {"role": "assistant", "content": [{"type": "text", "text": config.answer_for(label)}]}]
-
-
 def write_rows(config: Config, split: str, geometry: Geometry, checked: Path) -> dict:
     """Write <split>.json and <split>.arrow from the check, and count."""
     import pyarrow as pa
@@ -294,9 +288,9 @@ def write_rows(config: Config, split: str, geometry: Geometry, checked: Path) ->
             "sha256": pa.string(),
         }
     )
-    chats = pa.array([conversation(config, label) for label in config.labels], schema.field("messages").type)
+    chats = pa.array([config.conversation(label) for label in config.labels], schema.field("messages").type)
     chat_json = {  # the part of a line that depends on the label alone
-        label: f'"messages": {json.dumps(conversation(config, label), ensure_ascii=False)}, '
+        label: f'"messages": {json.dumps(config.conversation(label), ensure_ascii=False)}, '
         f'"label": {json.dumps(label, ensure_ascii=False)}'
         for label in config.labels
     }

@@ -5,8 +5,12 @@ from collections import Counter
 
 import config as settings
 from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.task import settings_for
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
+from animals.ranks import say
+
+LONG_PROMPT = 200  # tokens; the ten animals make 53
 
 
 class Scorer:
@@ -22,21 +26,24 @@ class Scorer:
         """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none."""
         import torch
 
-        self.processor, self.labels = processor, config.labels
+        self.processor, self.config, self.labels = processor, config, config.labels
         self.most = sys.maxsize  # pictures that fit into memory at once, as far as is known
-        self.conversation = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.question}]}
-        ]
         prompt = self._token_ids()
         answers = []  # per label: token ids, </s> last
         for label in self.labels:
-            tokens = self._token_ids(config.answer_for(label))
+            tokens = self._token_ids(label)
             if tokens[: len(prompt)] != prompt or len(tokens) < len(prompt) + 2:
                 raise UserError(f"label {label!r}: its tokens do not follow the prompt's; change --answer or --prompt")
             answers.append(tokens[len(prompt) :])
         if len({tuple(answer) for answer in answers}) < len(answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
         self.answers = answers
+        self.text_tokens = len(prompt) - 1 + max(map(len, answers))  # of a training example, beside its picture's
+        if len(prompt) > LONG_PROMPT:
+            say(
+                f"the question takes {len(prompt) - 1} tokens beside each picture's, with {len(self.labels)} labels in "
+                "it; --prompt without {labels} makes it short"
+            )
         # </s> is predicted but never fed. Each fed token: its id, its label, its place in the answer.
         fed = [(t, k, i) for k, answer in enumerate(answers) for i, t in enumerate(answer[:-1])]
         self.fed_ids, self.fed_label, self.fed_place = torch.tensor(fed).T  # each [fed]
@@ -48,32 +55,25 @@ class Scorer:
             row += len(answer) - 1
         self.target_ids, self.target_label, self.target_row = torch.tensor(predicted).T  # each [predicted]
 
-    def _token_ids(self, answer=None):
-        messages = list(self.conversation)
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.processor.apply_chat_template(messages, chat_template=settings.CHAT_TEMPLATE, tokenize=False)
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _text(self, label=None):
+        """The conversation as the model reads it, BOS included; without a label up to where the answer begins."""
+        chat, template = self.config.conversation(label), self.config.chat_template
+        return self.processor.apply_chat_template(chat, chat_template=template, tokenize=False)
+
+    def _token_ids(self, label=None):
+        return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
 
     def collate(self, pictures):
         """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
         import torch
 
-        question = self.conversation[0]["content"][1]
-        messages = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, question]}] for picture in pictures
-        ]
-        batch = self.processor.apply_chat_template(
-            messages,
-            chat_template=settings.CHAT_TEMPLATE,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={
-                "padding": True,
-                "padding_side": "left",
-                "add_special_tokens": False,
-                "return_tensors": "pt",
-            },
+        batch = self.processor(
+            images=pictures,
+            text=[self._text()] * len(pictures),
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the template has BOS
+            return_tensors="pt",
         )
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
         size, prompt = seen.shape
@@ -194,12 +194,15 @@ def stratified_sample(labels, n, seed=0):
 
 
 def load_scorer(path, config, dtype):
-    """(scorer, model) of a checkpoint. All ranks; if one of them cannot read it, each raises UserError."""
+    """(scorer, model) of a checkpoint, asked with its own words.
+
+    All ranks; if one of them cannot read it, each raises UserError.
+    """
     from accelerate.utils import gather_object
 
     problem = scorer = model = None
     try:
-        scorer = Scorer(load_processor(path), config)
+        scorer = Scorer(load_processor(path), settings_for(config, path))
         model = load_model(path, dtype)
     except UserError as error:
         problem = str(error)

@@ -14,7 +14,8 @@ import re
 
 from animals.checkpoint.check import adapter_config, require_checkpoint, some
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.save import SHARD_SIZE, write_hub_files
+from animals.checkpoint.save import SHARD_SIZE, complete
+from animals.checkpoint.task import read_task
 from animals.command import UserError
 
 # The language model's linear layers; the vision tower, the projector and lm_head stay as they are.
@@ -58,7 +59,5 @@ def merge(adapter, out, dtype="bfloat16"):
         raise UserError(f"--merge {out}: found files there; expected a new folder; name another one")
     require_checkpoint(adapter)
     model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
-    processor = load_processor(adapter)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    processor.save_pretrained(out)
-    write_hub_files(out, adapter, processor)
+    complete(out, adapter, load_processor(adapter), read_task(adapter))

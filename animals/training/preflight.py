@@ -9,10 +9,11 @@ import math
 import os
 import shutil
 
-from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards, require_checkpoint, whole_models
+from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards, require_checkpoint
 from animals.checkpoint.load import load_processor
 from animals.checkpoint.steps import find_checkpoints
 from animals.command import UserError
+from animals.compat import whole_models
 from animals.pictures.prepare import prepare
 from animals.training.batches import largest_micro_batch, shuffle_seed
 from animals.training.describe import count_steps

@@ -17,8 +17,9 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from animals.checkpoint.save import write_hub_files
+from animals.checkpoint.save import complete
 from animals.checkpoint.steps import SAVING, find_checkpoint, write_manifest
+from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
 from animals.ranks import barrier, main_process
 from animals.scoring.metrics import measure
@@ -121,11 +122,11 @@ class AnimalTrainer(SFTTrainer):
         return metrics
 
     def _save(self, output_dir=None, state_dict=None):
-        """The library's files, made into what the hub repository holds. Of checkpoints and of the final model."""
-        super()._save(output_dir, state_dict)
+        """The weights, and what makes them a checkpoint like the one that was trained. Of checkpoint-N and the end."""
         if self.args.should_save:
-            source = self.model.config._name_or_path
-            write_hub_files(output_dir or self.args.output_dir, source, self.processing_class)
+            folder, processor = output_dir or self.args.output_dir, self.scorer.processor
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            complete(folder, self.model.config._name_or_path, processor, task_of(self.scorer.config))
 
     def _get_output_dir(self, trial):
         return self.run_dir
@@ -140,6 +141,7 @@ class AnimalTrainer(SFTTrainer):
             log = measured[0]
             accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
         record = json.dumps(self.record, indent=1, ensure_ascii=False)
+        longest = max(map(len, self.scorer.answers))  # in tokens
         with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
             file.write(
                 f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
@@ -147,6 +149,7 @@ class AnimalTrainer(SFTTrainer):
                 f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
                 f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
                 f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
+                f"Ask it:\n\n{how_to_ask(self.args.output_dir, self.scorer.config, longest)}\n\n"
                 f"What ran (run.json):\n\n```json\n{record}\n```\n"
             )
 
@@ -189,6 +192,7 @@ class AnimalTrainer(SFTTrainer):
             for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):  # config.json last
                 os.replace(os.path.join(saving, name), os.path.join(self.args.output_dir, name))
             os.rmdir(saving)
+            self.create_model_card()  # peft has left one of its own
         barrier()
 
     def _start_saving(self, saving):

@@ -1,0 +1,214 @@
+"""A checkpoint says what it was trained on: labels, question, answer and template travel with it, and win."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from animals.checkpoint.task import how_to_ask, other_words, read_task, settings_for, task_of, write_task
+from animals.command import UserError
+from animals.pictures.read import load_picture
+from animals.scoring.scorer import load_scorer
+from config import ANSWER, CHAT_TEMPLATE, FOLDER_TO_LABEL, PROMPT, Config
+
+TABLE = {"cat": "kitty", "ragno": "spider"}
+TASK = {"folder_to_label": TABLE, "prompt": "Who? {labels}", "answer": "A {label}.", "chat_template": "its own"}
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A folder with a task.json and no weights."""
+    write_task(tmp_path, TASK)
+    return tmp_path
+
+
+# --- what wins ------------------------------------------------------------------------------------------------------
+
+
+def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
+    assert task_of(settings_for(Config(), "no/such/folder")) == {
+        "folder_to_label": FOLDER_TO_LABEL,
+        "prompt": PROMPT,
+        "answer": ANSWER,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    assert task_of(settings_for(Config(), tuned)) == TASK
+    same = settings_for(Config(prompt="Who? {labels}", max_excluded=0.5), tuned)
+    assert task_of(same) == TASK and same.max_excluded == 0.5
+    assert task_of(settings_for(same, tuned)) == TASK, "asked twice is asked once"
+    new = settings_for(Config(prompt="Now?"), tuned, training=True)
+    assert task_of(new) == TASK | {"prompt": "Now?"}
+    assert other_words(new, tuned) == [
+        f'--prompt: found "Now?"; expected "Who? {{labels}}", with which {tuned} was trained'
+    ]
+    assert other_words(Config(prompt="Now?"), "no/such/folder") == other_words(Config(), tuned) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "found", "trained"),
+    [
+        ({"prompt": "other"}, '"other"', '"Who? {labels}"'),
+        ({"answer": "{label}"}, '"{label}"', '"A {label}."'),
+        ({"folder_to_label": '{"cat": "cat"}'}, '{"cat": "cat"}', '{"cat": "kitty", "ragno": "spider"}'),
+        ({"folder_to_label": '{"ragno": "kitty", "cat": "spider"}'}, '{"ragno": "kitty", "cat": "spider"}', '{"cat": '),
+        ({"folder_to_label": '{"ragno": "spider", "cat": "kitty"}'}, '{"ragno": "spider", "cat": "kitty"}', '{"cat": '),
+    ],
+)
+def test_scoring_with_other_words_is_refused_with_both(tuned, flags, found, trained):
+    with pytest.raises(UserError) as error:
+        settings_for(Config(**flags), tuned)
+    (name,), (line,) = flags, str(error.value).splitlines()
+    assert line.startswith(f"--{name}: found {found}; expected {trained}") and str(tuned) in line
+
+
+def test_pictures_in_folders_of_other_names_are_no_contradiction(tuned):
+    table = {"gatto": "kitty", "cat": "kitty", "spin": "spider"}
+    config = settings_for(Config(folder_to_label=table), tuned)
+    assert config.folder_to_label == table and config.labels == ["kitty", "spider"] and config.prompt == TASK["prompt"]
+
+
+def test_where_it_is_looked_for(tmp_path):
+    """An adapter's own before its base's; a folder of checkpoint-N answers with the newest's, a model's with none."""
+    base, adapter, run = tmp_path / "base", tmp_path / "adapter", tmp_path / "run"
+    for folder in (base, adapter, run / "checkpoint-9", run / "checkpoint-10"):
+        folder.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert read_task(adapter) is None
+    write_task(base, TASK)
+    assert read_task(adapter) == TASK
+    write_task(adapter, TASK | {"answer": "{label}"})
+    assert read_task(adapter)["answer"] == "{label}"
+    write_task(run / "checkpoint-9", TASK)
+    write_task(run / "checkpoint-10", TASK | {"prompt": "newest"})
+    assert read_task(run)["prompt"] == "newest"
+    (run / "config.json").write_text("{}")
+    assert read_task(run) is None
+
+
+def test_a_task_json_of_something_else_is_one_line(tuned):
+    (tuned / "task.json").write_text('{"prompt": "Who?"}')
+    with pytest.raises(UserError, match="found no folder_to_label, answer, chat_template in it; expected what"):
+        settings_for(Config(), tuned)
+
+
+# --- labels from the folders ------------------------------------------------------------------------------------------
+
+
+def test_folders_are_labels(tmp_path):
+    names = [f"kind_{i:03} of thing" for i in range(120)]
+    for name in ["." + names[0], *reversed(names)]:
+        (tmp_path / "validation_data" / name).mkdir(parents=True)
+    (tmp_path / "validation_data" / "notes.txt").touch()
+    config = Config(input_dir=str(tmp_path), folder_to_label="folders")
+    assert config.labels == names and list(config.folder_to_label) == names
+    (tmp_path / "train_data" / "dog").mkdir(parents=True)
+    assert Config(input_dir=str(tmp_path), folder_to_label="folders").labels == ["dog"]
+    with pytest.raises(UserError, match="--folder_to_label folders: found no folder in gone/train_data or gone/valid"):
+        Config(input_dir="gone", folder_to_label="folders")
+
+
+@pytest.mark.parametrize("table", ["folder", "[1]", "{}", '{"cat": 1}', '{"cat": ""}'])
+def test_what_is_no_table_is_one_line(table):
+    with pytest.raises(UserError, match='--folder_to_label: .*; expected JSON like {"ragno": "spider"}'):
+        Config(folder_to_label=table)
+
+
+# --- the whole path ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(demo, run, tmp_path_factory):
+    """Three folders of invented names, another question and answer, 2 steps with a checkpoint and an evaluation."""
+    tmp = tmp_path_factory.mktemp("invented")
+    for split, n in (("train_data", 6), ("validation_data", 4)):
+        for i, name in enumerate(("red_zorx", "Quax", "blib blab")):
+            (tmp / "input" / split / name).mkdir(parents=True)
+            for j in range(n):
+                Image.effect_noise((70 + 20 * i, 90), 40 + 9 * j + i).convert("RGB").save(
+                    tmp / "input" / split / name / f"{split}{i}{j}.png"
+                )
+    data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
+    words = "--folder_to_label folders --prompt 'Zorx or what? {labels}' --answer 'It is {label}.'"
+    where = SimpleNamespace(out=tmp / "sft", data=data, words=words, input=tmp / "input")
+    done = run(
+        f"sh train.sh {data} {words} --model_name_or_path {demo.model} --output_dir {where.out} --max_steps 2 "
+        "--save_steps 2 --eval_steps 2 --eval_pictures 9 --learning_rate 1e-3 --gradient_accumulation_steps 1"
+    )
+    assert done.code == 0, done.output[-3000:]
+    return where
+
+
+def test_every_saved_folder_says_what_it_was_trained_on(trained):
+    labels = ["Quax", "blib blab", "red_zorx"]
+    for folder in (trained.out, trained.out / "checkpoint-2"):
+        assert json.loads((folder / "task.json").read_text(encoding="utf-8")) == {
+            "folder_to_label": {label: label for label in labels},
+            "prompt": "Zorx or what? {labels}",
+            "answer": "It is {label}.",
+            "chat_template": CHAT_TEMPLATE,
+        }
+        config = json.loads((folder / "config.json").read_text())
+        assert config["id2label"] == dict(zip("012", labels, strict=True))
+        assert config["label2id"] == {label: i for i, label in enumerate(labels)}
+        assert "<s>" not in json.loads((folder / "chat_template.json").read_text())["chat_template"], "the hub's"
+    rows = json.loads((trained.input.parent / "cache" / "train.json").read_text(encoding="utf-8"))
+    assert rows[0]["messages"] == Config(
+        folder_to_label={label: label for label in labels}, prompt="Zorx or what? {labels}", answer="It is {label}."
+    ).conversation("Quax")
+
+
+def test_plain_commands_score_with_the_trained_words(trained, run, tmp_path):
+    """No flag says labels or question: the accuracy of the last evaluation, test.py's labels; other words exit 2."""
+    flags = f"{trained.data} --model_name_or_path {trained.out}"
+    done = run(f"sh validation.sh {flags} --on_eval_pictures --eval_pictures 9 --report_dir {tmp_path}/report")
+    assert done.code == 0, done.output[-3000:]
+    said = json.loads(done.output.strip().splitlines()[-1])
+    history = json.loads((trained.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    last = [log for log in history if "eval_accuracy" in log][-1]
+    assert (said["n"], said["accuracy"], said["macro_f1"]) == (9, last["eval_accuracy"], last["eval_macro_f1"])
+    done = run(
+        f"python test.py {trained.input}/validation_data --model_name_or_path {trained.out} --output {tmp_path}/n.csv"
+    )
+    assert done.code == 0, done.output[-3000:]
+    with open(tmp_path / "n.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and list(rows[0])[-3:] == ["Quax", "blib blab", "red_zorx"]
+    for command in ("sh validation.sh", "python validation.py", "python test.py"):
+        done = run(f"{command} --prompt other --model_name_or_path {trained.out}")
+        assert done.code == 2 and done.output.count("\n") == 1, done.output
+        assert 'error: --prompt: found "other"; expected "Zorx or what? {labels}"' in done.output
+
+
+def test_training_on_top_with_other_words_is_said_and_recorded(trained, run, tmp_path):
+    done = run(
+        f"sh train.sh {trained.data} --model_name_or_path {trained.out} --output_dir {tmp_path}/sft "
+        "--answer '{label}' --max_steps 1 --save_strategy no --eval_strategy no --gradient_accumulation_steps 1"
+    )
+    assert done.code == 0, done.output[-3000:]
+    assert done.output.count('--answer: found "{label}"; expected "It is {label}."') == 1
+    before, after = (json.loads((path / "task.json").read_text()) for path in (trained.out, tmp_path / "sft"))
+    assert after == before | {"answer": "{label}"}
+
+
+def test_the_card_shows_how_to_ask_and_that_works(trained, demo):
+    """Its ten lines, in a process that knows nothing of ours, on a model that learned something."""
+    three = Config(folder_to_label="folders", input_dir=str(trained.input), prompt="Zorx or what? {labels}")
+    card = (trained.out / "README.md").read_text(encoding="utf-8")
+    [tokens] = re.findall(r"max_new_tokens=(\d+)", card)
+    assert how_to_ask(str(trained.out), three, tokens) in card and "Quax, blib blab, red_zorx" in card
+    picture = demo.input / "validation_data" / "ragno"
+    picture = next(picture.iterdir())
+    code = how_to_ask(str(demo.checkpoint), Config(), 6).removeprefix("```python\n").removesuffix("```")
+    assert len(code.splitlines()) == 10
+    code = code.replace('"picture.jpg"', repr(str(picture)))
+    code += "\nassert (inputs['input_ids'] == processor.tokenizer.bos_token_id).sum() == 1"
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scorer, model = load_scorer(str(demo.checkpoint), Config(), "bfloat16")
+    best = scorer.score(model, scorer.collate([load_picture(picture)])).argmax()
+    assert done.stdout.strip() == scorer.labels[best]
