@@ -1,11 +1,15 @@
-"""Private names of other libraries, used here alone. Each function says why; tests/test_compat.py what breaks."""
+"""Private names of other libraries, nowhere else: each function says why it is needed, and a test what breaks."""
 
 import contextlib
 
 
 @contextlib.contextmanager
 def whole_models():
-    """A model that is built in here is whole, not partitioned, even if ZeRO-3 is on; transformers has no switch."""
+    """A model that is built in here is whole, not partitioned, even if ZeRO-3 is on.
+
+    Checks and the memory plan look at shapes; transformers builds the vision tower within zero.Init, which empties
+    them (tests/test_checkpoint.py), and has no switch.
+    """
     from transformers.integrations import deepspeed
 
     kept, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
@@ -13,3 +17,12 @@ def whole_models():
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def save_as_loaded(model):
+    """Have save_pretrained write the parameter names that from_pretrained read.
+
+    Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
+    use: it would save language_model.model.model.*, which only transformers itself reads (tests/test_checkpoint.py).
+    """
+    model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]

@@ -6,6 +6,7 @@ transformers of the past. With transformers 4.46.0, 4.47.1, 4.48.0, 4.49.0, 4.50
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -224,6 +225,27 @@ def test_checking_files_imports_no_torch(hub):
     code = "import sys, animals.checkpoint.check as c; print(c.check_files(sys.argv[1]), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code, hub], capture_output=True, text=True, check=True).stdout
     assert out == "[] False\n"
+
+
+ZERO3 = """
+import contextlib, sys
+from transformers.integrations import HfDeepSpeedConfig
+alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+from animals.checkpoint import check
+if sys.argv[2:]:
+    check.whole_models = contextlib.nullcontext
+print(*check.check_weights(sys.argv[1]), sep="; ")
+"""
+
+
+def test_checking_weights_builds_a_whole_model_under_zero3(hub):
+    """And what compat.whole_models is for: without it the shapes are empty."""
+    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for switch, said in (([], False), (["without"], True)):
+        command = [sys.executable, "-c", ZERO3, str(hub), *switch]
+        done = subprocess.run(command, capture_output=True, text=True, env={**alone, "MASTER_PORT": "0"})
+        print(done.stdout[-3000:], done.stderr[-3000:])
+        assert bool(done.returncode or done.stdout.strip()) == said
 
 
 # --- token for token -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 from animals.checkpoint.check import adapter_config, base_of, check_weights, fetch
 from animals.checkpoint.save import SHARD_SIZE
 from animals.command import UserError
+from animals.compat import save_as_loaded
 from animals.ranks import say
 from config import CHAT_TEMPLATE
 
@@ -115,9 +116,7 @@ def load_for_training(model_args, args):
         attn_implementation=model_args.attn_implementation or "sdpa",
         **options,
     )
-    # Under ZeRO-3 transformers keeps every renaming rule for the way back, a legacy one included that loading did not
-    # use; saving would then write language_model.model.model.*, which only transformers itself reads again.
-    model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]
+    save_as_loaded(model)
     model.config.use_cache = False  # of no use in training
     model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
     return model
