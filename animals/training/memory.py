@@ -16,6 +16,7 @@ import math
 import re
 from pathlib import Path
 
+from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import UserError
 from animals.training.batches import TEXT_TOKENS, largest_micro_batch  # noqa: E402
 
@@ -67,18 +68,9 @@ def parameters(config) -> list[tuple[str, tuple, bool]]:
 
 
 def image_tokens(config, height: int, width: int) -> int:
-    """Tokens of one picture: LlavaNextProcessor._get_number_of_features, plus num_additional_image_tokens - CLS = 0."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-    size = config.vision_config.image_size
-    side = size // config.vision_config.patch_size
-    rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, size)
-    rows, columns = rows * side, columns * side
-    if width / height > columns / rows:  # unpad: the padding rows or columns of the tiles are cut off again
-        rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
-    return side * side + rows * columns + rows  # base tile, tiles, one newline a row
+    """Tokens of one picture under a LlavaNextConfig, as its processor counts them."""
+    vision = config.vision_config
+    return image_token_count(width, height, Geometry(vision.image_size, vision.patch_size, config.image_grid_pinpoints))
 
 
 def token_counts(config, temp_dir: str) -> dict:
