@@ -126,7 +126,7 @@ class AnimalTrainer(SFTTrainer):
         if self.args.should_save:
             folder, processor = output_dir or self.args.output_dir, self.scorer.processor
             self.model.save_pretrained(folder, state_dict=state_dict)
-            complete(folder, self.model.config._name_or_path, processor, task_of(self.scorer.config))
+            complete(folder, self.model.config.name_or_path, processor, task_of(self.scorer.config))
 
     def _get_output_dir(self, trial):
         return self.run_dir
