@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from animals.checkpoint.check import check_files
 from animals.checkpoint.load import load_for_training, load_model, load_processor
+from animals.checkpoint.task import read_task, task_of
 from animals.command import UserError
 from animals.scoring.scorer import Scorer
 from animals.training.lora import merge
@@ -129,6 +130,8 @@ def scores():
 
 def test_merged_and_unmerged_say_the_same(trained, hub, scores, tmp_path):
     merge(str(trained.out), str(tmp_path / "merged"), "float32")
+    tasks = [read_task(folder) for folder in (trained.out / "checkpoint-2", trained.out, tmp_path / "merged")]
+    assert tasks == [task_of(Config())] * 3
     unmerged, merged, base = scores(str(trained.out)), scores(str(tmp_path / "merged")), scores(str(hub))
     assert (unmerged - base).abs().max() > 0.1, "the adapter does something"
     assert (unmerged - merged).abs().max() < 1e-3 and unmerged.argmax() == merged.argmax()
@@ -168,7 +171,7 @@ def test_what_cannot_be_trained_is_refused(hub, trained, run, tmp_path):
     ):
         load_for_training(model_args, SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
     model_args, args = settings_of("--model_name_or_path", str(trained.out))
-    with pytest.raises(UserError, match=r"found an adapter; .* `python lora.py \S+ --merge OUT`"):
+    with pytest.raises(UserError, match=r"found an adapter; .* `python scripts/merge_lora.py \S+ --merge OUT`"):
         load_for_training(model_args, args)
     with pytest.raises(UserError, match="found no adapter_config.json"):
         merge(str(hub), str(tmp_path / "out"))
