@@ -37,6 +37,7 @@ class Scorer:
         if len({tuple(answer) for answer in answers}) < len(answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
         self.answers = answers
+        self.text_tokens = len(prompt) - 1 + max(map(len, answers))  # of a training example, beside its picture's
         # </s> is predicted but never fed. Each fed token: its id, its label, its place in the answer.
         fed = [(t, k, i) for k, answer in enumerate(answers) for i, t in enumerate(answer[:-1])]
         self.fed_ids, self.fed_label, self.fed_place = torch.tensor(fed).T  # each [fed]
@@ -54,11 +55,6 @@ class Scorer:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         text = self.processor.apply_chat_template(messages, chat_template=settings.CHAT_TEMPLATE, tokenize=False)
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @property
-    def text_tokens(self):
-        """Tokens of a training example around its picture, with the longest answer and </s>; <image> is not counted."""
-        return len(self._token_ids()) - 1 + max(map(len, self.answers))
 
     def collate(self, pictures):
         """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
