@@ -27,8 +27,8 @@ from animals.checkpoint.steps import find_checkpoint, publish, read_state
 from animals.checkpoint.task import other_words, settings_for
 from animals.command import UserError, run
 from animals.pictures.prepare import load_split
-from animals.pictures.read import load_picture
 from animals.scoring.scorer import Scorer
+from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, describe_cost, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.preflight import check_resume, check_run
@@ -77,23 +77,6 @@ def parse(argv):
     return settings_for(config, model_args.model_name_or_path, training=True), args, model_args, more.dry_run
 
 
-def make_collator(processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):
-    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked.
-
-    Adds `pictures`, the paths, so that a bad loss can name them.
-    """
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-    class PictureCollator(DataCollatorForVisionLanguageModeling):
-        def torch_call(self, examples):
-            opened = [{**example, "images": [load_picture(p) for p in example["images"]]} for example in examples]
-            return {**super().torch_call(opened), "pictures": [example["images"][0] for example in examples]}
-
-    return PictureCollator(
-        processor, assistant_only_loss=assistant_only_loss, chat_template=chat_template, max_length=None
-    )
-
-
 def end_with_launcher():
     """Linux: have the kernel kill this rank when scripts/launch.py dies, so that no orphan goes on writing."""
     if os.environ.get("LAUNCHER_PID") == str(os.getppid()):
@@ -124,11 +107,12 @@ def main():
     summary, scorer, plan = check_run(config, args, model_args, Scorer)
     record = record_run(config, args, model_args, summary)
     resume, passed_over = find_checkpoint(args.output_dir)
-    if resume:
+    if args.resume_from_checkpoint:  # the user's word is taken as it is
+        resume = args.resume_from_checkpoint
+    elif resume:
         check_resume(record, resume)
-    resume = args.resume_from_checkpoint or resume  # the user's word is taken as it is
 
-    collator = make_collator(scorer.processor, args.assistant_only_loss, config.chat_template)
+    collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data = load_split(config, "train")
     if speaks:
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")

@@ -25,8 +25,9 @@ from animals.checkpoint.load import load_for_training, load_model, load_processo
 from animals.command import UserError
 from animals.pictures.read import load_picture
 from animals.scoring.scorer import Scorer, score_batches
+from animals.training.batches import PictureCollator
 from config import Config
-from train import make_collator, parse
+from train import parse
 
 # What a download holds beside weights, README and .gitattributes.
 HUB_FILES = {
@@ -276,7 +277,7 @@ def test_training_learns_the_answer_and_sees_what_scoring_sees(hub, picture, tmp
     """One BOS, the prompt with 1,368 image tokens, the answer's tokens as the only labels: in both."""
     picture.save(tmp_path / "a.png")
     processor = load_processor(hub)
-    batch = make_collator(processor, assistant_only_loss=True)([example(tmp_path / "a.png", label)])
+    batch = PictureCollator(processor, assistant_only_loss=True)([example(tmp_path / "a.png", label)])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0]
     at = PROMPT.index(32000)
     assert ids[: -len(ANSWERS[label])] == PROMPT[:at] + [32000] * 1368 + PROMPT[at + 1 :]
@@ -314,7 +315,7 @@ def test_training_and_inference_see_the_same_pixels(hub, odd_pictures):
     """The collator of train.py beside what score_batches, the loop of validation.py and test.py, hands on."""
     processor = load_processor(hub)
     assert type(processor.image_processor).__name__.endswith("Pil")
-    collator = make_collator(processor, assistant_only_loss=True)
+    collator = PictureCollator(processor, assistant_only_loss=True)
 
     class Recorder(Scorer):
         def score(self, model, batch, **options):

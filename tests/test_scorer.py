@@ -8,8 +8,8 @@ from animals.checkpoint.load import load_model, load_processor
 from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
 from animals.scoring.scorer import Scorer
+from animals.training.batches import PictureCollator
 from config import CHAT_TEMPLATE, Config
-from train import make_collator
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_one_bos_and_only_the_answer_learned(trained, demo):
             {"role": "user", "content": user},
             {"role": "assistant", "content": [{"type": "text", "text": label}]},
         ]
-        batch = make_collator(processor, assistant_only_loss=True)([{"images": [path], "messages": messages}])
+        batch = PictureCollator(processor, assistant_only_loss=True)([{"images": [path], "messages": messages}])
         learned = batch["labels"][0][batch["labels"][0] != -100]
         assert tokenizer.decode(learned) == f"{label}</s>"
         assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 1
@@ -119,7 +119,7 @@ def test_training_pads_on_the_right(trained, demo):
         content = [{"type": "image", "text": None}, {"type": "text", "text": Config().question}]
         answer = {"role": "assistant", "content": [{"type": "text", "text": f"{label} " * (len(rows) + 1)}]}
         rows.append({"images": [path], "messages": [{"role": "user", "content": content}, answer]})
-    mask = make_collator(processor, assistant_only_loss=True)(rows)["attention_mask"]
+    mask = PictureCollator(processor, assistant_only_loss=True)(rows)["attention_mask"]
     assert mask.sum(1).min() < mask.shape[1], "the rows differ in length"
     assert (mask.diff(dim=1) <= 0).all()
 

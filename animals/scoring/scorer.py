@@ -63,6 +63,11 @@ class Scorer:
     def _token_ids(self, label=None):
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
 
+    @property
+    def text_tokens(self):
+        """Tokens of a training example around its picture, with the longest answer and </s>; <image> is not counted."""
+        return len(self._token_ids()) - 1 + max(map(len, self.answers))
+
     def collate(self, pictures):
         """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
         import torch
@@ -89,22 +94,28 @@ class Scorer:
         batch["attention_mask"] = mask[:, None]  # [batch, 1, tokens, tokens]
         return batch
 
-    def score(self, model, batch):
+    def score(self, model, batch, halve=True):
         """-> float32 [batch, labels] on the CPU, log-probabilities of the labels (not normalised over them).
 
         A batch that does not fit the GPU's memory is halved until it does, that is said, and the batches after it go
-        in such parts at once.
+        in such parts at once. halve=False raises UserError instead: under ZeRO-3 ranks run the same forward passes.
         """
         import torch
 
         size, logits = len(batch["input_ids"]), None
+        plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
         if size <= self.most:
             try:
-                inputs = {key: value.to(model.device) for key, value in batch.items()}
-                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+                inputs = {key: value.to(plain.device) for key, value in batch.items()}
+                inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
                 with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
                     logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
             except torch.OutOfMemoryError:
+                if not halve:
+                    raise UserError(
+                        f"out of memory in evaluation with {size} pictures at once; expected them to fit; lower "
+                        "--per_device_eval_batch_size"
+                    ) from None
                 if size == 1:
                     raise
                 self.most = (size + 1) // 2
@@ -118,14 +129,15 @@ class Scorer:
         return torch.zeros(size, len(self.labels)).index_add_(1, self.target_label, log_p)
 
 
-def score_batches(model, scorer, pictures, batches, num_workers=0):
+def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False):
     """Yields (indices, log_p, errors) for each list of indices in `batches`, on this rank alone.
 
-    pictures are paths; log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors
+    in_step: one forward pass a batch, whatever happens, as ZeRO-3 needs it. pictures are paths; log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors
     maps such an index to the reason. A bar on rank 0's terminal.
     """
     import torch
     from accelerate import PartialState
+    from PIL import Image
     from tqdm import tqdm
 
     def collate(indices):
@@ -135,15 +147,17 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
                 opened[i] = load_picture(pictures[i])
             except PictureError as error:
                 errors[i] = str(error)
-        return indices, list(opened), errors, scorer.collate(list(opened.values())) if opened else None
+        shown = list(opened.values()) or [Image.new("RGB", (8, 8))] * in_step
+        return indices, list(opened), errors, scorer.collate(shown) if shown else None
 
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=num_workers)
     quiet = not (PartialState().is_main_process and sys.stderr.isatty())
     with tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar:
         for indices, readable, errors, batch in loader:
             log_p = torch.full((len(indices), len(scorer.labels)), float("nan"))
-            if readable:
-                log_p[[indices.index(i) for i in readable]] = scorer.score(model, batch)
+            if batch is not None:
+                found = scorer.score(model, batch, halve=not in_step)
+                log_p[[indices.index(i) for i in readable]] = found[: len(readable)]
             yield indices, log_p, errors
             bar.update(len(indices))
 
@@ -165,7 +179,7 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     share = batches[state.process_index :: state.num_processes]
     if in_step and len(share) < -(-len(batches) // state.num_processes):
         share.append(batches[-1])
-    done = list(score_batches(model, scorer, pictures, share, num_workers))
+    done = list(score_batches(model, scorer, pictures, share, num_workers, in_step))
     result = torch.empty(len(pictures), len(scorer.labels))
     lost = {}
     for indices, log_p, errors in gather_object(done):

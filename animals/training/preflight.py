@@ -199,6 +199,11 @@ def check_ranks(use_cpu):
 MUST_MATCH = {
     "world_size": "DeepSpeed's optimizer state is cut into one part a rank",
     "effective_batch": "the position in the epoch would be another",
+    "training.per_device_train_batch_size": "the order of the pictures would be another",
+    "training.train_sampling_strategy": "the order of the pictures would be another",
+    "training.seed": "the order of the pictures would be another",
+    "training.data_seed": "the order of the pictures would be another",
+    "model.dtype": "the weights would be rounded otherwise",
     "labels": "the answers would be others",
     "question": "the prompt would be another",
     "data": "the training pictures changed",
@@ -209,10 +214,16 @@ def check_resume(record, checkpoint):
     """The checkpoint's run.json agrees with this run's `record` in MUST_MATCH."""
     with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
         before = json.load(file)
+
+    def look_up(settings, key):
+        for part in key.split("."):
+            settings = settings.get(part, {})
+        return settings
+
     changed = [
-        f"{key} was {before.get(key)!r}, is {record[key]!r} ({why})"
+        f"{key.split('.')[-1]} was {look_up(before, key)!r}, is {look_up(record, key)!r} ({why})"
         for key, why in MUST_MATCH.items()
-        if before.get(key) != record[key]
+        if look_up(before, key) != look_up(record, key)
     ]
     if changed:
         raise UserError(

@@ -4,6 +4,7 @@ train.py reads like the recipe because what goes wrong at hour two is dealt with
 learned.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from animals.command import UserError
 from animals.ranks import barrier, main_process
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
-from animals.training.batches import level, shuffle_seed
+from animals.training.batches import fill_up, level, shuffle_seed
 
 
 class StopOnSignal(TrainerCallback):
@@ -54,6 +55,47 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class FreePinned(TrainerCallback):
+    """Hands back the pinned host RAM that loading and partitioning went through, once the engine stands."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_host_cache()
+
+
+def without_mask(module, args, kwargs):
+    """Pre-hook of the language model: no attention mask in training.
+
+    Right padding stands behind every real token, so causal attention alone keeps it out of sight. Without a mask SDPA
+    takes a flash kernel with grouped heads; a mask would be materialised, and keys and values repeated. Positions then
+    come from arange, as they are for real tokens. The batch keeps its mask: TRL counts tokens by it.
+    """
+    if module.training:
+        return args, {**kwargs, "attention_mask": None, "position_ids": None}
+
+
+def release_head_early(model, base):
+    """ZeRO-3: gather the head's weight with the norm before it, and let it go after that norm's backward.
+
+    TRL reads lm_head.weight without calling the head. DeepSpeed notices, makes it an external parameter of the
+    outermost module and keeps it gathered through the whole backward: 131 M elements in the way of the prefetch. Its
+    users are next to the final norm in forward and in backward, so it is registered there (as DeepSpeed documents), and
+    what DeepSpeed notices by itself in the first forward is taken back.
+    """
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter, unregister_external_parameter
+
+    head, norm = base.get_output_embeddings().weight, base.model.language_model.norm
+    register_external_parameter(norm, head)
+
+    def take_back(module, inputs, output):
+        with contextlib.suppress(RuntimeError):  # it is not registered here
+            unregister_external_parameter(module, head)
+
+    for module in model.modules():
+        if module is not norm and any(part is norm for part in module.modules()):
+            module.register_forward_hook(take_back)
+
+
 class AnimalTrainer(SFTTrainer):
     """Adds to SFTTrainer: atomic checkpoints, a checked loss, and evaluate() as closed-set accuracy.
 
@@ -61,16 +103,26 @@ class AnimalTrainer(SFTTrainer):
     `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint.
     """
 
-    def __init__(self, *args, scorer, eval_pictures, record, **kwargs):
+    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, **kwargs):
         self.balanced = None  # the sampler of --train_sampling_strategy batch_rebalance
-        super().__init__(*args, **kwargs)
+        super().__init__(train_dataset=fill_up(train_dataset, args), args=args, **kwargs)
         self.scorer, self.eval_pictures, self.record = scorer, eval_pictures, record
         self.run_dir = self.args.output_dir
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's wrapper
+        base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            release_head_early(self.model, base)
+        self.add_callback(FreePinned())
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False  # measured when the run began
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, BatchRebalanceSampler):
-            self.balanced = level(sampler, shuffle_seed(self.args))
+            self.balanced = level(sampler, shuffle_seed(self.args), self.scorer.text_tokens)
         return sampler
 
     def _run_epoch(self, **kwargs):
@@ -95,16 +147,15 @@ class AnimalTrainer(SFTTrainer):
         pictures = [images[0] for images in data["images"]]
         truth = [self.scorer.labels.index(label) for label in data["label"]]
         started = time.perf_counter()
-        self.model_wrapped.eval()
+        self.model.eval()
         log_p = score_pictures(
-            self.model_wrapped,
+            self.model_wrapped if self.is_deepspeed_enabled else self.model,  # DDP's wrapper is for gradients
             self.scorer,
             pictures,
             self.args.per_device_eval_batch_size,
             list(data["image_tokens"]),
-            in_step=True,
+            in_step=self.is_deepspeed_enabled,
         )
-        self.model_wrapped.train()
         seconds = time.perf_counter() - started
         report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
         tokens = sum(len(self.scorer.answers[t]) for t in truth)
@@ -117,7 +168,8 @@ class AnimalTrainer(SFTTrainer):
             "samples_per_second": len(truth) / seconds,
         }
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        self.log(metrics)
+        self.log(metrics)  # in evaluation mode: what TRL has gathered of the training stays out of this record
+        self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -135,11 +187,13 @@ class AnimalTrainer(SFTTrainer):
         """README.md of output_dir: how to ask the model, what it was trained with, how good it was last."""
         if not main_process():
             return
-        measured = [log for log in self.state.log_history if "eval_accuracy" in log][-1:]
+        measured = [log for log in self.state.log_history if "eval_accuracy" in log]
         accuracy = "not measured while training; `sh validation.sh` does"
         if measured:
-            log = measured[0]
+            log = measured[-1]
             accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
+            if measured[0]["step"] == 0:
+                accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
         record = json.dumps(self.record, indent=1, ensure_ascii=False)
         longest = max(map(len, self.scorer.answers))  # in tokens
         with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
