@@ -60,6 +60,8 @@ def parse(argv):
         # An op that only inference uses: half a minute of compiling, and a rank killed meanwhile leaves a lock file at
         # which every later start would wait for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        parser.set_defaults(dataloader_num_workers=2)  # processes a rank that prepare pictures while the GPU works
 
     def fail(message):
         raise UserError(f"{message}; `python train.py --help` lists every flag")

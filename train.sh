@@ -27,6 +27,7 @@ set -- --optim adamw_bnb_8bit "$@"                      # AdamW with 8-bit state
 set -- --per_device_eval_batch_size 8 "$@"              # pictures a GPU in evaluation
 set -- --eval_strategy steps "$@"                       # measure accuracy while training ...
 set -- --eval_steps 100 "$@"                            # ... at each save, on --eval_pictures 500 held-out pictures
+set -- --eval_on_start "$@"                             # ... and before step 1: the untuned model
 set -- --logging_steps 10 "$@"                          # a log line every 10 steps
 set -- --logging_dir "./logs" "$@"                      # TensorBoard events, one subfolder a run
 set -- --report_to "tensorboard" "$@"                   # the only tracker

@@ -4,16 +4,11 @@
     python scripts/memory_plan.py --num_gpus 8 --effective_batch 128 --json
     python scripts/memory_plan.py --num_gpus 1 --use_peft --load_in_4bit
 
-Computed, not measured: no GPU was at hand. tests/test_memory_plan.py holds the resident bytes against a live 2-rank
-ZeRO-3 engine on CPU and the activations against a fake-tensor trace of the real model. Each formula names the library
-function that it models (torch 2.13, transformers 5.23, trl 1.16, deepspeed 0.19.8, bitsandbytes 0.50.2, peft 0.21).
-GiB are 2**30 bytes, GB are 10**9.
+Computed, not measured: no GPU was at hand. The formulas, and what they are held against, are in
+animals/training/memory.py. GiB are 2**30 bytes, GB are 10**9.
 
 --json prints {"model", "tokens": {"median", "largest", "source"}, "gpu_memory_gib", "limit_gib", "plans": [plan, ...],
-"recommended": plan or null, "reason"}. A plan is what plan() returns:
-  method "full" | "lora" | "qlora" · num_gpus · micro_batch · accumulation · effective_batch · offload_param ·
-  offload_activations · items {name: GiB on each GPU} · resident · peaks {"median", "largest": GiB} · peak_phase ·
-  host_gib · disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
+"recommended": plan or null, "reason"}. A plan is what plan() in animals/training/memory.py returns.
 """
 
 import json

@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def build(folder, demo, hidden=72, layers=32, vision_layers=24, seed=0):
     """A checkpoint with the 7B's ratios: heads 4:1, MLP 3.5 x hidden, vision a quarter as wide. `demo`: its model."""
     import torch
-    from make_model import hub_name
     from safetensors.torch import save_file
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    from demo.make_model import hub_name
 
     folder.mkdir(parents=True)
     for file in demo.iterdir():
@@ -36,7 +37,8 @@ def decoder_layer(config):
     """Elements of one."""
     from animals.training import memory
 
-    return sum(math.prod(size) for name, size, _ in memory.parameters(config) if ".layers.0." in name and "vision" not in name)
+    every = memory.parameters(config)
+    return sum(math.prod(size) for name, size, _ in every if "language_model.layers.0." in name)
 
 
 def settings(folder, config, hub, changes=None):

@@ -1,9 +1,9 @@
 """One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its ZeRO-3 engine holds.
 
 Run by tests/test_memory_plan.py under `accelerate launch`: engine_probe.py OUT.json [flags of train.py]. Nothing is
-saved. "moved": a dict for each micro-step: elements gathered and reduced, gathered on demand (not prefetched, waited
-for), and alive at most: while the head is gathered, for the loss, and at all other times. The embedding is left out: it is
-gathered before there are activations.
+saved. "moved": a dict for each micro-step: elements gathered and reduced, gathered on demand (not prefetched: waited
+for), and alive at most: while the head is gathered, for the loss, and at all other times. The embedding is left out,
+which is gathered before there are activations.
 """
 
 import json
@@ -55,13 +55,14 @@ class Probe(training.AnimalTrainer):
 
     def save_final(self):
         zero = self.deepspeed.optimizer
-        state = [t for s in zero.optimizer.state.values() for k, t in s.items() if torch.is_tensor(t) and "qmap" not in k]
+        states = [item for state in zero.optimizer.state.values() for item in state.items()]
+        states = [value for name, value in states if torch.is_tensor(value) and "qmap" not in name]
         parameters = list(self.model.parameters())
         held = {
             "parameters": size_of(p.ds_tensor for p in parameters),
             "gradients": size_of([zero.grad_partitions_flat_buffer]),
             "master": size_of(zero.fp32_partitioned_groups_flat),
-            "states": size_of(state),
+            "states": size_of(states),
             "moved": history,
             "numel": sum(p.ds_numel for p in parameters),
             "ranks": self.args.world_size,

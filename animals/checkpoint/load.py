@@ -70,7 +70,8 @@ def load_model(path, dtype="bfloat16"):
     import torch
     from accelerate import PartialState
 
-    model = load_weights(base_of(path), dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    place = {"": PartialState().device}  # tensor after tensor: no copy of the model in host RAM
+    model = load_weights(base_of(path), dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map=place)
     if adapter_config(path) is not None:
         from peft import PeftModel
 
@@ -103,19 +104,29 @@ def load_for_training(model_args, args):
                 "--load_in_4bit, --load_in_8bit: ZeRO-3 cannot partition quantized weights; add --config_file "
                 "scripts/ddp.yaml"
             )
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if not zero3 and not model_args.use_peft and args.world_size > 1:
+        problems.append(
+            f"found {args.world_size} ranks that would train all weights without ZeRO-3; expected ZeRO-3, which keeps "
+            "float32 copies of them, or adapters; leave --config_file out, or add --use_peft"
+        )
     if problems:
         raise UserError("\n".join(problems))
     quantization = get_quantization_config(model_args)
-    options = {}
+    options = {} if zero3 else {"device_map": {"": PartialState().device}}  # no copy in host RAM on the way
     if quantization is not None:
-        quantization.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]  # 4 bit reads it too
-        options = {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+        whole = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+        options["quantization_config"] = quantization
+        quantization.llm_int8_skip_modules = whole  # 4 bit reads it too
     model = load_weights(
         path,
         dtype=getattr(torch, model_args.dtype),
         attn_implementation=model_args.attn_implementation or "sdpa",
         **options,
     )
+    for module in model.modules():  # bitsandbytes' 4 bit: evaluating on a CPU would repack weights past training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     save_as_loaded(model)
     model.config.use_cache = False  # of no use in training
     model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)

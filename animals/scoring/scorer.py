@@ -132,8 +132,9 @@ class Scorer:
 def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False):
     """Yields (indices, log_p, errors) for each list of indices in `batches`, on this rank alone.
 
-    in_step: one forward pass a batch, whatever happens, as ZeRO-3 needs it. pictures are paths; log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors
-    maps such an index to the reason. A bar on rank 0's terminal.
+    pictures are paths; log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors
+    maps such an index to the reason. in_step: one forward pass a batch, whatever happens, as ZeRO-3 needs it. A bar on
+    rank 0's terminal.
     """
     import torch
     from accelerate import PartialState

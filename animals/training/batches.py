@@ -1,6 +1,7 @@
 """What a micro-batch holds: which pictures share one, and how they become tensors.
 
---train_sampling_strategy batch_rebalance, levelled: micro-batches of like numbers of tokens, padding included. Each step's pictures are sorted by length and cut into accumulation x ranks groups: long pictures travel in small
+--train_sampling_strategy batch_rebalance, levelled: micro-batches of like numbers of tokens, padding included. Each
+step's pictures are sorted by length and cut into accumulation x ranks groups: long pictures travel in small
 micro-batches, short ones in large, hardly anything is padded, and all ranks work as long as each other. The library's
 sampler evens out time, with a quadratic term that lets micro-batches of short pictures grow; here it evens out tokens,
 which is what memory follows. largest_micro_batch() says beforehand what a run on these very pictures will need.

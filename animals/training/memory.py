@@ -1,24 +1,28 @@
 """How much memory, host RAM, disk and traffic a training run takes, computed from config.json before any weight loads.
 
-Computed, not measured: no GPU was at hand. tests/test_memory_plan.py holds the resident bytes against a live 2-rank
-ZeRO-3 engine on CPU and the activations against a fake-tensor trace of the real model. Each formula names the library
-function that it models (torch 2.13, transformers 5.23, trl 1.16, deepspeed 0.19.8, bitsandbytes 0.50.2, peft 0.21).
-GiB are 2**30 bytes, GB are 10**9.
+Computed, not measured: no GPU was at hand. tests/test_memory_plan.py holds bytes, live weights and traffic against
+train.py itself on two CPU ranks of ZeRO-3, the activations against a fake-tensor trace of the real model. Each formula
+names the library function that it models (torch 2.13, transformers 5.23, trl 1.16, deepspeed 0.19.8, bitsandbytes
+0.50.2, peft 0.21). GiB are 2**30 bytes, GB are 10**9.
 
 A plan is what plan() returns:
   method "full" | "lora" | "qlora" · num_gpus · micro_batch · accumulation · effective_batch · offload_param ·
   offload_activations · items {name: GiB on each GPU} · resident · peaks {"median", "largest": GiB} · peak_phase ·
-  host_gib · disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
+  host_gib {"start", "training", "resume", "validation": GiB, all ranks} ·
+  disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
 """
 
+import dataclasses
 import json
 import math
 import re
 from pathlib import Path
 
+import psutil
+
 from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import UserError
-from animals.training.batches import TEXT_TOKENS, largest_micro_batch  # noqa: E402
+from animals.training.batches import TEXT_TOKENS, largest_micro_batch
 
 GIB = 2**30
 RESERVE = 0.8  # GiB, an assumption, not computed: CUDA context, cuBLAS workspace, NCCL buffers (reports say 0.7 to 1)
@@ -27,7 +31,8 @@ RANK_RAM = 3.0  # GiB of host RAM a rank for Python, libraries, CUDA and its dat
 CHECKPOINT_BYTES = 6.08  # a trained parameter in global_step*/: fp32 master 4, 8-bit m and v 2.03, rest
 WEIGHT_BYTES = 2.01  # a parameter in bf16 safetensors
 TYPICAL_TOKENS, LARGEST_TOKENS = 1368, 2928  # image_tokens() of a 300x225 picture, and the most that there can be
-HEAD = "lm_head.weight"
+HEAD, LANGUAGE = "lm_head.weight", ".language_model."
+RESIDENT = "parameters", "gradients", "fp32 master", "8-bit states"
 NO_DECAY = r"bias|layernorm|layrnorm|layer_norm|(?:^|\.)norm\."  # as Trainer.get_decay_parameter_names
 
 
@@ -106,7 +111,7 @@ def tiles_of(config, tokens: int) -> int:
     return 1 + grids[0 if tokens <= (grids[0] + 1) * side * side + grids[0] * side else -1]
 
 
-def activations(config, micro_batch: int, tokens: int, method: str = "full") -> dict:
+def activations(config, micro_batch: int, tokens: int, method="full", text_tokens=TEXT_TOKENS) -> dict:
     """Bytes with activation checkpointing and SDPA; `tokens` are the picture's. A trace agrees within 10 % (tests).
 
     kept: inputs of the checkpointed layers (torch.utils.checkpoint); what activation offload moves to the host.
@@ -114,152 +119,239 @@ def activations(config, micro_batch: int, tokens: int, method: str = "full") -> 
     """
     text, vision = config.text_config, config.vision_config
     hidden, wide = text.hidden_size, text.intermediate_size
-    length = tokens + TEXT_TOKENS
-    n = micro_batch * length  # decoder positions
+    n = micro_batch * (tokens + text_tokens)  # decoder positions
     tiles = micro_batch * tiles_of(config, tokens)
     patches = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)  # with CLS
     kept = 2 * n * hidden * text.num_hidden_layers + 2 * patches * vision.hidden_size * vision.num_hidden_layers
     saved = kept + 2 * 3 * tiles * vision.image_size**2 + 2 * 2 * patches * vision.hidden_size  # CLIPVisionEmbeddings
     saved += 2 * 2 * patches * hidden + 2 * patches * vision.hidden_size  # LlavaNextMultiModalProjector: GELU, input
-    saved += (2 + 4 + 2) * n * hidden + micro_batch * length**2  # last hidden, MistralRMSNorm fp32 and bf16; bool mask
-    # MistralDecoderLayer, recomputed: two norms of fp32 4 + bf16 2 + 2; q, k, v, repeated by sdpa_attention_forward
-    # where there is a mask, 6; attention out 2; gradient 2: 26 B x hidden, less the final norm's 8, freed by then.
+    saved += (2 + 4 + 2) * n * hidden  # last hidden state, MistralRMSNorm in fp32 and bf16
+    # MistralDecoderLayer, recomputed: two norms of fp32 4 + bf16 2 + 2; q 2, attention out 2, gradient 2: 22 B x
+    # hidden, less the final norm's 8, freed by then; k and v 4 B x their heads, not repeated (no mask: trainer.py).
     # MistralMLP: gate, silu, up, and the gradients of silu, up and their product: 6 x 2 B x intermediate.
-    peak = saved + n * (18 * hidden + 12 * wide) + micro_batch * length**2
+    grouped = hidden * text.num_key_value_heads // text.num_attention_heads
+    peak = saved + n * (14 * hidden + 4 * grouped + 12 * wide)
     if method != "full":  # peft Linear.forward, at most: fp32 copy 4, dropout 4, its mask 1 of each input
         peak += 9 * n * (6 * hidden + wide)
     return {"kept": kept, "saved": saved, "peak": peak}
+
+
+@dataclasses.dataclass
+class Run:
+    """What is planned, and what follows from it: elements of one rank unless named otherwise."""
+
+    config: object
+    zero3: dict
+    num_gpus: int
+    micro_batch: int
+    accumulation: int
+    tokens: tuple  # image tokens of the (median, largest) picture
+    offload_param: bool
+    offload_activations: bool
+    method: str
+    lora_r: int
+    shapes: list  # parameters(config)
+    formed: tuple | None
+    text_tokens: int
+
+    def __post_init__(self):
+        self.sharded = self.method != "qlora"  # ZeRO-3; else the whole base on each GPU
+        self.offload_param &= self.sharded
+        self.ranks = self.num_gpus if self.sharded else 1  # that share one copy
+        self.sizes = [(name, math.prod(shape)) for name, shape, _ in self.shapes]
+        self.total = sum(size for _, size in self.sizes)
+        self.head = next(size for name, size in self.sizes if name == HEAD)
+        self.layers = [size for name, size in self.sizes if "embed_tokens" not in name and name != HEAD]
+        self.trained = self.sizes
+        if self.method != "full":  # peft LoraLayer: A (r x in) and B (out x r) beside each of lora.py's LORA_TARGETS
+            linear = [(name, sum(shape)) for name, shape, is_linear in self.shapes if is_linear and LANGUAGE in name]
+            self.trained = [(name, self.lora_r * size) for name, size in linear]
+        self.groups = self.sub_groups()
+        self.own = sum(self.groups)
+        self.gradient = 4 if self.zero3.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 2  # bytes
+        hidden = self.config.text_config.hidden_size
+        self.threshold = self.setting("stage3_param_persistence_threshold", 1e5, 10 * hidden)
+        self.bucket = self.setting("reduce_bucket_size", 5e8, hidden * hidden)
+        self.max_live = self.setting("stage3_max_live_parameters", 1e9, 1e9)
+        self.reuse = self.setting("stage3_max_reuse_distance", 1e9, 1e9)
+
+    def setting(self, name, default, auto):
+        """Of ZeRO-3: DeepSpeedZeroConfig's default; "auto" as in HfTrainerDeepSpeedConfig.trainer_config_finalize."""
+        value = self.zero3["zero_optimization"].get(name, default)
+        return int(auto if value == "auto" else value)
+
+    def part(self, size):
+        """Init._aligned_size: padded to a multiple of the ranks."""
+        return math.ceil(size / self.ranks)
+
+    def sub_groups(self):
+        """Stage3 _create_fp16_sub_groups, once for decayed and once for other parameters of Trainer's optimizer.
+
+        A group is closed by the parameter that reaches the limit, so it may be larger.
+        """
+        groups, limit = [], self.setting("sub_group_size", 1e9, 1e9)
+        for decayed in (True, False):
+            current = 0
+            for name, size in self.trained:
+                if bool(re.search(NO_DECAY, name)) is not decayed:
+                    current += self.part(size)
+                    if current >= limit:
+                        groups.append(current)
+                        current = 0
+            groups += [current] if current else []
+        return groups
+
+    def activations(self, which):
+        """activations() of the micro-batch with the most tokens; which: "median" or "largest"."""
+        batch = self.micro_batch, self.tokens[which == "largest"]
+        if self.formed and which == "largest":
+            batch = self.formed
+        return activations(self.config, *batch, self.method, self.text_tokens)
+
+
+def base_bytes(run) -> tuple[int, int]:
+    """Bytes of the model's own weights on each (GPU, rank's pinned host memory)."""
+    if run.method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64; the rest is bf16
+        packed = sum(math.prod(shape) for name, shape, linear in run.shapes if linear and LANGUAGE in name)
+        return 2 * run.total - (2 - 0.5 - 4 / 64) * packed, 0
+    # Init: parameters up to the threshold stay whole on every GPU once gathered, and are not offloaded.
+    whole = 0 if run.ranks == 1 else 2 * sum(size for _, size in run.sizes if size <= run.threshold)
+    every = 2 * sum(run.part(size) for _, size in run.sizes)
+    host = 2 * sum(run.part(size) for _, size in run.sizes if size > run.threshold) if run.offload_param else 0
+    return every - host + whole, host
+
+
+def gpu_items(run) -> dict:
+    """Bytes on each GPU, by item."""
+    adapters = 0 if run.method == "full" else 2 * run.own
+    largest = max(run.layers)
+    items = {
+        "parameters": base_bytes(run)[0] + adapters,  # Stage3 defragment: bf16
+        "gradients": run.gradient * run.own,  # Stage3 _setup_for_real_optimizer: grad_partitions_flat_buffer
+        "fp32 master": 4 * run.own * run.sharded,  # Stage3 _create_fp32_partitions
+        # bitsandbytes Optimizer2State.init_state: uint8 m and v and a fp32 absmax per 256; fp32 below 4,096 elements
+        "8-bit states": sum(8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256) for n in run.groups),
+        # PartitionedParameterCoordinator._fetch_sub_module_impl: every module call prefetches more, until max_live
+        # is reached, past it by one parameter at most; __params_to_release holds back what is needed again within the
+        # reuse distance, and since the backward meets weights in the opposite order that is what was used in the last
+        # half of it. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
+        "live layers": 2 * min(run.total, max(run.max_live, run.reuse // 2) * run.sharded + largest),
+        # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced)
+        "buckets": 2 * run.bucket * run.sharded + 2 * largest * (run.method == "full"),
+        # Stage3 _prepare_fp32_grad_for_sub_group: flatten in the gradients' type, then a fp32 cast
+        "optimizer step": (run.gradient + 4) * max(run.groups) * run.sharded,
+        # trl _ChunkedLogProbFunction.backward: fp32 gradient of the whole head, its bf16 cast, the gathered head, which
+        # goes before the layers' backward (trainer.py). Logits are those of the answer tokens only: about 1 MB.
+        "LM-head backward": {"full": 4 + 2 + 2, "lora": 2, "qlora": 0}[run.method] * run.head,
+    }
+    for which in ("median", "largest"):
+        found = run.activations(which)  # transformers _activation_checkpointing_enable: save_on_cpu takes what is kept
+        items[f"activations, {which}"] = found["peak"] - run.offload_activations * found["kept"]
+    return items | {"reserve (assumed)": RESERVE * GIB}
+
+
+def gpu_peak(run, items, which) -> tuple[float, str]:
+    """(GiB, phase) of the highest moment of a step with the median or the largest picture."""
+    always = sum(items[name] for name in (*RESIDENT, "buckets", "reserve (assumed)"))
+    found = run.activations(which)
+    saved = found["saved"] - run.offload_activations * found["kept"]
+    phases = {
+        "backward": items["live layers"] + items[f"activations, {which}"],
+        "LM head": items["live layers"] + items["LM-head backward"] + saved,
+        "optimizer step": items["optimizer step"],
+    }
+    phase = max(phases, key=phases.get)
+    return (always + phases[phase]) / GIB, phase
+
+
+def host_ram(run) -> dict:
+    """GiB of host RAM, all ranks together, in each phase."""
+    pinned = run.num_gpus * base_bytes(run)[1]
+    weights, apiece = 2 * run.total, 2 * run.part(max(size for _, size in run.sizes))
+    kept = run.num_gpus * run.offload_activations * activations(run.config, run.micro_batch, run.tokens[1])["kept"]
+    # A rank's file of the optimizer's states, and the copy of the 8-bit ones that bitsandbytes' load_state_dict makes;
+    # rank after rank where DeepSpeed's pipeline_loading_checkpoint is on.
+    load = (CHECKPOINT_BYTES + 2.03) * run.own
+    load *= 1 if run.zero3["zero_optimization"].get("pipeline_loading_checkpoint") else run.num_gpus
+    used = {
+        # ZeRO-3: rank 0 reads all shards and partitions are pinned one by one; then each again in a flat buffer
+        # (Stage3 _move_to_flat_buffer). Without ZeRO-3 tensor after tensor goes to the GPU.
+        "start": max(weights + pinned, 2 * pinned) if run.sharded else run.num_gpus * apiece,
+        "training": pinned + kept + weights * (run.method == "full"),  # rank 0 holds a whole copy to save
+        "resume": pinned + load,
+        "validation": run.num_gpus * apiece,  # load_model(): as without ZeRO-3
+    }
+    return {phase: value / GIB + RANK_RAM * run.num_gpus for phase, value in used.items()}
+
+
+def traffic_gb(run) -> dict:
+    """GB a GPU and step, at most.
+
+    Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the other weights of a
+    decoder layer twice, from the recompute to the backward; embedding and head once. Every trained gradient is
+    reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
+    """
+    layer = [n for name, n in run.sizes if ".layers.0." in name and "vision" not in name and n > run.threshold]
+    passes = 2 if run.reuse >= 2 * sum(layer[1:]) else 3
+    gathers = (passes * sum(run.layers) + 2 * run.head) * run.sharded
+    reduced = sum(size for _, size in run.trained) * (1 if run.sharded else 2)
+    share = (run.num_gpus - 1) / run.num_gpus
+    link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + reduced)
+    kept = run.offload_activations * activations(run.config, run.micro_batch, run.tokens[0])["kept"]
+    weights = 2 * gathers / run.ranks * run.offload_param
+    host = run.accumulation * (2 * kept + weights) + 2 * run.own * run.offload_param
+    return {"between_gpus": link / 1e9, "host": host / 1e9}
 
 
 def plan(
     config, zero3: dict, num_gpus: int = 4, micro_batch: int = 4, accumulation: int = 4,
     tokens: tuple[int, int] = (TYPICAL_TOKENS, LARGEST_TOKENS), *, offload_param: bool | None = None,
     offload_activations: bool = False, method: str = "full", lora_r: int = 16, save_total_limit: int = 5,
-    shapes: list | None = None, formed: tuple[int, int] | None = None,
+    shapes: list | None = None, formed: tuple[int, int] | None = None, text_tokens: int = TEXT_TOKENS,
 ) -> dict:  # fmt: skip
     """The plan of one run as a dict (keys: module docstring).
 
     config: LlavaNextConfig. zero3: the parsed DeepSpeed file, "auto" as transformers fills it. tokens: image tokens of
-    the (median, largest) picture. offload_param: None = as zero3 says. method: "full", "lora" (bf16 base, partitioned)
-    or "qlora" (NF4 base, whole on each GPU: DDP). shapes: parameters(config), to build the model once for many plans.
-    formed: (pictures, tokens of the longest) of the largest micro-batch that batch_rebalance forms (batches.py); None
-    for other samplers, which may put micro_batch of the largest pictures together.
+    the (median, largest) picture; text_tokens: those around it. offload_param: None = as zero3 says. method: "full",
+    "lora" (bf16 base, partitioned) or "qlora" (NF4 base, whole on each GPU: DDP). shapes: parameters(config), to build
+    the model once for many plans. formed: (pictures, tokens of the longest) of the largest micro-batch that
+    batch_rebalance forms (batches.py); None for other samplers, which may put micro_batch of the largest together.
     """
-    stage3 = zero3["zero_optimization"]
     if offload_param is None:
-        offload_param = (stage3.get("offload_param") or {}).get("device", "none") != "none"
-    offload_param &= method != "qlora"
-    hidden = config.text_config.hidden_size
-
-    def setting(name, default, auto):  # DeepSpeedZeroConfig; "auto": HfTrainerDeepSpeedConfig.trainer_config_finalize
-        value = stage3.get(name, default)
-        return int(auto if value == "auto" else value)
-
-    def part(size):  # Init._aligned_size: padded to a multiple of the ranks
-        return math.ceil(size / ranks)
-
-    threshold = setting("stage3_param_persistence_threshold", 1e5, 10 * hidden)
-    bucket = setting("reduce_bucket_size", 5e8, hidden * hidden)
-    max_live = setting("stage3_max_live_parameters", 1e9, 1e9)
-    reuse = setting("stage3_max_reuse_distance", 1e9, 1e9)
-    group_limit = setting("sub_group_size", 1e9, 1e9)
-    grad_bytes = 4 if zero3.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 2
-
+        offload_param = (zero3["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
     shapes = shapes or parameters(config)
-    ranks = 1 if method == "qlora" else num_gpus
-    sizes = [(name, math.prod(shape)) for name, shape, _ in shapes]
-    total = sum(size for _, size in sizes)
-    trained = sizes
-    if method != "full":  # peft LoraLayer: A (r x in) and B (out x r) beside every Linear but the head
-        trained = [(name, lora_r * sum(shape)) for name, shape, linear in shapes if linear and name != HEAD]
-
-    # Stage3 _create_fp16_sub_groups, once for the decayed and once for the other parameters of Trainer's optimizer; a
-    # group is closed by the parameter that reaches the limit, so it may be larger.
-    groups = []
-    for decayed in (True, False):
-        current = 0
-        for name, size in trained:
-            if bool(re.search(NO_DECAY, name)) is not decayed:
-                current += part(size)
-                if current >= group_limit:
-                    groups.append(current)
-                    current = 0
-        groups += [current] if current else []
-    own = sum(groups)  # trained elements on this rank
-
-    base_bytes = 2 * sum(part(size) for _, size in sizes)  # ZeRO-3 bf16: defragment; or pinned host memory
-    if method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64; the rest stays bf16
-        packed = sum(math.prod(shape) for name, shape, linear in shapes if linear and name != HEAD)
-        base_bytes = 2 * total - (2 - 0.5 - 4 / 64) * packed
-    adapters = 0 if method == "full" else 2 * own
-    # Init: parameters up to the threshold stay whole on every GPU once gathered, and are not offloaded.
-    persistent = 0 if ranks == 1 else 2 * sum(size for _, size in sizes if size <= threshold)
-    host_base = 2 * sum(part(size) for _, size in sizes if size > threshold) if offload_param else 0
-    layer_sizes = [size for name, size in sizes if "embed_tokens" not in name and name != HEAD]
-    head = math.prod(next(shape for name, shape, _ in shapes if name == HEAD))
-
-    items = {
-        "parameters": base_bytes - host_base + adapters + persistent,
-        "gradients": grad_bytes * own,  # Stage3 _setup_for_real_optimizer: grad_partitions_flat_buffer
-        "fp32 master": 4 * own if method != "qlora" else 0,  # Stage3 _create_fp32_partitions
-        # bitsandbytes Optimizer2State.init_state: uint8 m and v and a fp32 absmax per 256; fp32 below 4,096 elements
-        "8-bit states": sum(8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256) for n in groups),
-        # PartitionedParameterCoordinator._fetch_sub_module_impl: every module call prefetches more, until max_live
-        # is reached, past it by one parameter at most; __params_to_release holds back what is needed again within the
-        # reuse distance, and since the backward meets weights in the opposite order that is what was used in the last
-        # half of it. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
-        "live layers": 2 * (min(total, max(max_live, reuse // 2) * (method != "qlora") + max(layer_sizes))),
-        # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced)
-        "buckets": 2 * bucket * (method != "qlora") + 2 * max(layer_sizes) * (method == "full"),
-        # Stage3 _prepare_fp32_grad_for_sub_group: flatten in the gradients' type, then a fp32 cast
-        "optimizer step": (grad_bytes + 4) * max(groups) * (method != "qlora"),
-        # trl _ChunkedLogProbFunction.backward: fp32 gradient of the whole head, its bf16 cast, the gathered head.
-        # Logits are those of the answer tokens only, a few a picture: about 1 MB.
-        "LM-head backward": {"full": 4 + 2 + 2, "lora": 2, "qlora": 0}[method] * head,
-    }
-    resident = sum(items[name] for name in ("parameters", "gradients", "fp32 master", "8-bit states"))
-    peaks, phases = {}, {}
-    for name, count in zip(("median", "largest"), tokens, strict=True):
-        acts = activations(config, *(formed if formed and name == "largest" else (micro_batch, count)), method)
-        away = acts["kept"] if offload_activations else 0  # transformers _activation_checkpointing_enable: save_on_cpu
-        items[f"activations, {name}"] = acts["peak"] - away
-        phase = {
-            "backward": items["live layers"] + acts["peak"] - away,
-            "LM head": items["live layers"] + items["LM-head backward"] + acts["saved"] - away,
-            "optimizer step": items["optimizer step"],
-        }
-        phases[name] = max(phase, key=phase.get)
-        peaks[name] = (resident + items["buckets"] + phase[phases[name]]) / GIB + RESERVE
-    items["reserve (assumed)"] = RESERVE * GIB
-
-    # Traffic, at most: Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the
-    # other weights of a decoder layer twice, from the recompute to the backward; the embedding once, the head twice.
-    # Every trained gradient is reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
-    layer = [size for name, size in sizes if ".layers.0." in name and "vision" not in name and size > threshold]
-    passes = 2 if reuse >= 2 * sum(layer[1:]) else 3
-    gathers = 0 if method == "qlora" else passes * sum(layer_sizes) + 3 * head  # embedding 1 + head 2
-    sent = sum(size for _, size in trained)
-    share = (num_gpus - 1) / num_gpus
-    link = accumulation * 2 * share * (gathers * (ranks > 1) + sent * (2 if method == "qlora" else 1))
-    kept = activations(config, micro_batch, tokens[0])["kept"] if offload_activations else 0
-    host = accumulation * (2 * kept + (2 * gathers / ranks if offload_param else 0)) + (2 * own if offload_param else 0)
-    kept_largest = activations(config, micro_batch, tokens[1])["kept"] if offload_activations else 0
-    pinned = num_gpus * (host_base + kept_largest)
-    checkpoint, final = sent * (CHECKPOINT_BYTES + WEIGHT_BYTES), sent * WEIGHT_BYTES
+    run = Run(
+        config, zero3, num_gpus, micro_batch, accumulation, tokens, offload_param, offload_activations, method, lora_r,
+        shapes, formed, text_tokens,
+    )  # fmt: skip
+    items = gpu_items(run)
+    peaks = {which: gpu_peak(run, items, which) for which in ("median", "largest")}
+    trained = sum(size for _, size in run.trained)
+    checkpoint, final = trained * (CHECKPOINT_BYTES + WEIGHT_BYTES) / 1e9, trained * WEIGHT_BYTES / 1e9
+    kept = save_total_limit + 2
     return {
         "method": method, "num_gpus": num_gpus, "micro_batch": micro_batch, "accumulation": accumulation,
         "effective_batch": micro_batch * accumulation * num_gpus,
-        "offload_param": offload_param, "offload_activations": offload_activations,
+        "offload_param": run.offload_param, "offload_activations": offload_activations,
         "items": {name: size / GIB for name, size in items.items()},
-        "resident": resident / GIB, "peaks": peaks, "peak_phase": phases,
-        "parameters": total, "trained": sent,
-        "host_gib": (2 * total + pinned) / GIB + RANK_RAM * num_gpus,  # rank 0 holds a whole copy to load and to save
-        "disk_gb": {
-            "checkpoint": checkpoint / 1e9, "kept": save_total_limit + 2, "final": final / 1e9,
-            "total": ((save_total_limit + 2) * checkpoint + final) / 1e9,
-        },
-        "traffic_gb": {"between_gpus": link / 1e9, "host": host / 1e9},
+        "resident": sum(items[name] for name in RESIDENT) / GIB,
+        "peaks": {which: peak for which, (peak, _) in peaks.items()},
+        "peak_phase": {which: phase for which, (_, phase) in peaks.items()},
+        "parameters": run.total, "trained": trained, "host_gib": host_ram(run), "traffic_gb": traffic_gb(run),
+        "disk_gb": {"checkpoint": checkpoint, "kept": kept, "final": final, "total": kept * checkpoint + final},
     }  # fmt: skip
+
+
+def check_host(plan: dict, ranks: int) -> None:
+    """This machine's RAM is enough for its `ranks`' share of the plan in every phase."""
+    found = psutil.virtual_memory().total / GIB
+    share = ranks / plan["num_gpus"]
+    if short := {phase: gib * share for phase, gib in plan["host_gib"].items() if gib * share > found}:
+        phases = ", ".join(f"{gib:.0f} GiB for {phase}" for phase, gib in short.items())
+        raise UserError(
+            f"found {found:.0f} GiB of RAM; expected {phases} (computed); take a machine with more, fewer ranks, or "
+            "LoRA (--use_peft)"
+        )
 
 
 def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r, counts=None) -> list[dict]:
@@ -333,7 +425,8 @@ def table(plans: list[dict], limit: float) -> str:
     for name in ("median", "largest"):
         out.append(line(f"peak at the {name}", [f"{p['peaks'][name]:.1f}" for p in plans]))
     out.append(line(f"fits in {limit:g} GiB", ["yes" if p["peaks"]["largest"] <= limit else "NO" for p in plans]))
-    out.append(line("host RAM, all ranks", [f"{p['host_gib']:.0f}" for p in plans]))
+    for phase in plans[0]["host_gib"]:
+        out.append(line(f"host RAM, {phase}", [f"{p['host_gib'][phase]:.0f}" for p in plans]))
     out.append(line("GB a step between GPUs", [f"{p['traffic_gb']['between_gpus']:.0f}" for p in plans]))
     out.append(line("GB a step to/from host", [f"{p['traffic_gb']['host']:.0f}" for p in plans]))
     return "\n".join(out)

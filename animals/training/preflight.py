@@ -15,7 +15,7 @@ from animals.checkpoint.steps import find_checkpoints
 from animals.command import UserError
 from animals.compat import whole_models
 from animals.pictures.prepare import prepare
-from animals.training.batches import largest_micro_batch, shuffle_seed
+from animals.training.batches import TEXT_TOKENS, largest_micro_batch, shuffle_seed
 from animals.training.describe import count_steps
 
 GIB = 2**30
@@ -66,11 +66,16 @@ def check_run(config, args, model_args, make_scorer):
     scorer = findings.attempt(check_checkpoint, path, config, make_scorer)
     findings.attempt(check_output_dir, args.output_dir)
     findings.attempt(check_ranks, args.use_cpu)
-    plan = findings.attempt(make_plan, config, args, model_args) if holds_model(path) else None
+    words = [scorer.text_tokens] if scorer else []
+    plan = findings.attempt(make_plan, config, args, model_args, *words) if holds_model(path) else None
     if holds_model(path):
         total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
         findings.attempt(check_disk, args, plan["trained"] if plan else total)
         findings.attempt(check_memory, args, plan, gpu_memory(args.use_cpu))
+        if plan and not args.use_cpu:
+            from animals.training.memory import check_host
+
+            findings.attempt(check_host, plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     findings.report()
     return summary, scorer, plan
 
@@ -92,7 +97,7 @@ def check_checkpoint(path, config, make_scorer):
     return make_scorer(processor, config)
 
 
-def make_plan(config, args, model_args):
+def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
     """The memory plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
     from animals.training import memory as memory_plan
 
@@ -105,7 +110,7 @@ def make_plan(config, args, model_args):
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
         counts = memory_plan.all_counts(model, config.temp_dir)
         an_epoch, steps = count_steps(args, len(counts))
-        formed = largest_micro_batch(counts, *sizes, shuffle_seed(args), math.ceil(steps / an_epoch))
+        formed = largest_micro_batch(counts, *sizes, shuffle_seed(args), math.ceil(steps / an_epoch), text_tokens)
     with whole_models():
         return memory_plan.plan(
             model,
@@ -119,6 +124,7 @@ def make_plan(config, args, model_args):
             lora_r=model_args.lora_r,
             save_total_limit=args.save_total_limit or 1,
             formed=formed,
+            text_tokens=text_tokens,
         )
 
 

@@ -59,7 +59,7 @@ class FreePinned(TrainerCallback):
     """Hands back the pinned host RAM that loading and partitioning went through, once the engine stands."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if torch.accelerator.is_available():
+        if torch.accelerator.is_available():  # on CPU ranks it raises
             torch.accelerator.empty_host_cache()
 
 
@@ -104,11 +104,13 @@ class AnimalTrainer(SFTTrainer):
     """
 
     def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, **kwargs):
+        args.dataloader_persistent_workers = args.dataloader_num_workers > 0
         self.balanced = None  # the sampler of --train_sampling_strategy batch_rebalance
         super().__init__(train_dataset=fill_up(train_dataset, args), args=args, **kwargs)
         self.scorer, self.eval_pictures, self.record = scorer, eval_pictures, record
         self.run_dir = self.args.output_dir
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's wrapper
+        self.base = base
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             release_head_early(self.model, base)
@@ -148,6 +150,8 @@ class AnimalTrainer(SFTTrainer):
         truth = [self.scorer.labels.index(label) for label in data["label"]]
         started = time.perf_counter()
         self.model.eval()
+        # The scorer's 4-D mask is for SDPA: eager attention adds it as a number, flash attention reads it as 2-D.
+        self.base.set_attn_implementation("sdpa")
         log_p = score_pictures(
             self.model_wrapped if self.is_deepspeed_enabled else self.model,  # DDP's wrapper is for gradients
             self.scorer,
@@ -156,6 +160,7 @@ class AnimalTrainer(SFTTrainer):
             list(data["image_tokens"]),
             in_step=self.is_deepspeed_enabled,
         )
+        self.base.set_attn_implementation(self.record["model"]["attn_implementation"] or "sdpa")
         seconds = time.perf_counter() - started
         report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
         tokens = sum(len(self.scorer.answers[t]) for t in truth)

@@ -1,0 +1,170 @@
+"""AnimalTrainer beside what it changes: no mask, the head let go, evaluation, fillers, the collator in a worker."""
+
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from animals.checkpoint.load import load_model, load_processor, load_weights
+from animals.command import UserError
+from animals.scoring.scorer import Scorer, score_batches
+from animals.training.batches import PictureCollator, fill_up, fillers
+from animals.training.lora import LORA_TARGETS
+from animals.training.trainer import without_mask
+from config import Config
+
+
+def row(path, size, label="cat"):
+    Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20).convert("RGB").save(path)
+    question = [{"type": "image"}, {"type": "text", "text": Config().question}]
+    answer = [{"type": "text", "text": label}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"images": [str(path)], "messages": messages, "label": label}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Pictures of three lengths, the shortest not last."""
+    folder = tmp_path_factory.mktemp("rows")
+    return [row(folder / f"{i}.png", size) for i, size in enumerate([(96, 96), (192, 192), (300, 90)])]
+
+
+@pytest.fixture(scope="module")
+def collator(demo):
+    return PictureCollator(load_processor(str(demo.model)), assistant_only_loss=True)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_loss_and_gradients_need_no_mask(demo, rows, collator, monkeypatch, lora):
+    """Right padding under causal attention, mixed lengths, float32; and SDPA gets is_causal, grouped heads, no mask."""
+    batch = dict(collator(rows))
+    batch.pop("pictures")
+    assert batch["attention_mask"].sum(1).unique().numel() == 3, "padded"
+    model = base = load_weights(str(demo.checkpoint), dtype=torch.float32, attn_implementation="sdpa")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(base, LoraConfig(target_modules=LORA_TARGETS, init_lora_weights=False))
+    model.train()
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **kwargs):
+        if query.shape[1] != key.shape[1] or attn_mask is not None or is_causal:  # the language model's
+            calls.append((attn_mask is None, is_causal, enable_gqa, query.shape[1] // key.shape[1]))
+        return sdpa(query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+
+    def step():
+        model.zero_grad()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = step()
+    assert set(calls) == {(False, False, False, 1)}, "with its mask: materialised, keys and values repeated"
+    calls.clear()
+    base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
+    loss_without, gradients_without = step()
+    assert set(calls) == {(True, True, True, 2)}
+    assert loss_without == pytest.approx(loss, abs=1e-5)
+    assert gradients.keys() == gradients_without.keys()
+    assert max((gradients[name] - gradients_without[name]).abs().max() for name in gradients) < 1e-5
+
+
+def test_scoring_keeps_its_mask(demo, rows, collator):
+    """The hook leaves evaluation alone: the scorer's 4-D mask and positions arrive."""
+    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+    batch = scorer.collate([Image.open(r["images"][0]) for r in rows])
+    before = scorer.score(model, batch)
+    model.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
+    assert torch.equal(scorer.score(model, batch), before)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("n", [6405, 64, 65, 127, 3])
+def test_fillers_leave_nothing_to_repeat(n, balanced):
+    for micro, accumulation, ranks in ((4, 4, 4), (1, 16, 4), (2, 2, 3)):
+        more = len(fillers([5] * n, micro, accumulation, ranks, balanced))
+        rest = (n + more) % (micro * accumulation * ranks)
+        assert rest == 0 or rest >= accumulation * ranks if balanced else (n + more) % (micro * ranks) == 0
+        assert more < (accumulation * ranks if balanced else micro * ranks)
+
+
+def test_a_filler_teaches_nothing_and_survives_a_worker(demo, rows, collator):
+    from types import SimpleNamespace
+
+    data = Dataset.from_list([{**r, "image_tokens": tokens} for r, tokens in zip(rows, (136, 250, 200), strict=True)])
+    args = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=2)
+    args.train_sampling_strategy, args.length_column_name, args.dataloader_drop_last = "random", "image_tokens", False
+    filled = fill_up(data, args)
+    assert filled["label"][:] == ["cat", "cat", "cat", None] and filled[3]["images"] == rows[0]["images"]
+    loader = torch.utils.data.DataLoader(
+        filled, batch_size=4, collate_fn=pickle.loads(pickle.dumps(collator)), num_workers=1,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+    labels = next(iter(loader))["labels"]
+    assert (labels != -100).sum(1).tolist() == [2, 2, 2, 0]
+
+
+def test_a_batch_without_a_readable_picture_still_runs_a_forward(demo, rows, collator, tmp_path):
+    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    pictures = [str(tmp_path / "bad.jpg"), rows[0]["images"][0]]
+    done = list(score_batches(model, scorer, pictures, [[0], [1]], in_step=True))
+    assert len(forwards) == 2 and set(done[0][2]) == {0}
+    assert done[0][1].isnan().all() and done[1][1].isfinite().all()
+
+
+def test_out_of_memory_in_step_is_one_line_and_no_halves(demo, rows, collator):
+    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+    batch = scorer.collate([Image.open(r["images"][0]) for r in rows])
+
+    def full(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(full, with_kwargs=True)
+    with pytest.raises(UserError, match="out of memory in evaluation with 3 pictures .* lower --per_device_eval"):
+        scorer.score(model, batch, halve=False)
+    assert scorer.score(model, batch).isfinite().all()
+
+
+FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_device_train_batch_size 2 "
+FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20 --attn_implementation eager"
+
+
+@pytest.mark.parametrize("recipe", ["--config_file scripts/ddp.yaml --use_peft", "", "--use_peft"])
+def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
+    """DDP and ZeRO-3 on two ranks, eager attention; what is measured first is the untuned model."""
+    where = f"--model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "
+    where += f"--logging_dir {tmp_path}/logs --output_dir {tmp_path}/sft"
+    done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    state = json.loads((tmp_path / "sft" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    evaluations = [log for log in state if "eval_accuracy" in log]
+    assert [log["step"] for log in evaluations] == [0, 1, 2] and evaluations[0]["eval_accuracy"] > 0.7
+    assert not any("entropy" in key for log in evaluations for key in log), "TRL's figures of the training"
+    card = (tmp_path / "sft" / "README.md").read_text()
+    assert re.search(r"accuracy: 0\.\d{4} on 20 .* at step 2; untuned: 0\.\d{4}", card)
+    shutil.rmtree(tmp_path / "sft" / "checkpoint-2")
+    done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2)
+    assert done.code == 0 and "resuming from" in done.output
+    assert done.output.count("eval_accuracy") == 1, "not again on a resume"
+    if not recipe:
+        done = run(f"sh train.sh {where} {FLAGS} --seed 7 --data_seed 3", NUM_PROCESSES=2)
+        assert done.code == 2 and "seed was 42, is 7 (the order" in done.output and "data_seed was" in done.output
+
+
+def test_all_weights_on_two_ddp_ranks_is_one_line(demo, run, tmp_path):
+    where = f"--model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache}"
+    done = run(f"sh train.sh {where} --config_file scripts/ddp.yaml --output_dir {tmp_path}/sft", NUM_PROCESSES=2)
+    assert done.code == 2 and "train all weights without ZeRO-3; expected ZeRO-3" in done.output
+    assert "Traceback" not in done.output
