@@ -22,7 +22,7 @@ import train  # noqa: E402
 from animals.training import trainer as training  # noqa: E402
 
 out_file = sys.argv.pop(1)
-moved, now, history = count_moved(), {}, []
+moved, now, history, vocabulary = count_moved(), {}, [], []
 fetch = PartitionedParameterCoordinator.fetch_sub_module
 
 
@@ -31,7 +31,7 @@ def watched(self, module, *args, **kwargs):
     now["on_demand"] = now.get("on_demand", 0) + sum(missing)
     fetch(self, module, *args, **kwargs)
     live = self._PartitionedParameterCoordinator__n_available_params
-    embedding, head = ((p.ds_status != ZeroParamStatus.NOT_AVAILABLE) * p.ds_numel for p in now["vocabulary"])
+    embedding, head = ((p.ds_status != ZeroParamStatus.NOT_AVAILABLE) * p.ds_numel for p in vocabulary)
     kind = "live_with_head" if head else "live"
     now[kind] = max(now.get(kind, 0), live - embedding)
 
@@ -44,9 +44,12 @@ def size_of(tensors):
 
 
 class Probe(training.AnimalTrainer):
+    def __init__(self, *, model, **kwargs):
+        vocabulary.extend(part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+        super().__init__(model=model, **kwargs)
+
     def training_step(self, *args, **kwargs):
         now.clear()
-        now["vocabulary"] = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         moved.update(all_gather=0, reduce_scatter=0)
         loss = super().training_step(*args, **kwargs)
         counted = "on_demand", "live", "live_with_head"

@@ -85,22 +85,3 @@ def test_the_plan_knows_the_largest_micro_batch(tokens):
     random_order = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes)["peaks"]
     levelled = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes, formed=formed)["peaks"]
     assert levelled["median"] == random_order["median"] and levelled["largest"] < random_order["largest"] - 0.5
-
-
-def test_the_readme_quotes_the_plan_of_this_mix(tokens):
-    config = memory_plan.load_config(ROOT / "tests" / "hub_config.json")
-    zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
-    shapes = memory_plan.parameters(config)
-
-    def peak(gpus, micro, accumulation, levelled=True, **how):
-        formed = largest_micro_batch(tokens, micro, accumulation, gpus) if levelled else None
-        found = memory_plan.plan(
-            config, zero3, gpus, micro, accumulation, (1368, 2340), shapes=shapes, formed=formed, **how
-        )
-        return f"{found['peaks']['largest']:.1f}"
-
-    text = " ".join((ROOT / "scripts" / "README.md").read_text().split())
-    assert f"peak at 4 x 4 x 4 from {peak(4, 4, 4, levelled=False)} to {peak(4, 4, 4)} GiB" in text
-    assert f"would need {peak(4, 8, 2)} GiB on 4 GPUs" in text
-    assert f"and {peak(4, 8, 2, offload_activations=True)} with the activation offload" in text
-    assert f"on 8 GPUs 8 x 1 needs {peak(8, 8, 1)}" in text
