@@ -63,11 +63,6 @@ class Scorer:
     def _token_ids(self, label=None):
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
 
-    @property
-    def text_tokens(self):
-        """Tokens of a training example around its picture, with the longest answer and </s>; <image> is not counted."""
-        return len(self._token_ids()) - 1 + max(map(len, self.answers))
-
     def collate(self, pictures):
         """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
         import torch

@@ -25,12 +25,12 @@ class PictureCollator:
     is learned. Pickles, for a data worker may be spawned.
     """
 
-    def __init__(self, processor, assistant_only_loss):
+    def __init__(self, processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):
         from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
         self.processor = processor
         self.collate = DataCollatorForVisionLanguageModeling(
-            processor, assistant_only_loss=assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, max_length=None
+            processor, assistant_only_loss=assistant_only_loss, chat_template=chat_template, max_length=None
         )
 
     def __call__(self, examples):

@@ -66,8 +66,8 @@ def check_run(config, args, model_args, make_scorer):
     scorer = findings.attempt(check_checkpoint, path, config, make_scorer)
     findings.attempt(check_output_dir, args.output_dir)
     findings.attempt(check_ranks, args.use_cpu)
-    words = [scorer.text_tokens] if scorer else []
-    plan = findings.attempt(make_plan, config, args, model_args, *words) if holds_model(path) else None
+    text = scorer.text_tokens if scorer else TEXT_TOKENS
+    plan = findings.attempt(make_plan, config, args, model_args, text) if holds_model(path) else None
     if holds_model(path):
         total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
         findings.attempt(check_disk, args, plan["trained"] if plan else total)
