@@ -152,8 +152,9 @@ def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
     evaluations = [log for log in state if "eval_accuracy" in log]
     assert [log["step"] for log in evaluations] == [0, 1, 2] and evaluations[0]["eval_accuracy"] > 0.7
     assert not any("entropy" in key for log in evaluations for key in log), "TRL's figures of the training"
-    card = (tmp_path / "sft" / "README.md").read_text()
-    assert re.search(r"accuracy: 0\.\d{4} on 20 .* at step 2; untuned: 0\.\d{4}", card)
+    if not recipe:  # peft leaves a card of its own
+        card = (tmp_path / "sft" / "README.md").read_text()
+        assert re.search(r"accuracy: 0\.\d{4} on 20 .* at step 2; untuned: 0\.\d{4}", card)
     shutil.rmtree(tmp_path / "sft" / "checkpoint-2")
     done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2)
     assert done.code == 0 and "resuming from" in done.output
