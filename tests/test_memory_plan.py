@@ -81,7 +81,6 @@ def test_the_plan_is_what_train_py_holds_and_moves(tmp_path, demo, shape, change
     moved = max(step["all_gather"] + step["reduce_scatter"] for step in steady)
     most = planned["traffic_gb"]["between_gpus"] * 1e9 / 2  # 2 micro-steps x 2 bytes x half
     assert moved <= most <= (1.02 if not shape else 1.4) * moved
-    print(held["moved"], items["live layers"] / 2)
     live, with_head = (max(step[kind] for step in steady) for kind in ("live", "live_with_head"))
     head = math.prod(next(size for name, size, _ in memory_plan.parameters(config) if name == memory_plan.HEAD))
     assert with_head <= items["live layers"] / 2 + head
