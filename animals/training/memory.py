@@ -288,12 +288,12 @@ def traffic_gb(run) -> dict:
     """GB a GPU and step, at most.
 
     Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the other weights of a
-    decoder layer twice, from the recompute to the backward; embedding and head once. Every trained gradient is
+    decoder layer twice, from the recompute to the backward; embedding once, head twice. Every trained gradient is
     reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
     """
     layer = [n for name, n in run.sizes if ".layers.0." in name and "vision" not in name and n > run.threshold]
     passes = 2 if run.reuse >= 2 * sum(layer[1:]) else 3
-    gathers = (passes * sum(run.layers) + 2 * run.head) * run.sharded
+    gathers = (passes * sum(run.layers) + 3 * run.head) * run.sharded
     reduced = sum(size for _, size in run.trained) * (1 if run.sharded else 2)
     share = (run.num_gpus - 1) / run.num_gpus
     link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + reduced)
