@@ -39,9 +39,13 @@ def inspect_one(path) -> Facts:
         return Facts(str(error))
     pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
     pixels.update(picture.tobytes("raw", "RGBX"))  # as it lies in memory; X is 255
+    return Facts("", *picture.size, sha.hex(), pixels.hexdigest(), *look(picture))
+
+
+def look(picture: Image.Image) -> tuple[int, int, bytes]:
+    """What look-alikes are found by: perceptual hash, that of the mirrored picture, 32x32 grey thumbnail."""
     thumb = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-    hashes = perceptual_hash(thumb), perceptual_hash(ImageOps.mirror(thumb))
-    return Facts("", *picture.size, sha.hex(), pixels.hexdigest(), *hashes, thumb.tobytes())
+    return perceptual_hash(thumb), perceptual_hash(ImageOps.mirror(thumb)), thumb.tobytes()
 
 
 def perceptual_hash(thumb: Image.Image) -> int:

@@ -2,8 +2,8 @@
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near means that the 64-bit
 perceptual hashes (check.py), one of them perhaps of the mirrored picture, differ in at most
-config.near_duplicate_distance bits; beyond SURE bits the 32x32 thumbnails must correlate too, because drawings with few
-shapes come that near by chance. A flat picture has no hash and is only ever compared by pixels. How much of what is
+config.near_duplicate_distance bits; beyond SURE bits, and between mirrored pictures, the 32x32 thumbnails must correlate
+too, because drawings with few shapes come that near by chance. A flat picture has no hash and is only ever compared by pixels. How much of what is
 found this way: benchmarks/results/look_alikes.md.
 
 leaks.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image, split,
@@ -25,8 +25,8 @@ from animals.files import replacing
 from animals.pictures.cache import FORMAT, SPLITS, csv_file, fresh_meta, read_checked, split_folder
 from config import Config
 
-SURE = 4  # bits: so near is near, whatever the thumbnails say
-CORRELATION = 0.87  # of thumbnails beyond SURE bits; 2 % crops of photographs: 0.873 and more
+SURE = 4  # bits: so near is near, whatever the thumbnails say, unless one is mirrored
+CORRELATION = 0.87  # of the other pairs' thumbnails; 2 % crops of photographs: 0.873 and more
 BLOCK = 1 << 22  # hashes compared at once: 32 MB
 COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
 SERIOUS = ("both splits", "two labels")
@@ -86,13 +86,13 @@ def near_pairs(pictures: Pictures, distance: int):
         for start in range(0, n, rows):
             stop = min(start + rows, n)
             found = []
-            for others, mirror in ((phash, 1), (mirrored, -1)):
+            for others, step, sure in ((phash, 1, SURE), (mirrored, -1, -1)):
                 bits = np.bitwise_count(phash[start:stop, None] ^ others[None, :stop])  # [rows, stop]
                 row, other = np.nonzero(bits <= distance)
                 bits, row = bits[row, other], row + start
-                near = (other < row) & (bits <= SURE)
-                doubtful = np.flatnonzero((other < row) & (bits > SURE))
-                near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::mirror], other[doubtful])
+                near = (other < row) & (bits <= sure)
+                doubtful = np.flatnonzero((other < row) & (bits > sure))
+                near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::step], other[doubtful])
                 found.append((hashed[row[near]], hashed[other[near]], bits[near]))
             bar.update(stop - start)
             yield tuple(np.concatenate(column) for column in zip(*found, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from animals.checkpoint.tokens import Geometry, read_geometry
 from animals.command import UserError
-from animals.pictures import split as data_split
+from animals.pictures import moves
 from animals.pictures.cache import (
     SPLITS,
     build,
@@ -19,7 +19,9 @@ from animals.pictures.cache import (
     lock,
     split_folder,
 )
+from animals.pictures.quarantine import manifest as quarantine_manifest
 from animals.pictures.read import EXTENSIONS, walk
+from animals.pictures.split import manifest as split_manifest
 from config import Config
 
 __all__ = ["load_split", "prepare"]
@@ -86,12 +88,16 @@ def folder_problems(config: Config, splits) -> list[str]:
     """What is wrong with the folders themselves: one line a problem, before any picture is read."""
     problems = []
     table = ", ".join(config.folder_to_label)
-    if half := data_split.unfinished(config.input_dir):
-        problems.append(
-            f"{half}: found a cut that was interrupted; finish it: "
-            f"{cut_command(config, '--validation_fraction 0.2 --seed 42')}; or take it back: "
-            f"{cut_command(config, '--undo_split')}"
-        )
+    ways = {  # manifest: what was interrupted, how to finish it, how to take it back
+        split_manifest(config.input_dir): ("cut", "--validation_fraction 0.2 --seed 42", "--undo_split"),
+        quarantine_manifest(config.input_dir): ("quarantine", "--quarantine LIST.csv", "--undo_quarantine"),
+    }
+    for half, (what, again, back) in ways.items():
+        if moves.unfinished(half):
+            problems.append(
+                f"{half}: found a {what} that was interrupted; finish it: {cut_command(config, again)}; or take it "
+                f"back: {cut_command(config, back)}"
+            )
     for split in splits:
         root = split_folder(config, split)
         if not os.path.isdir(root):
