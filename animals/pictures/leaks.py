@@ -1,10 +1,9 @@
 """Which pictures are the same: across the splits, under two labels, or near enough to belong on one side of a cut.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near means that the 64-bit
-perceptual hashes (check.py), one of them perhaps of the mirrored picture, differ in at most
-config.near_duplicate_distance bits; beyond SURE bits, and between mirrored pictures, the 32x32 thumbnails must correlate
-too, because drawings with few shapes come that near by chance. A flat picture has no hash and is only ever compared by pixels. How much of what is
-found this way: benchmarks/results/look_alikes.md.
+perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and where one
+picture is mirrored, the 32x32 thumbnails must correlate too: drawings with few shapes come that near by chance. A flat
+picture has no hash and is only ever compared by pixels. What is found this way: benchmarks/results/look_alikes.md.
 
 leaks.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image, split,
 label, other_image, other_split, other_label. Of each pair `image` is the one to take away: not the training picture,
