@@ -87,7 +87,12 @@ class Config:
         None, "class folder -> label, as a JSON object; `folders`: their own names. None: as --prompt"
     )
     max_excluded: float = setting(0.01, "share of a split that may be unusable pictures; more is an error")
-    near_duplicate_distance: int = setting(4, "bits of 64 that perceptual hashes of near-duplicates differ in at most")
+    near_duplicate_distance: int = setting(
+        8, "bits of 64 that perceptual hashes of look-alikes differ in at most; 0 to 16, even: distances are"
+    )
+    look_alike_limit: int = setting(
+        200_000, "look-alikes are searched among so many pictures at most; twice as many take four times as long"
+    )
     allow_leaks: bool = setting(False, "go on although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "processes that decode pictures when the cache is built; 0 = one a core")
 
@@ -101,8 +106,8 @@ class Config:
         self.folder_to_label = read_table(self.folder_to_label, self.input_dir)
         if not 0 <= self.max_excluded <= 1:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
-        if not 0 <= self.near_duplicate_distance <= 8:
-            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 8 bits")
+        if not 0 <= self.near_duplicate_distance <= 16:
+            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 

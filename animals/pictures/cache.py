@@ -1,18 +1,21 @@
 """The caches of the pictures in temp_dir: what they hold, when they are stale, how they are built.
 
-<split>.checked.arrow  a row each picture file: path, size, times, verdict, width, height, hashes. Depends on the files.
-<split>.json, .arrow   a row each usable picture: the conversation and its cost. Depends on wording and geometry too.
-<split>.meta.json      what the others were built from; written last, so a half-built cache is no cache
-excluded.csv           the unusable pictures of all splits
+<split>.checked.parquet  a row each picture file: path, size, times and what check.py learned. Depends on the files
+<split>.json             a row each usable picture: its conversation and cost. Depends on wording and geometry too
+<split>.meta.json        what the others were built from; written last, so a half-built cache is no cache
+<split>.rows/            datasets' memory-mapped copy of the JSON, made by load_split(), removed with every new JSON
+excluded.csv             the unusable pictures of all splits
 
-Every file is written beside its place and renamed. Everything is streamed: memory does not grow with the pictures.
+Every file is written beside its place and renamed.
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -23,13 +26,13 @@ import config as settings
 from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import UserError
 from animals.files import replacing
-from animals.pictures.check import Facts, Workers
-from animals.pictures.read import walk
+from animals.pictures.check import Facts, inspect_all
+from animals.pictures.read import FORMATS, walk
 from config import Config
 
-FORMAT = 2  # of everything in temp_dir; a cache of another format is rebuilt
+FORMAT = 3  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
-ROWS = 8192  # rows an Arrow batch: what is in memory at once
+KEY = ("path", "size", "mtime", "ctime")  # of a picture file; with the fields of Facts the columns of the check
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ def lock(config: Config):
 
 
 def listing(config: Config, split: str, strays: Counter):
-    """(path below the split's folder as bytes, path, size, mtime, ctime) of every picture file, in a fixed order."""
+    """(path below the split's folder as bytes, size, mtime, ctime) of every picture file, in a fixed order."""
     root = split_folder(config, split)
     for folder in class_folders(config, split):
         if folder not in config.folder_to_label:
@@ -88,7 +91,7 @@ def listing(config: Config, split: str, strays: Counter):
         try:
             for path, status in walk(os.path.join(root, folder), strays):
                 times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if status else (-1, 0, 0)
-                yield os.fsencode(path[len(root) + 1 :]), path, *times
+                yield os.fsencode(path[len(root) + 1 :]), *times
         except OSError as error:
             raise UserError(cannot_list(error, root)) from None
 
@@ -106,10 +109,10 @@ def is_utf8(path: str) -> bool:
         return False
 
 
-def stamp(config: Config, split: str) -> str:
-    """A hash over the listing: it changes when a picture is added, removed, replaced or made readable."""
+def stamp(files) -> str:
+    """A hash over a listing: it changes when a picture is added, removed, replaced or made readable."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, _, *times in listing(config, split, Counter()):
+    for name, *times in files:
         digest.update(b"%s\0%d %d %d\n" % (name, *times))
     return digest.hexdigest()
 
@@ -130,7 +133,7 @@ def decoder() -> list:
     """What the verdicts depend on beside the files."""
     import PIL
 
-    return [FORMAT, PIL.__version__, settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE]
+    return [FORMAT, PIL.__version__, list(FORMATS), settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE]
 
 
 def identity(path: Path) -> list | None:
@@ -142,21 +145,28 @@ def identity(path: Path) -> list | None:
 
 
 def read_meta(config: Config, split: str) -> dict:
+    """What the cache of a split was built from; {} if there is none, or its check is not whole or of other rules."""
     try:
         meta = json.loads(temp_path(config, split, "meta.json").read_text(encoding="utf-8"))
-        return meta if isinstance(meta, dict) and meta.get("decoder") == decoder() else {}
-    except (OSError, ValueError):
+        whole = identity(temp_path(config, split, "checked.parquet")) == meta["files"]["checked.parquet"]
+        return meta if whole and meta["decoder"] == decoder() else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def read_summary(config: Config, split: str, geometry: Geometry) -> dict | None:
-    """The summary of a fresh cache, or None."""
+def fresh_meta(config: Config, split: str) -> dict:
+    """read_meta() if the pictures are still those that were checked, else {}."""
     meta = read_meta(config, split)
+    there = meta and os.path.isdir(split_folder(config, split))
+    return meta if there and meta["stamp"] == stamp(listing(config, split, Counter())) else {}
+
+
+def fresh_summary(config: Config, split: str, geometry: Geometry, meta: dict) -> dict | None:
+    """The summary of a split whose fresh_meta() this is, or None if its rows have to be written anew."""
     fresh = (
         meta
         and meta["wording"] == json.loads(json.dumps(wording(config, geometry)))
-        and all(identity(temp_path(config, split, suffix)) == meta["files"][suffix] for suffix in meta["files"])
-        and meta["stamp"] == stamp(config, split)
+        and identity(temp_path(config, split, "json")) == meta["files"]["json"]
     )
     return {**meta["summary"], "built": False} if fresh else None
 
@@ -164,31 +174,15 @@ def read_summary(config: Config, split: str, geometry: Geometry) -> dict | None:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def checked_schema():
-    import pyarrow as pa
+def build(config: Config, split: str, geometry: Geometry) -> dict:
+    """Check what is new, then write the rows. Each file is written beside its place and renamed, meta.json last.
 
-    columns = {"path": pa.binary(), "size": pa.int64(), "mtime": pa.int64(), "ctime": pa.int64(), "reason": pa.string()}
-    columns |= {"width": pa.int32(), "height": pa.int32(), "sha256": pa.binary(32), "pixels": pa.binary(16)}
-    return pa.schema(columns | {"phash": pa.uint64()})
-
-
-def read_checked(path):
-    """The rows of a .checked.arrow file, batch by batch, from the memory map."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
-        yield from batches
-
-
-def build(config: Config, split: str, geometry: Geometry, workers: Workers) -> dict:
-    """Check what is new, then write the rows. Each file is written beside its place and renamed, meta.json last."""
+    Returns the content of meta.json, whose summary is prepare()'s."""
     start = time.perf_counter()
-    old = read_meta(config, split)
-    checked = temp_path(config, split, "checked.arrow")
-    known = checked if old and identity(checked) == old["files"]["checked.arrow"] else None
     strays = Counter()
-    now, decoded = check(config, split, known, checked, strays, workers)
-    summary = write_rows(config, split, geometry, checked)
+    files = list(listing(config, split, strays))
+    rows, decoded = check(config, split, files)
+    summary = write_rows(config, split, geometry, rows)
     summary["ignored"] = dict(strays)
     summary["decoded"] = decoded
     summary["seconds"] = round(time.perf_counter() - start, 2)
@@ -198,171 +192,122 @@ def build(config: Config, split: str, geometry: Geometry, workers: Workers) -> d
         summary["warnings"].append(
             f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
         )
-    suffixes = ("checked.arrow", "json", "arrow")
     meta = {
         "decoder": decoder(),
         "wording": wording(config, geometry),
-        "stamp": now,
-        "files": {suffix: identity(temp_path(config, split, suffix)) for suffix in suffixes},
+        "stamp": stamp(files),
+        "files": {suffix: identity(temp_path(config, split, suffix)) for suffix in ("checked.parquet", "json")},
         "summary": summary,
     }
     with replacing(temp_path(config, split, "meta.json")) as file:
         file.write(json.dumps(meta, indent=1).encode())
     write_excluded(config)
-    return {**summary, "built": True}
+    return meta
 
 
-def check(config: Config, split: str, known, path: Path, strays: Counter, workers: Workers) -> tuple[str, int]:
-    """Write `path`, a row for each picture file; decode what `known` does not have. The stamp and the number decoded.
-
-    Old and new listing are in the same order, so they are merged in one pass and neither is held in memory.
-    """
-    workers.start()
+def check(config: Config, split: str, files: list[tuple]) -> tuple[list[dict], int]:
+    """The rows of the check, a dict each file of the listing, written to <split>.checked.parquet; how many are new."""
     import pyarrow as pa
+    import pyarrow.parquet as parquet
     from tqdm import tqdm
 
-    def old_rows():
-        for batch in read_checked(known) if known else ():
-            yield from zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True)
-
-    old = old_rows()
-    current = next(old, None)
-    order = lambda name: name.split(os.sep.encode())  # noqa: E731
-    digest = hashlib.blake2b(digest_size=16)
-    entries, fresh = [], 0
-
-    def items():
-        """(row, path, facts or None) of every picture file."""
-        nonlocal current, fresh
-        for name, path, *times in listing(config, split, strays):
-            digest.update(b"%s\0%d %d %d\n" % (name, *times))
-            while current and order(current[0]) < order(name):
-                current = next(old, None)
-            same = current and current[0] == name and list(current[1:4]) == times and times[0] >= 0
-            facts = Facts(*current[4:]) if same else None  # hashes as bytes here, as hex from the workers
-            if not is_utf8(path):
-                facts = Facts("name is not UTF-8")
-            fresh += facts is None
-            yield (name, *times), path, facts
-
-    schema = checked_schema()
-    os.makedirs(path.parent, exist_ok=True)
-    with replacing(path) as file, pa.ipc.new_stream(file, schema) as out:
-
-        def flush():
-            columns = zip(*entries, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            out.write_batch(pa.record_batch(arrays, schema=schema))
-            entries.clear()
-
-        total = sum(1 for _ in listing(config, split, Counter())) if sys.stderr.isatty() else None
-        with tqdm(total=total, desc=f"checking {split}", unit=" pictures", disable=None) as bar:
-            for row, facts in workers.inspect_all(items()):
-                entries.append((*row, *facts[:3], *map(as_bytes, facts[3:5], (32, 16)), facts.phash))
-                bar.update()
-                if len(entries) == ROWS:
-                    flush()
-        if entries:
-            flush()
-    return digest.hexdigest(), fresh
-
-
-def as_bytes(value: str | bytes, length: int) -> bytes:
-    return value if isinstance(value, bytes) else bytes.fromhex(value).ljust(length, b"\0")
-
-
-def write_rows(config: Config, split: str, geometry: Geometry, checked: Path) -> dict:
-    """Write <split>.json and <split>.arrow from the check, and count."""
-    import pyarrow as pa
-
-    part = pa.struct({"type": pa.string(), "text": pa.string()})
-    message = pa.struct({"role": pa.string(), "content": pa.list_(part)})
-    schema = pa.schema(
-        {
-            "images": pa.list_(pa.string()),
-            "messages": pa.list_(message),
-            "label": pa.string(),
-            "width": pa.int32(),
-            "height": pa.int32(),
-            "image_tokens": pa.int32(),
-            "sha256": pa.string(),
-        }
-    )
-    chats = pa.array([config.conversation(label) for label in config.labels], schema.field("messages").type)
-    chat_json = {  # the part of a line that depends on the label alone
-        label: f'"messages": {json.dumps(config.conversation(label), ensure_ascii=False)}, '
-        f'"label": {json.dumps(label, ensure_ascii=False)}'
-        for label in config.labels
-    }
-    index = {label: i for i, label in enumerate(config.labels)}
-    folders = dict.fromkeys((f for f in class_folders(config, split) if f in config.folder_to_label), 0)
-    excluded, classes = Counter(), dict.fromkeys(config.labels, 0)
-    tokens = {"min": 0, "mean": 0, "max": 0}
-    digest = hashlib.sha256(json.dumps([config.question, config.answer]).encode())
-    known_sizes, total, n = {}, 0, 0
+    known = {}
+    if read_meta(config, split):
+        known = {tuple(row[column] for column in KEY): row for row in read_checked(config, split)}
     root = split_folder(config, split)
-    with (
-        replacing(temp_path(config, split, "json")) as text,
-        replacing(temp_path(config, split, "arrow")) as binary,
-        pa.ipc.new_stream(binary, schema) as out,
-    ):
-        text.write(b"[")
-        for batch in read_checked(checked):
-            rows = []
-            names = ("path", "reason", "width", "height", "sha256")
-            for name, reason, width, height, sha in zip(*(batch[c].to_pylist() for c in names), strict=True):
-                if reason:
-                    excluded[reason.partition(":")[0]] += 1
-                    continue
-                name, sha = name.decode(), sha.hex()
-                folder = name.partition(os.sep)[0]
-                label = config.folder_to_label[folder]
-                if (width, height) not in known_sizes:
-                    if len(known_sizes) > 100_000:
-                        known_sizes.clear()
-                    known_sizes[width, height] = image_token_count(width, height, geometry)
-                cost = known_sizes[width, height]
-                path = os.path.join(root, name)
-                rows.append((path, label, width, height, cost, sha))
-                folders[folder] += 1
-                classes[label] += 1
-                digest.update(f"{name}\0{sha}\0{label}\n".encode())
-                line = (
-                    f'{{"images": [{json.dumps(path, ensure_ascii=False)}], {chat_json[label]}, "width": {width}, '
-                    f'"height": {height}, "image_tokens": {cost}, "sha256": "{sha}"}}'
-                )
-                text.write(f"{',' if n else ''}\n{line}".encode())
-                n += 1
-                total += cost
-                tokens["min"] = min(tokens["min"] or cost, cost)
-                tokens["max"] = max(tokens["max"], cost)
-            if rows:
-                paths, labels, *rest = zip(*rows, strict=True)
-                arrays = [
-                    pa.ListArray.from_arrays(range(len(rows) + 1), pa.array(paths)),
-                    chats.take(pa.array([index[label] for label in labels])),
-                    pa.array(labels),
-                    *(pa.array(c, f.type) for c, f in zip(rest, list(schema)[3:], strict=True)),
-                ]
-                out.write_batch(pa.record_batch(arrays, schema=schema))
-        text.write(b"\n]\n")
-    tokens["mean"] = round(total / n, 1) if n else 0
+    paths = {file: os.path.join(root, os.fsdecode(file[0])) for file in files}
+    new = [file for file in files if file not in known and is_utf8(paths[file])]
+    facts = inspect_all([paths[file] for file in new], config.data_processes)
+    facts = tqdm(facts, f"checking {split}", len(new), unit=" pictures", disable=not sys.stderr.isatty())
+    found = dict(zip(new, facts, strict=True))
+    rows = []
+    for file in files:
+        row = known.get(file) or dict(zip(KEY, file, strict=True)) | found.get(file, NOT_UTF8)._asdict()
+        rows.append(row)
+    columns = {"path": pa.binary(), "size": pa.int64(), "mtime": pa.int64(), "ctime": pa.int64(), "reason": pa.string()}
+    columns |= {"width": pa.int32(), "height": pa.int32(), "sha256": pa.string(), "pixels": pa.string()}
+    columns |= {"phash": pa.uint64(), "mirrored": pa.uint64(), "thumbnail": pa.binary()}
+    os.makedirs(config.temp_dir, exist_ok=True)
+    with replacing(temp_path(config, split, "checked.parquet")) as out:
+        parquet.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), out)
+    return rows, len(new)
+
+
+NOT_UTF8 = Facts("name is not UTF-8")
+
+
+def read_checked(config: Config, split: str, columns: list[str] | None = None) -> list[dict]:
+    """The rows of the last check."""
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(temp_path(config, split, "checked.parquet"), columns=columns).to_pylist()
+
+
+def write_rows(config: Config, split: str, geometry: Geometry, rows: list[dict]) -> dict:
+    """Write <split>.json from the check, a picture a line, and count."""
+    folders = dict.fromkeys((f for f in class_folders(config, split) if f in config.folder_to_label), 0)
+    excluded, classes, tokens = Counter(), dict.fromkeys(config.labels, 0), []
+    digest = hashlib.sha256(json.dumps([config.question, config.answer]).encode())
+    count = functools.cache(lambda width, height: image_token_count(width, height, geometry))
+    root = split_folder(config, split)
+    with replacing(temp_path(config, split, "json")) as text:
+        for row in rows:
+            if row["reason"]:
+                excluded[row["reason"].partition(":")[0]] += 1
+                continue
+            name = row["path"].decode()
+            folder = name.partition(os.sep)[0]
+            label = config.folder_to_label[folder]
+            line = {
+                "images": [os.path.join(root, name)],
+                "messages": config.conversation(label),
+                "label": label,
+                "width": row["width"],
+                "height": row["height"],
+                "image_tokens": count(row["width"], row["height"]),
+                "sha256": row["sha256"],
+            }
+            text.write(("[\n" if not tokens else ",\n").encode() + json.dumps(line, ensure_ascii=False).encode())
+            folders[folder] += 1
+            classes[label] += 1
+            tokens.append(line["image_tokens"])
+            digest.update(f"{name}\0{row['sha256']}\0{label}\n".encode())
+        text.write(b"\n]\n" if tokens else b"[]\n")
+    shutil.rmtree(temp_path(config, split, "rows"), ignore_errors=True)  # of the JSON that was there before
+    tokens = tokens or [0]
     return {
-        "n": n,
+        "n": sum(classes.values()),
         "classes": classes,
         "folders": folders,
         "excluded": dict(excluded),
-        "image_tokens": tokens,
+        "image_tokens": {"min": min(tokens), "mean": round(sum(tokens) / len(tokens), 1), "max": max(tokens)},
         "fingerprint": digest.hexdigest()[:32],
     }
 
 
+def load_split(config: Config, split: str):
+    """The cached split as a datasets.Dataset, memory-mapped. Call prepare() first.
+
+    Columns: images [path], messages [{role, content: [{type, text}]}], label, width, height, image_tokens, sha256.
+    """
+    path, copy = temp_path(config, split, "json"), os.path.abspath(temp_path(config, split, "rows"))
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected the cache of {split}; run python data_process_utils.py")
+    os.environ.setdefault("HF_DATASETS_CACHE", copy)
+    from datasets import Features, List, Value, load_dataset
+
+    string, number = Value("string"), Value("int32")
+    part = {"type": string, "text": string}  # one type for all parts: the picture's has the text None
+    features = {"images": List(string), "messages": List({"role": string, "content": List(part)}), "label": string}
+    features |= {"width": number, "height": number, "image_tokens": number, "sha256": string}
+    return load_dataset("json", data_files=str(path), split="train", features=Features(features), cache_dir=copy)
+
+
 def write_excluded(config: Config) -> None:
     """excluded.csv of all splits that were checked."""
-    with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as rows:
+    with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as out:
         for split in SPLITS:
-            checked = temp_path(config, split, "checked.arrow")
-            for batch in read_checked(checked) if checked.is_file() else ():
-                for name, reason in zip(batch["path"].to_pylist(), batch["reason"].to_pylist(), strict=True):
-                    if reason:
-                        rows.writerow([os.path.join(split_folder(config, split), os.fsdecode(name)), split, reason])
+            for row in read_checked(config, split, ["path", "reason"]) if read_meta(config, split) else ():
+                if row["reason"]:
+                    path = os.path.join(split_folder(config, split), os.fsdecode(row["path"]))
+                    out.writerow([path, split, row["reason"]])

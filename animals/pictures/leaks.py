@@ -1,268 +1,280 @@
 """Which pictures are the same: across the splits, under two labels, or near enough to belong on one side of a cut.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near means that the 64-bit
-perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits: a recompressed or resized copy
-differs in 0 to 4, unrelated photographs in about 32. A flat picture has no hash and is only ever compared by pixels.
+perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and where one
+picture is mirrored, the 32x32 thumbnails must correlate too: drawings with few shapes come that near by chance. A flat
+picture has no hash and is only ever compared by pixels. What is found this way: benchmarks/results/look_alikes.md.
 
-leaks.csv: problem (both splits | two labels), match (same pixels | near), distance (bits), image, split, label,
-other_image, other_split, other_label. Identical pictures stop the build unless config.allow_leaks, near ones warn.
-
-Nothing is quadratic in the number of pictures: see near_pairs().
+leaks.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image, split,
+label, other_image, other_split, other_label. Of each pair `image` is the one to take away: not the training picture,
+else the later one. Identical pictures in both splits or under two labels stop the build unless config.allow_leaks; the
+others warn.
 """
 
 import json
-import math
 import os
+import sys
 import time
-from collections import Counter
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from animals.files import replacing
-from animals.pictures.cache import FORMAT, SPLITS, csv_file, split_folder, temp_path
+from animals.pictures.cache import FORMAT, SPLITS, csv_file, fresh_meta, read_checked, split_folder
 from config import Config
 
-CANDIDATES = 1024  # at most, a picture and table: bounds the time when thousands of different pictures look alike
-BLOCK = 1 << 21  # candidate pairs compared at once: 50 MB
+SURE = 4  # bits: so near is near, whatever the thumbnails say, unless one is mirrored
+CORRELATION = 0.87  # of the other pairs' thumbnails; 2 % crops of photographs: 0.873 and more
+BLOCK = 1 << 22  # hashes compared at once: 32 MB
+COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
+SERIOUS = ("both splits", "two labels")
 
 
 class Pictures(NamedTuple):
-    """Usable pictures of all splits, one row each."""
+    """Usable pictures of some splits, train first, one row each."""
 
-    split: np.ndarray  # int8, 0 = train, 1 = validation
+    image: list[str]  # path, as in the JSON
+    split: np.ndarray  # int8, index in SPLITS
     label: np.ndarray  # int32, number of the label
-    pixels: np.ndarray  # [n, 2] uint64, hash of the pixels
-    phash: np.ndarray  # uint64, perceptual hash, 0 = none
+    pixels: list[str]  # hash of the pixels
+    phash: np.ndarray  # uint64, 0 = none
+    mirrored: np.ndarray  # uint64, of the mirrored picture
+    thumbnail: np.ndarray  # [n, 32, 32] uint8
 
 
 class Leak(NamedTuple):
-    problem: str  # "both splits" or "two labels"
+    problem: str  # "both splits", "two labels" or "one split"
     match: str  # "same pixels" or "near"
     distance: int  # bits
-    row: int  # of the picture, and of the one it equals
+    row: int  # of the picture, and of the earlier one it equals
     other: int
 
 
-def near_pairs(a: np.ndarray, b: np.ndarray, distance: int, capped: np.ndarray):
-    """Yield arrays (i, j, bits) with bits = popcount(a[i] ^ b[j]) <= distance; a pair may come more than once.
-
-    Pigeonhole: cut the 64 bits into m > distance chunks; two hashes within `distance` agree on at least m - distance
-    of them, so for each choice of m - distance chunks only hashes that agree there are compared (sorted, not hashed).
-    m grows with n so that about 8 unrelated hashes share a key: time is n log n times the number of choices, which is
-    15 for distance 4 and a million pictures. `capped[i]` is set where more than CANDIDATES shared a key.
-    """
-    chunks = distance + 1
-    while chunks < distance + 3 and 64 * (chunks - distance) / chunks < math.log2(max(len(b), 1) + 1) - 3:
-        chunks += 1
-    bit = np.arange(64)
-    for agreeing in combinations(range(chunks), chunks - distance):
-        chosen = np.isin(bit % chunks, agreeing)  # interleaved: every chunk has low and high frequencies
-        mask = np.uint64(sum(1 << int(k) for k in bit[chosen]))
-        order_a, order_b = np.argsort(a & mask), np.argsort(b & mask)
-        keys_a, keys_b = (a & mask)[order_a], (b & mask)[order_b]
-        first = np.searchsorted(keys_b, keys_a, "left")
-        count = np.searchsorted(keys_b, keys_a, "right") - first
-        capped[order_a[count > CANDIDATES]] = True
-        count = np.minimum(count, CANDIDATES)
-        ends = np.cumsum(count)
-        start = 0
-        while start < len(a):
-            before = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK, "right")))
-            n = count[start:stop]
-            i = np.repeat(np.arange(start, stop), n)
-            j = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + first[i]
-            i, j = order_a[i], order_b[j]
-            bits = np.bitwise_count(a[i] ^ b[j])
-            near = bits <= distance
-            yield i[near], j[near], bits[near]
-            start = stop
-
-
-def find_leaks(pictures: Pictures, distance: int) -> tuple[list[Leak], int]:
-    """Leaks, identical pictures first, and how many pictures had too many look-alikes to compare them all.
-
-    One row a validation picture and match (with one training picture that it equals or is nearest to), and one row a
-    picture whose label differs from that of the first picture with the same pixels. So the list is linear in n.
-    """
-    leaks = []
-    split, label, pixels = pictures.split, pictures.label, pictures.pixels
-    order = np.lexsort((np.arange(len(split)), split, pixels[:, 1], pixels[:, 0]))  # train first within equals
-    new = np.ones(len(order), bool)
-    new[1:] = (pixels[order[1:]] != pixels[order[:-1]]).any(axis=1)
-    starts = np.flatnonzero(new)
-    sizes = np.diff(np.append(starts, len(order)))
-    leaked = np.zeros(len(split), bool)
-    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
-        first, *others = order[start : start + size]
-        for other in others:
-            if split[other] != split[first]:
-                leaks.append(Leak("both splits", "same pixels", 0, int(other), int(first)))
-                leaked[other] = True
-            if label[other] != label[first]:
-                leaks.append(Leak("two labels", "same pixels", 0, int(other), int(first)))
-    hashed = pictures.phash != 0
-    train, first_train = unique(pictures.phash, np.flatnonzero(hashed & (split == 0)))
-    held, _ = unique(pictures.phash, np.flatnonzero(hashed & (split == 1) & ~leaked))
-    best = np.full(len(held), np.iinfo(np.int64).max)
-    capped = np.zeros(len(held), bool)
-    for i, j, bits in near_pairs(held, train, distance, capped):
-        np.minimum.at(best, i, bits.astype(np.int64) << 40 | first_train[j])
-    rows = np.flatnonzero(hashed & (split == 1) & ~leaked)
-    where = np.searchsorted(held, pictures.phash[rows])
-    for row, found in zip(rows, best[where] if len(held) else (), strict=True):
-        if found != np.iinfo(np.int64).max:
-            leaks.append(Leak("both splits", "near", int(found >> 40), int(row), int(found & (1 << 40) - 1)))
-    return leaks, int(capped[where].sum()) if len(held) else 0
-
-
-def unique(values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values of some rows, sorted, and the first row of each."""
-    distinct, first = np.unique(values[rows], return_index=True)
-    return distinct, rows[first].astype(np.int64)
-
-
-def groups(pictures: Pictures, distance: int) -> tuple[np.ndarray, int]:
-    """A group number a picture: equal or near pictures, and what is equal or near to those, share one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(pictures.split)
-    _, same = np.unique(pictures.pixels, axis=0, return_inverse=True)
-    edges = [link_equal(same.reshape(-1), np.arange(n))]
-    hashed = np.flatnonzero(pictures.phash)
-    edges.append(link_equal(pictures.phash[hashed], hashed))
-    distinct, first = unique(pictures.phash, hashed)
-    capped = np.zeros(len(distinct), bool)
-    edges += [(first[i], first[j]) for i, j, _ in near_pairs(distinct, distinct, distance, capped)]
-    i, j = (np.concatenate(side) for side in zip(*edges, strict=True))
-    return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(n, n)), False)[1], int(
-        capped.sum()
+def load_pictures(config: Config, splits) -> Pictures:
+    """What the check knows of the usable pictures of some splits."""
+    found = [
+        (index, row)
+        for index, split in enumerate(SPLITS)
+        for row in (read_checked(config, split) if split in splits else ())
+        if not row["reason"]
+    ]
+    names = [row["path"].decode() for _, row in found]
+    label = [config.labels.index(config.folder_to_label[name.partition(os.sep)[0]]) for name in names]
+    folders = [split_folder(config, split) for split in SPLITS]
+    return Pictures(
+        [os.path.join(folders[index], name) for (index, _), name in zip(found, names, strict=True)],
+        np.array([index for index, _ in found], np.int8),
+        np.array(label, np.int32),
+        [row["pixels"] for _, row in found],
+        np.array([row["phash"] for _, row in found], np.uint64),
+        np.array([row["mirrored"] for _, row in found], np.uint64),
+        np.frombuffer(b"".join(row["thumbnail"] for _, row in found), np.uint8).reshape(-1, 32, 32),
     )
 
 
-def link_equal(values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Edges that chain the rows of equal value."""
-    order = np.argsort(values, kind="stable")
-    equal = values[order[1:]] == values[order[:-1]]
-    return rows[order[:-1][equal]], rows[order[1:][equal]]
+def near_pairs(pictures: Pictures, distance: int):
+    """Yield arrays (row, other, bits) of near pictures, other < row. All pairs of a row come at once."""
+    from tqdm import tqdm
+
+    hashed = np.flatnonzero(pictures.phash)  # flat pictures have none
+    phash, mirrored, thumbnail = pictures.phash[hashed], pictures.mirrored[hashed], pictures.thumbnail[hashed]
+    n = len(hashed)
+    rows = max(1, BLOCK // max(n, 1))
+    with tqdm(total=n, desc="look-alikes", unit=" pictures", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, n, rows):
+            stop = min(start + rows, n)
+            found = []
+            for others, step, sure in ((phash, 1, SURE), (mirrored, -1, -1)):
+                bits = np.bitwise_count(phash[start:stop, None] ^ others[None, :stop])  # [rows, stop]
+                row, other = np.nonzero(bits <= distance)
+                bits, row = bits[row, other], row + start
+                near = (other < row) & (bits <= sure)
+                doubtful = np.flatnonzero((other < row) & (bits > sure))
+                near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::step], other[doubtful])
+                found.append((hashed[row[near]], hashed[other[near]], bits[near]))
+            bar.update(stop - start)
+            yield tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+
+def correlate(a: np.ndarray, rows: np.ndarray, b: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether a[row] and b[other], thumbnails, correlate at CORRELATION or more (Pearson), for each pair."""
+    result = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), 4096):  # 32 MB
+        part = slice(start, start + 4096)
+        x, y = (t[i[part]].reshape(-1, 1024).astype(np.float32) for t, i in ((a, rows), (b, others)))
+        x, y = (t - t.mean(axis=1, keepdims=True) for t in (x, y))
+        norm = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+        result[part] = (x * y).sum(axis=1) >= CORRELATION * norm
+    return result
+
+
+def problem_of(pictures: Pictures, row, other) -> np.ndarray:
+    """The problems of pairs as [2, n] booleans: both splits, two labels. Neither: one split."""
+    return np.array([pictures.split[row] != pictures.split[other], pictures.label[row] != pictures.label[other]])
+
+
+def find_leaks(pictures: Pictures, distance: int, limit: int) -> tuple[list[Leak], np.ndarray]:
+    """Leaks, identical pictures first, and a group number a picture: what is equal or near, directly or over others.
+
+    A picture has at most one row a problem and match: with the first that it equals, with the nearest that it
+    resembles. So the list is linear in n. Of more than `limit` pictures only equal ones are found.
+    """
+    n = len(pictures.image)
+    first = {}
+    equals = np.array([first.setdefault(pixels, row) for row, pixels in enumerate(pictures.pixels)], np.int64)
+    leaks = same_leaks(pictures, equals)
+    listed = {(leak.problem, leak.row) for leak in leaks}
+    group = join(np.arange(n), np.arange(n), equals)
+    for row, other, bits in near_pairs(pictures, distance) if n <= limit else ():
+        group = join(group, row, other)
+        splits, labels = problem_of(pictures, row, other)
+        for problem, wanted in (("both splits", splits), ("two labels", labels), ("one split", ~splits & ~labels)):
+            order = np.lexsort((other[wanted], bits[wanted], row[wanted]))
+            r, o, b = row[wanted][order], other[wanted][order], bits[wanted][order]
+            nearest = np.flatnonzero(np.diff(r, prepend=-1))
+            for k in nearest:
+                if (problem, int(r[k])) not in listed:
+                    leaks.append(Leak(problem, "near", int(b[k]), int(r[k]), int(o[k])))
+    return leaks, group
+
+
+def same_leaks(pictures: Pictures, equals: np.ndarray) -> list[Leak]:
+    """A row for each picture and problem with the first picture of the same pixels."""
+    leaks = []
+    for row in np.flatnonzero(equals != np.arange(len(equals))):
+        other = equals[row]
+        splits, labels = problem_of(pictures, row, other)
+        problems = ["both splits"] * bool(splits) + ["two labels"] * bool(labels) or ["one split"]
+        leaks += [Leak(problem, "same pixels", 0, int(row), int(other)) for problem in problems]
+    return leaks
+
+
+def join(group: np.ndarray, row: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The groups after row[k] and other[k] have come together, numbered from 0 in the order of their first row."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(group)  # each picture is linked to a node for its group, and to what it resembles
+    i, j = np.concatenate([np.arange(n), row]), np.concatenate([n + group, other])
+    return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(2 * n, 2 * n)), False)[1][:n]
 
 
 # --- the search over the caches ---------------------------------------------------------------------------------------
 
 
-def leak_file(summaries, suffix: str) -> str:
-    """leaks.csv of both splits; of one split alone (only labels can conflict there) leaks.<split>.csv."""
-    return f"leaks.{suffix}" if set(summaries) == set(SPLITS) else f"leaks.{'+'.join(summaries)}.{suffix}"
+def leak_key(config: Config, metas: dict[str, dict]) -> list:
+    """What a search depends on. `metas`: fresh_meta() of each split, {} where there is none."""
+    rules = [FORMAT, config.input_dir, config.near_duplicate_distance, config.look_alike_limit]
+    return [
+        *rules,
+        list(config.folder_to_label.items()),
+        {split: meta["stamp"] for split, meta in metas.items() if meta},
+    ]
 
 
-def leak_key(config: Config, summaries: dict) -> list:
-    pictures = [[split, summaries[split]["fingerprint"]] for split in sorted(summaries)]
-    return [FORMAT, config.input_dir, config.near_duplicate_distance, pictures]
-
-
-def read_leaks(config: Config, summaries: dict) -> dict | None:
+def read_leaks(config: Config, metas: dict[str, dict]) -> dict | None:
     """The result of an earlier search of the same pictures, or None."""
     try:
-        found = json.loads((Path(config.temp_dir) / leak_file(summaries, "meta.json")).read_text(encoding="utf-8"))
-        return found if found["key"] == leak_key(config, summaries) else None
+        found = json.loads((Path(config.temp_dir) / "leaks.meta.json").read_text(encoding="utf-8"))
+        return found if found["key"] == json.loads(json.dumps(leak_key(config, metas))) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def load_pictures(config: Config, splits):
-    """Pictures of the usable pictures of some splits, and the path of one by its row number."""
-    parts, tables, starts = [], [], [0]
-    for split in splits:
-        with pa.memory_map(str(temp_path(config, split, "checked.arrow"))) as source, pa.ipc.open_stream(source) as s:
-            rows = s.read_all()
-        rows = rows.filter(pc.equal(rows["reason"], "")).select(["path", "pixels", "phash"])
-        labels = {f.encode(): config.labels.index(label) for f, label in config.folder_to_label.items()}
-        label = np.empty(len(rows), np.int32)
-        done = 0
-        for chunk in rows["path"].chunks:
-            for path in chunk.to_pylist():
-                label[done] = labels[path.partition(os.sep.encode())[0]]
-                done += 1
-        pixels = b"".join(c.buffers()[1][16 * c.offset : 16 * (c.offset + len(c))] for c in rows["pixels"].chunks)
-        parts.append(
-            Pictures(
-                np.full(len(rows), SPLITS.index(split), np.int8),
-                label,
-                np.frombuffer(pixels, np.uint64).reshape(-1, 2),
-                rows["phash"].to_numpy(),
-            )
-        )
-        tables.append(rows["path"])
-        starts.append(starts[-1] + len(rows))
+def search_leaks(config: Config, metas: dict[str, dict]) -> dict:
+    """Find leaks in the splits that are checked, write leaks.csv, and remember in leaks.meta.json what others ask for.
 
-    def name(row: int) -> tuple[str, str]:
-        """(split, path below the split's folder)"""
-        k = int(np.searchsorted(starts, row, "right")) - 1
-        return list(splits)[k], tables[k][row - starts[k]].as_py().decode()
-
-    return Pictures(*(np.concatenate(column) for column in zip(*parts, strict=True))), name
-
-
-def search_leaks(config: Config, summaries: dict) -> dict:
-    """Find leaks, write leaks.csv, remember the counts."""
+    kinds: [{match, problem, splits, n, examples}], splits being those that hold the pair. compared: whether look-alikes
+    were searched. identical, look_alikes, group: see known_leaks().
+    """
     start = time.perf_counter()
-    pictures, name = load_pictures(config, summaries)
-    leaks, capped = find_leaks(pictures, config.near_duplicate_distance)
-    examples, counts = {}, Counter()
-
-    def describe(row):
-        split, path = name(row)
-        return os.path.join(split_folder(config, split), path), split, config.labels[pictures.label[row]]
-
-    columns = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
-    with csv_file(config, leak_file(summaries, "csv"), columns) as rows:
+    pictures = load_pictures(config, [split for split, meta in metas.items() if meta])
+    leaks, group = find_leaks(pictures, config.near_duplicate_distance, config.look_alike_limit)
+    kinds, twins = {}, {"same pixels": [], "near": []}
+    with csv_file(config, "leaks.csv", COLUMNS) as out:
         for leak in leaks:
-            image, other = describe(leak.row), describe(leak.other)
-            rows.writerow([leak.problem, leak.match, leak.distance, *image, *other])
-            kind = f"{leak.match}, {leak.problem}"
-            counts[kind] += 1
-            counts["same" if leak.match == "same pixels" else "near"] += 1
-            examples.setdefault(kind, [])
-            if len(examples[kind]) < 3:
-                examples[kind].append([leak.distance, *image, *other])
+            sides = [
+                (pictures.image[row], SPLITS[pictures.split[row]], config.labels[pictures.label[row]])
+                for row in (leak.row, leak.other)
+            ]
+            values = [leak.problem, leak.match, leak.distance, *sides[0], *sides[1]]
+            out.writerow(values)
+            kind = {"match": leak.match, "problem": leak.problem, "splits": sorted({sides[0][1], sides[1][1]})}
+            kind = kinds.setdefault(json.dumps(kind), {**kind, "n": 0, "examples": []})
+            kind["n"] += 1
+            if len(kind["examples"]) < 3:
+                kind["examples"].append(dict(zip(COLUMNS, values, strict=True)))
+            if leak.problem == "both splits":
+                twins[leak.match].append(sides[0][0])
+    held = np.flatnonzero(pictures.split == SPLITS.index("validation"))
+    numbers = np.unique(group[held], return_inverse=True)[1].tolist()
     result = {
-        "key": leak_key(config, summaries),
-        "counts": {"same": 0, "near": 0, **counts},
-        "examples": examples,
-        "capped": capped,
+        "key": leak_key(config, metas),
+        "kinds": list(kinds.values()),
+        "compared": len(pictures.image) <= config.look_alike_limit,
+        "identical": twins["same pixels"],
+        "look_alikes": twins["near"],
+        "group": dict(zip((pictures.image[row] for row in held), numbers, strict=True)),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    with replacing(Path(config.temp_dir) / leak_file(summaries, "meta.json")) as file:
+    with replacing(Path(config.temp_dir) / "leaks.meta.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     return result
 
 
-def leak_problem(config: Config, leaks: dict, splits) -> str:
-    kinds = "; ".join(f"{n:,} {kind}" for kind, n in leaks["counts"].items() if kind.startswith("same pixels"))
-    first = next(pairs[0] for kind, pairs in leaks["examples"].items() if kind.startswith("same pixels"))
-    where = Path(config.temp_dir) / leak_file(splits, "csv")
+def known_leaks(config: Config) -> dict | None:
+    """What is known of the held-out pictures' twins; None if look-alikes were not searched in exactly today's pictures.
+
+    identical: the held-out pictures with an identical one in train. look_alikes: those with a near one there, and no
+    identical one. group: {held-out picture: number}; pictures that are equal or near, directly or over others, share a
+    number. Pictures are paths, as in `images` of validation.json. Reads the listing of both splits, no picture.
+    """
+    metas = {split: fresh_meta(config, split) for split in SPLITS}
+    found = read_leaks(config, metas) if all(metas.values()) else None
+    if not found or not found["compared"]:
+        return None
+    return {
+        "identical": set(found["identical"]),
+        "look_alikes": set(found["look_alikes"]),
+        "group": found["group"],
+    }
+
+
+def stopping(leaks: dict, splits) -> list[dict]:
+    """The kinds of identical pictures within `splits` that make the accuracy a wrong number."""
+    return [
+        kind
+        for kind in leaks["kinds"]
+        if kind["match"] == "same pixels" and kind["problem"] in SERIOUS and set(kind["splits"]) <= set(splits)
+    ]
+
+
+def leak_problem(config: Config, kinds: list[dict]) -> str:
+    said = "; ".join(f"{kind['n']:,} {kind['match']}, {kind['problem']}" for kind in kinds)
+    first = kinds[0]["examples"][0]
+    where = Path(config.temp_dir) / "leaks.csv"
     return (
-        f"{config.input_dir}: found identical pictures ({kinds}), e.g. {first[1]} = {first[4]}; expected none, "
-        f"they make the accuracy a wrong number; remove one of each pair in {where}, or go on with --allow_leaks"
+        f"{config.input_dir}: found identical pictures ({said}), e.g. {first['image']} = {first['other_image']}; "
+        f"expected none, they make the accuracy a wrong number; take one of each pair away (--quarantine {where} of "
+        "data_process_utils.py does), or go on with --allow_leaks"
     )
 
 
-def leak_table(config: Config, leaks: dict, splits) -> str:
+def leak_table(config: Config, leaks: dict) -> str:
     """The kinds of leaks with their number and the first few pairs."""
     lines = []
-    for kind, examples in leaks["examples"].items():
-        lines.append(f"warning: {leaks['counts'][kind]:,} {kind} ({Path(config.temp_dir) / leak_file(splits, 'csv')})")
-        for bits, image, _, label, other, _, other_label in examples:
-            labels = f" ({label}, {other_label})" if label != other_label else ""
-            lines.append(f"    {image} ~ {other}{labels}, {bits} of 64 bits differ")
-    if leaks["capped"]:
+    for kind in leaks["kinds"]:
+        where = "" if kind["problem"] == "both splits" else f" of {' and '.join(kind['splits'])}"
         lines.append(
-            f"warning: {leaks['capped']:,} pictures look like more than 1,024 others; not all of those were compared"
+            f"warning: {kind['n']:,} {kind['match']}, {kind['problem']}{where} ({Path(config.temp_dir) / 'leaks.csv'})"
+        )
+        for pair in kind["examples"]:
+            labels = f" ({pair['label']}, {pair['other_label']})" if pair["label"] != pair["other_label"] else ""
+            lines.append(f"    {pair['image']} ~ {pair['other_image']}{labels}, {pair['distance']} of 64 bits differ")
+    if not leaks["compared"]:
+        lines.append(
+            f"warning: look-alikes were not searched: more than {config.look_alike_limit:,} pictures, and the time "
+            "grows with the square; ask for it with --look_alike_limit"
         )
     return "\n".join(lines)

@@ -5,23 +5,26 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from animals.checkpoint.tokens import read_geometry
+from animals.checkpoint.tokens import Geometry, read_geometry
 from animals.command import UserError
-from animals.pictures import split as data_split
+from animals.pictures import moves
 from animals.pictures.cache import (
     SPLITS,
     build,
     cannot_list,
     class_folders,
+    fresh_meta,
+    fresh_summary,
+    load_split,
     lock,
-    read_summary,
     split_folder,
-    temp_path,
 )
-from animals.pictures.check import Workers
+from animals.pictures.quarantine import manifest as quarantine_manifest
 from animals.pictures.read import EXTENSIONS, walk
+from animals.pictures.split import manifest as split_manifest
 from config import Config
 
+__all__ = ["load_split", "prepare"]
 DATA_PAGE = "https://aistudio.baidu.com/datasetdetail/140388/0"
 
 
@@ -37,17 +40,17 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     problems = folder_problems(config, splits)
     if problems:
         raise UserError("\n".join(problems))
-    from animals.pictures.leaks import leak_problem, leak_table, read_leaks, search_leaks
+    from animals.pictures.leaks import leak_problem, leak_table, read_leaks, search_leaks, stopping
 
-    summaries = {split: read_summary(config, split, geometry) for split in splits}
-    leaks = read_leaks(config, summaries) if all(summaries.values()) else None
+    metas = {split: fresh_meta(config, split) for split in SPLITS}
+    summaries = {split: fresh_summary(config, split, geometry, metas[split]) for split in splits}
+    leaks = read_leaks(config, metas) if all(summaries.values()) else None
     if leaks is None:
-        with lock(config), Workers(config.data_processes) as workers:
-            for split in splits:
-                summaries[split] = read_summary(config, split, geometry) or build(config, split, geometry, workers)
+        with lock(config):
+            summaries, metas = checked(config, splits, geometry)
             problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
             if not problems:
-                leaks = read_leaks(config, summaries) or search_leaks(config, summaries)
+                leaks = read_leaks(config, metas) or search_leaks(config, metas)
     else:
         problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
     for split, summary in summaries.items():
@@ -55,27 +58,25 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
             print("\n".join(notes(config, split, summary)), file=sys.stderr, flush=True)
     if problems:
         raise UserError("\n".join(problems))
-    if leaks["counts"]["same"] and not config.allow_leaks:
-        raise UserError(leak_problem(config, leaks, splits))
-    if leaks["examples"] and any(summary["built"] for summary in summaries.values()):
-        print(leak_table(config, leaks, splits), file=sys.stderr, flush=True)
+    if (found := stopping(leaks, splits)) and not config.allow_leaks:
+        raise UserError(leak_problem(config, found))
+    if any(summary["built"] for summary in summaries.values()) and (table := leak_table(config, leaks)):
+        print(table, file=sys.stderr, flush=True)
     for summary in summaries.values():
         summary["leaks"] = leaks
     return summaries
 
 
-def load_split(config: Config, split: str):
-    """The cached split as a datasets.Dataset, memory-mapped. Call prepare() first.
-
-    Columns: images [path], messages [{role, content: [{type, text}]}], label, width, height, image_tokens, sha256.
-    """
-    path = temp_path(config, split, "arrow")
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected the cache of {split}; run python data_process_utils.py")
-    os.environ.setdefault("HF_DATASETS_CACHE", os.path.abspath(os.path.join(config.temp_dir, "datasets")))
-    from datasets import Dataset
-
-    return Dataset.from_file(str(path))
+def checked(config: Config, splits, geometry: Geometry) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The summaries of `splits`, built where they are stale, and the fresh metas of all splits. Under lock()."""
+    metas, summaries = {split: fresh_meta(config, split) for split in SPLITS}, {}
+    for split in splits:
+        summary = fresh_summary(config, split, geometry, metas[split])
+        if summary is None:
+            metas[split] = build(config, split, geometry)
+            summary = {**metas[split]["summary"], "built": True}
+        summaries[split] = summary
+    return summaries, metas
 
 
 def cut_command(config: Config, arguments: str) -> str:
@@ -87,12 +88,16 @@ def folder_problems(config: Config, splits) -> list[str]:
     """What is wrong with the folders themselves: one line a problem, before any picture is read."""
     problems = []
     table = ", ".join(config.folder_to_label)
-    if half := data_split.unfinished(config.input_dir):
-        problems.append(
-            f"{half}: found a cut that was interrupted; finish it: "
-            f"{cut_command(config, '--validation_fraction 0.2 --seed 42')}; or take it back: "
-            f"{cut_command(config, '--undo_split')}"
-        )
+    ways = {  # manifest: what was interrupted, how to finish it, how to take it back
+        split_manifest(config.input_dir): ("cut", "--validation_fraction 0.2 --seed 42", "--undo_split"),
+        quarantine_manifest(config.input_dir): ("quarantine", "--quarantine LIST.csv", "--undo_quarantine"),
+    }
+    for half, (what, again, back) in ways.items():
+        if moves.unfinished(half):
+            problems.append(
+                f"{half}: found a {what} that was interrupted; finish it: {cut_command(config, again)}; or take it "
+                f"back: {cut_command(config, back)}"
+            )
     for split in splits:
         root = split_folder(config, split)
         if not os.path.isdir(root):

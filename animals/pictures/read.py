@@ -3,7 +3,8 @@
     from animals.pictures.read import load_picture
     picture = load_picture("input/train_data/cat/1.jpg")  # PIL, RGB, 8 bit, upright; PictureError if it is unusable
 
-What decides is the content, not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, BMP, GIF, TIFF.
+What decides is the content, not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, AVIF, BMP,
+GIF, TIFF.
 
 - Everything is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is read.
 - The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. 16-bit, 32-bit and float grey is
@@ -25,8 +26,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # any case
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # any case
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
 ENOUGH = 1008  # pixels a side: 3 x 336, the longest side of the largest grid
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -172,9 +173,3 @@ def list_pictures(path, strays: Counter | None = None) -> list[str]:
     if os.path.isfile(path):
         return [os.fspath(path)]
     return [found for found, _ in walk(path, Counter() if strays is None else strays)]
-
-
-# --- image tokens ----------------------------------------------------------------------------------------------------
-
-
-# --- inspection on all cores -----------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Small trees of pictures, and what stands in the files that a check of them leaves."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from animals.command import UserError
+from animals.pictures import prepare as data
+from config import Config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLASSES = ("cat", "dog", "ragno")
+
+
+def drawn(seed, size=(64, 48)) -> Image.Image:
+    """A picture with a shape of its own."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def saved(picture, format, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def make_tree(tmp_path) -> Config:
+    """input/ with three classes of four and two pictures."""
+    for split, n in (("train", 4), ("validation", 2)):
+        for k, folder in enumerate(CLASSES):
+            place = tmp_path / "input" / f"{split}_data" / folder
+            place.mkdir(parents=True)
+            for i in range(n):
+                (place / f"{i}.jpg").write_bytes(saved(drawn(1000 * n + 10 * k + i), "JPEG"))
+    return Config(str(tmp_path / "input"), str(tmp_path / "temp"), max_excluded=1.0, data_processes=1)
+
+
+def train(config, *parts) -> Path:
+    return Path(config.input_dir, "train_data", *parts)
+
+
+def held(config, *parts) -> Path:
+    return Path(config.input_dir, "validation_data", *parts)
+
+
+def excluded(config) -> dict[str, str]:
+    with open(Path(config.temp_dir) / "excluded.csv", encoding="utf-8", newline="") as file:
+        return {Path(row["image"]).name: row["reason"] for row in csv.DictReader(file)}
+
+
+def images(config, split="train") -> list[str]:
+    return [os.path.relpath(row["images"][0], config.input_dir) for row in data.load_split(config, split)]
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, ROOT / "data_process_utils.py", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, **options,
+    )  # fmt: skip
+
+
+def with_root():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+JPEG = saved(drawn(1), "JPEG", quality=90)
+PNG = saved(drawn(1), "PNG")
+LOSSLESS = {"WEBP": {"lossless": True}}
+
+
+def frames(format) -> bytes:
+    return saved(drawn(1), format, save_all=True, append_images=[drawn(2), drawn(3)], **LOSSLESS.get(format, {}))
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to view
+    return saved(drawn(1), "JPEG", exif=exif)
+
+
+def grey16() -> bytes:
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    return saved(Image.fromarray(ramp), "PNG")
+
+
+def half_transparent(mode) -> bytes:
+    """Left half opaque black, right half transparent black."""
+    picture = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (32, 0, 64, 48))
+    if mode == "P":
+        palette = Image.new("P", (64, 48), 0)
+        palette.putpalette([0, 0, 0, 0, 0, 0])
+        palette.paste(1, (32, 0, 64, 48))
+        return saved(palette, "PNG", transparency=1)
+    return saved(picture.convert(mode), "PNG")
+
+
+def problems(config, **more) -> list[str]:
+    with pytest.raises(UserError) as error:
+        data.prepare(config, **more)
+    return str(error.value).splitlines()

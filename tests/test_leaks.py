@@ -1,0 +1,211 @@
+"""Equal and similar pictures: which are found, which stop the build, what others are told of them."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pytest
+from helpers.pictures import command, drawn, held, make_tree, problems, train
+from PIL import Image, ImageOps
+
+from animals.command import UserError, yes_or_no
+from animals.pictures import check, read
+from animals.pictures import leaks as search
+from animals.pictures import prepare as data
+from config import Config
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path)
+
+
+def leaks(config, image=None, problem=None):
+    """(problem, match, image, other image) a row of leaks.csv, or the other image of one row."""
+    with open(Path(config.temp_dir) / "leaks.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    below = lambda path: os.path.relpath(path, config.input_dir)  # noqa: E731
+    found = [(row["problem"], row["match"], below(row["image"]), below(row["other_image"])) for row in rows]
+    return next(row[3] for row in found if row[::2] == (problem, image)) if image else found
+
+
+def test_clean_splits_have_no_leaks(tree):
+    data.prepare(tree)
+    assert leaks(tree) == []
+
+
+def test_the_same_file_in_both_splits_stops(tree):
+    shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
+    for _ in range(2):  # built, then from the cache
+        (line,) = problems(tree)
+        assert "1 same pixels, both splits" in line and "copy.jpg" in line and "--allow_leaks" in line
+    assert leaks(tree) == [("both splits", "same pixels", "validation_data/cat/copy.jpg", "train_data/cat/1.jpg")]
+    tree.allow_leaks = True
+    assert data.prepare(tree)["validation"]["n"] == 7
+
+
+def test_the_same_pixels_in_another_format_stop(tree):
+    read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "copy.png"))
+    (line,) = problems(tree)
+    assert "1 same pixels, both splits" in line
+
+
+def test_one_picture_under_two_labels_stops(tree):
+    shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
+    (line,) = problems(tree)
+    assert "1 same pixels, two labels" in line
+    assert leaks(tree) == [("two labels", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
+    (line,) = problems(tree, splits=("train",))
+    assert "two labels" in line and "leaks.csv" in line
+    data.prepare(tree, splits=("validation",))
+
+
+def test_two_folders_of_one_label_do_not_conflict(tree):
+    shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
+    tree.folder_to_label = {"cat": "pet", "dog": "pet", "ragno": "spider"}
+    assert data.prepare(tree)["train"]["classes"] == {"pet": 9, "spider": 4}
+
+
+def test_a_recompressed_copy_across_splits_warns(tree):
+    original = read.load_picture(train(tree, "cat", "1.jpg"))
+    original.save(held(tree, "cat", "small.jpg"), quality=40)
+    original.resize((128, 96), Image.Resampling.BICUBIC).save(held(tree, "cat", "large.jpg"), quality=80)
+    found = data.prepare(tree)["train"]["leaks"]
+    assert [(kind["match"], kind["problem"], kind["n"]) for kind in found["kinds"]][0] == ("near", "both splits", 2)
+    assert {(match, image, other) for problem, match, image, other in leaks(tree) if problem == "both splits"} == {
+        ("near", f"validation_data/cat/{name}", "train_data/cat/1.jpg") for name in ("small.jpg", "large.jpg")
+    }
+    done = command("--input_dir", tree.input_dir, "--temp_dir", tree.temp_dir)
+    assert done.returncode == 0 and "2 near, both splits" in done.stdout + done.stderr
+
+
+def test_flat_pictures_are_compared_by_pixels_only(tree):
+    Image.new("RGB", (64, 48), "red").save(train(tree, "cat", "red.png"))
+    Image.new("RGB", (64, 48), "blue").save(held(tree, "cat", "blue.png"))
+    data.prepare(tree)
+    assert leaks(tree) == []
+
+
+def searched(pictures, distance=8, limit=10**6):
+    """find_leaks() on pictures of one label in train: (pairs, group)."""
+    looks = [check.look(picture) for picture in pictures]
+    zeros = np.zeros(len(looks), np.int8)
+    phash, mirrored, thumbnail = zip(*looks, strict=True)
+    thumbnail = np.frombuffer(b"".join(thumbnail), np.uint8).reshape(-1, 32, 32)
+    hashes = np.array(phash, np.uint64), np.array(mirrored, np.uint64)
+    names = [str(i) for i in range(len(looks))]
+    found, group = search.find_leaks(search.Pictures(names, zeros, zeros, names, *hashes, thumbnail), distance, limit)
+    return {(leak.other, leak.row) for leak in found}, group
+
+
+def test_copies_are_found_mirrored_ones_too():
+    originals = [drawn(seed, (300, 225)) for seed in range(20)]
+    n = len(originals)
+    for change in (
+        lambda p: p.resize((189, 142), Image.Resampling.LANCZOS),
+        lambda p: p.resize((660, 495), Image.Resampling.LANCZOS),
+        lambda p: ImageOps.mirror(p).resize((150, 112)),
+        lambda p: ImageOps.crop(p, (6, 4, 6, 4)),
+    ):
+        pairs, group = searched([*originals, *map(change, originals)])
+        assert pairs == {(i, i + n) for i in range(n)} and (group[:n] == group[n:]).all()
+    assert searched([*originals, *originals], limit=39)[0] == set()  # beyond the limit nothing is compared
+
+
+def test_near_pairs_finds_what_comparing_all_pairs_finds(monkeypatch):
+    """In many blocks, with the correlation of numpy beyond SURE bits and for mirrored pictures."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (2, 3), dtype=np.uint8))  # few shapes: many near each other
+    pictures = []
+    for _ in range(150):
+        noisy = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).astype(int) + rng.integers(
+            -60, 61, (32, 32)
+        )
+        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        pictures.append(ImageOps.mirror(picture) if rng.random() < 0.3 else picture)
+    thumb = [np.asarray(picture).astype(float) for picture in pictures]
+    phash = [check.perceptual_hash(picture) for picture in pictures]
+    mirrored = [check.perceptual_hash(ImageOps.mirror(picture)) for picture in pictures]
+    rows = search.Pictures([], np.zeros(150), np.zeros(150), [], np.array(phash), np.array(mirrored), np.array(thumb))
+    monkeypatch.setattr(search, "CORRELATION", 0.6)
+    monkeypatch.setattr(search, "BLOCK", 1000)
+    for distance in (2, 8, 16):
+        expected = set()
+        for i in range(150):
+            for j in range(i):
+                for other, flip, sure in ((phash, 1, 4), (mirrored, -1, -1)):
+                    bits = (phash[i] ^ other[j]).bit_count()
+                    r = np.corrcoef(thumb[i].ravel(), thumb[j][:, ::flip].ravel())[0, 1]
+                    if bits <= distance and (bits <= sure or r >= 0.6):
+                        expected.add((i, j, bits))
+        found = {pair for block in search.near_pairs(rows, distance) for pair in zip(*map(list, block), strict=True)}
+        assert found == expected and (distance == 2 or len(found) > 20)
+
+
+def test_a_pair_may_be_a_problem_in_more_than_one_way(tree):
+    """Near ones under two labels, across the splits and within a split; equal ones within a split. None stops."""
+    original = read.load_picture(train(tree, "cat", "1.jpg"))
+    original.save(train(tree, "dog", "z.jpg"), quality=40)
+    original.resize((128, 96)).save(held(tree, "dog", "z.jpg"), quality=60)
+    read.load_picture(held(tree, "cat", "0.jpg")).save(held(tree, "cat", "z.jpg"), quality=50)
+    shutil.copy(train(tree, "ragno", "0.jpg"), train(tree, "ragno", "z.jpg"))
+    data.prepare(tree)
+    assert set(leaks(tree)) == {
+        ("one split", "same pixels", "train_data/ragno/z.jpg", "train_data/ragno/0.jpg"),
+        ("two labels", "near", "train_data/dog/z.jpg", "train_data/cat/1.jpg"),
+        ("two labels", "near", "validation_data/dog/z.jpg", "train_data/cat/1.jpg"),
+        ("both splits", "near", "validation_data/dog/z.jpg", leaks(tree, "validation_data/dog/z.jpg", "both splits")),
+        ("one split", "near", "validation_data/cat/z.jpg", "validation_data/cat/0.jpg"),
+    }
+
+
+def test_what_the_report_is_told(tree):
+    shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
+    read.load_picture(train(tree, "dog", "1.jpg")).save(held(tree, "dog", "near.jpg"), quality=40)
+    read.load_picture(held(tree, "dog", "0.jpg")).save(held(tree, "dog", "twin.jpg"), quality=40)
+    data.prepare(tree, splits=("validation",))
+    assert search.known_leaks(tree) is None  # nothing is known of train
+    tree.allow_leaks = True
+    data.prepare(tree, splits=("train",))
+    tree.allow_leaks = False
+    for _ in range(2):
+        data.prepare(tree, splits=("validation",))  # alone it does not stop: the report says it
+        found = search.known_leaks(tree)
+        assert found["identical"] == {str(held(tree, "cat", "copy.jpg"))}
+        assert found["look_alikes"] == {str(held(tree, "dog", "near.jpg"))}
+        assert sorted(found["group"]) == sorted(str(path) for path in held(tree).rglob("*.jpg"))
+        assert found["group"][str(held(tree, "dog", "0.jpg"))] == found["group"][str(held(tree, "dog", "twin.jpg"))]
+        assert len(set(found["group"].values())) == 8
+        tree.prompt = "Which one? {labels}"  # another checkpoint's wording: the pictures are the same
+    train(tree, "cat", "3.jpg").unlink()
+    assert search.known_leaks(tree) is None
+    data.prepare(tree, splits=("validation",))
+    assert search.known_leaks(tree) is None
+
+
+def test_more_pictures_than_the_limit_are_said(tree, capsys):
+    read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "near.jpg"), quality=40)
+    tree.look_alike_limit = 10
+    data.prepare(tree)
+    said = capsys.readouterr().err
+    assert "look-alikes were not searched" in said and "--look_alike_limit" in said and leaks(tree) == []
+    assert search.known_leaks(tree) is None
+
+
+def test_the_perceptual_hash_is_imagehashs():
+    for seed in range(20):
+        picture = drawn(seed, (300, 200))
+        thumb = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+        found = check.look(picture)
+        assert found[0] == int(str(imagehash.phash(thumb)), 16) and found[0].bit_count() == 32
+        assert found[1] == int(str(imagehash.phash(ImageOps.mirror(thumb))), 16) and found[2] == thumb.tobytes()
+
+
+def test_the_settings_are_checked():
+    for name, value in (("max_excluded", 2.0), ("near_duplicate_distance", 17)):
+        with pytest.raises(UserError, match=name):
+            Config(**{name: value})
+    assert yes_or_no("False") is False

@@ -1,0 +1,259 @@
+"""The one way pixels are read: what is read, what is refused, which files of a folder count."""
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.pictures import (
+    CLASSES,
+    JPEG,
+    LOSSLESS,
+    PNG,
+    drawn,
+    excluded,
+    frames,
+    grey16,
+    half_transparent,
+    images,
+    make_tree,
+    rotated,
+    saved,
+    train,
+    with_root,
+)
+from PIL import Image, ImageSequence
+
+from animals.checkpoint.tokens import image_token_count
+from animals.pictures import check, read
+from animals.pictures import prepare as data
+from config import Config
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path)
+
+
+# --- single files: name, bytes, outcome -------------------------------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A PNG that declares 50,000 x 50,000 pixels."""
+    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + PNG[24:29]
+    return PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
+
+
+def damaged_crc() -> bytes:
+    return PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:]
+
+
+ODD_FILES = [  # name, bytes, "" if it is used or the start of the reason, size if it is used
+    ("truncated.jpg", JPEG[: len(JPEG) // 2], "truncated", None),
+    ("truncated.png", PNG[: len(PNG) // 2], "truncated", None),
+    ("zero.jpg", b"", "empty file", None),
+    ("text.jpg", b"this is no picture", "not a picture", None),
+    ("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>", "not a picture", None),
+    ("crc.png", damaged_crc(), "damaged", None),
+    ("png_inside.jpg", PNG, "", (64, 48)),
+    ("cmyk.jpg", saved(drawn(1).convert("CMYK"), "JPEG"), "", (64, 48)),
+    ("grey.jpg", saved(drawn(1).convert("L"), "JPEG"), "", (64, 48)),
+    ("grey16.png", grey16(), "", (64, 48)),
+    ("float.tiff", saved(Image.fromarray(np.eye(48, 64, dtype=np.float32)), "TIFF"), "", (64, 48)),
+    ("one_bit.png", saved(drawn(1).convert("1"), "PNG"), "", (64, 48)),
+    ("palette.png", half_transparent("P"), "", (64, 48)),
+    ("alpha.png", half_transparent("RGBA"), "", (64, 48)),
+    ("grey_alpha.png", half_transparent("LA"), "", (64, 48)),
+    ("animated.gif", frames("GIF"), "", (64, 48)),
+    ("animated.webp", frames("WEBP"), "", (64, 48)),
+    ("pages.tif", frames("TIFF"), "", (64, 48)),
+    ("photo.avif", saved(drawn(1), "AVIF", quality=90), "", (64, 48)),
+    ("cut.avif", saved(drawn(1), "AVIF")[:400], "damaged", None),
+    ("plain.bmp", saved(drawn(1), "BMP"), "", (64, 48)),
+    ("rotated.jpg", rotated(), "", (48, 64)),
+    ("one_pixel.png", saved(Image.new("RGB", (1, 1)), "PNG"), "too small", None),
+    ("strip.png", saved(drawn(1, (8000, 10)), "PNG"), "", (8000, 10)),
+    ("bomb.png", bomb(), "too many pixels", None),
+    ("Löwe 狮子.jpg", JPEG, "", (64, 48)),
+    ("with space.jpg", JPEG, "", (64, 48)),
+    ("new\nline, and \"quotes\".jpg", JPEG, "", (64, 48)),
+    ("UPPER.JPG", JPEG, "", (64, 48)),
+    ("photoshop.jpg", b"8BPS" + JPEG, "not a picture", None),
+    ("script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n", "not a picture", None),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """One build with every odd file in train_data/cat: (config, rows by name, reasons by name)."""
+    root = tmp_path_factory.mktemp("odd")
+    for split in ("train", "validation"):
+        for k, folder in enumerate(CLASSES):
+            place = root / "input" / f"{split}_data" / folder
+            place.mkdir(parents=True)
+            (place / "fine.jpg").write_bytes(saved(drawn(50 + k + 10 * len(split)), "JPEG"))
+    for name, content, _, _ in ODD_FILES:
+        (root / "input" / "train_data" / "cat" / name).write_bytes(content)
+    config = Config(input_dir=str(root / "input"), temp_dir=str(root / "temp"), max_excluded=1.0)
+    data.prepare(config)
+    rows = {Path(row["images"][0]).name: row for row in data.load_split(config, "train")}
+    return config, rows, excluded(config)
+
+
+@pytest.mark.parametrize("name, content, reason, size", ODD_FILES, ids=[repr(row[0]) for row in ODD_FILES])
+def test_odd_file(odd, name, content, reason, size):
+    config, rows, reasons = odd
+    path = train(config, "cat", name)
+    if reason:
+        assert name not in rows
+        assert reasons[name].startswith(reason)
+        with pytest.raises(read.PictureError) as error:
+            read.load_picture(path)
+        assert str(error.value) == reasons[name]
+    else:
+        assert name not in reasons
+        picture = read.load_picture(path)
+        assert (picture.mode, picture.size) == ("RGB", size)
+        assert (rows[name]["width"], rows[name]["height"]) == size
+        assert pickle.loads(pickle.dumps(picture)).tobytes() == picture.tobytes()
+        assert not picture.info
+
+
+def test_a_photograph_is_decoded_at_half_its_size(tmp_path):
+    """Sharp enough for every tile, upright, the same picture; other formats and smaller pictures stay whole."""
+    whole = drawn(1, (2600, 2100))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    whole.save(tmp_path / "large.png")
+    drawn(1, (2600, 2000)).save(tmp_path / "smaller.jpg")
+    half = read.load_picture(tmp_path / "large.jpg")
+    assert half.size == (1050, 1300) and not half.info
+    expected = np.asarray(whole.transpose(Image.Transpose.ROTATE_270).resize((1050, 1300)), dtype=int)
+    assert abs(np.asarray(half) - expected).mean() < 1
+    assert read.load_picture(tmp_path / "large.png").size == (2600, 2100)
+    assert read.load_picture(tmp_path / "smaller.jpg").size == (2600, 2000)
+    assert image_token_count(*half.size) == image_token_count(2100, 2600)
+
+
+def test_pixels_are_the_ones_a_viewer_shows(odd):
+    config, _, _ = odd
+    load = lambda name: np.asarray(read.load_picture(train(config, "cat", name)))  # noqa: E731
+    first = np.asarray(drawn(1))
+    for name in ("png_inside.jpg", "animated.webp", "pages.tif", "plain.bmp"):
+        assert (load(name) == first).all(), name
+    assert abs(load("animated.gif").astype(int) - first).mean() < 12  # 256 colours
+    for name in ("palette.png", "alpha.png", "grey_alpha.png"):
+        assert (load(name)[:, :32] == 0).all() and (load(name)[:, 32:] == 255).all(), name
+    assert abs(load("rotated.jpg").astype(int) - np.rot90(first, -1)).mean() < 4
+    ramp = load("grey16.png")[:, :, 0].reshape(-1).astype(int)
+    assert ramp[0] == 0 and ramp[-1] == 255 and (np.diff(ramp) >= 0).all() and abs(ramp.mean() - 127.5) < 1
+    assert load("float.tiff").max() == 255
+    assert abs(load("cmyk.jpg").astype(int) - first).mean() < 12
+    assert set(np.unique(load("one_bit.png"))) == {0, 255}
+
+
+def test_equal_pixels_have_equal_hashes_in_every_format(tmp_path):
+    paths = []
+    for format in ("PNG", "BMP", "TIFF", "WEBP", "GIF"):
+        picture = drawn(1).quantize(16).convert("RGB")
+        paths.append(tmp_path / f"x.{format.lower()}")
+        paths[-1].write_bytes(saved(picture, format, **LOSSLESS.get(format, {})))
+    jpeg = tmp_path / "x.jpg"
+    jpeg.write_bytes(saved(drawn(2), "JPEG"))
+    read.load_picture(jpeg).save(tmp_path / "y.png")
+    facts = check.inspect(paths)
+    assert len({f.pixels for f in facts}) == 1 and len({f.sha256 for f in facts}) == 5
+    assert len({f.pixels for f in check.inspect([jpeg, tmp_path / "y.png"])}) == 1
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    script = (
+        "from animals.pictures import read\n"
+        "try: read.load_picture('bomb.png')\n"
+        "except read.PictureError as error: print(error)\n"
+        # of this program alone: ru_maxrss would count what it was forked from
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=with_root())
+    reason, peak_kib = done.stdout.splitlines()
+    assert reason.startswith("too many pixels") and int(peak_kib) < 300_000  # decoded it would be 7.5 GB
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_odd_folders(tree):
+    """Hidden files, stray files, nested folders, links and loops, a folder named like a picture, a pipe."""
+    cat = train(tree, "cat")
+    (cat / ".hidden.jpg").write_bytes(JPEG)
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "labels.txt"):
+        (cat / name).write_bytes(b"x")
+    (cat / "a" / "b").mkdir(parents=True)
+    (cat / "a" / "b" / "deep.png").write_bytes(PNG)
+    (cat / "a" / "loop").symlink_to(cat, target_is_directory=True)
+    (cat / "broken.jpg").symlink_to(cat / "nowhere.jpg")
+    (cat / "self.jpg").symlink_to(cat / "self.jpg")
+    (cat / "folder.jpg").mkdir()
+    os.mkfifo(cat / "pipe.jpg")
+    (cat / "link.jpg").symlink_to(cat / "0.jpg")
+    os.rename(train(tree, "ragno"), Path(tree.input_dir) / "elsewhere")
+    train(tree, "ragno").symlink_to(Path(tree.input_dir) / "elsewhere", target_is_directory=True)
+    train(tree, "README.md").write_text("stray")
+    summary = data.prepare(tree)["train"]
+    assert excluded(tree) == {
+        "broken.jpg": "broken link",
+        "self.jpg": "unreadable: Too many levels of symbolic links",
+        "folder.jpg": "is a directory",
+        "pipe.jpg": "not a regular file",
+    }
+    assert summary["ignored"] == {"hidden": 2, ".db": 1, ".txt": 2, "folder linked twice": 1}
+    cats = [f"train_data/cat/{name}" for name in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "a/b/deep.png", "link.jpg")]
+    assert [path for path in images(tree) if "/cat/" in path] == cats
+    assert summary["classes"]["spider"] == 4
+
+
+def test_a_name_that_is_not_utf8_is_excluded(tree):
+    name = os.path.join(os.fsencode(train(tree, "cat")), b"caf\xe9.jpg")
+    with open(name, "wb") as file:
+        file.write(JPEG)
+    assert data.prepare(tree)["train"]["excluded"] == {"name is not UTF-8": 1}
+    assert excluded(tree) == {"caf\\udce9.jpg": "name is not UTF-8"}
+
+
+def test_an_unreadable_file_is_excluded_and_mended_by_chmod(tree):
+    secret = train(tree, "cat", "0.jpg")
+    secret.chmod(0)
+    if os.geteuid() == 0:  # root may read everything: look as somebody else
+        os.seteuid(65534)
+        try:
+            with pytest.raises(read.PictureError, match="unreadable: Permission denied"):
+                read.load_picture(secret)
+        finally:
+            os.seteuid(0)
+    else:
+        assert data.prepare(tree)["train"]["excluded"] == {"unreadable": 1}
+        secret.chmod(0o600)
+        assert data.prepare(tree)["train"]["excluded"] == {}
+
+
+def test_list_pictures(tree):
+    train(tree, "cat", "x.txt").write_text("x")
+    strays = Counter()
+    found = read.list_pictures(train(tree, "cat"), strays)
+    assert [Path(path).name for path in found] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"] and strays == {".txt": 1}
+    assert read.list_pictures(found[0]) == [found[0]]
+
+
+def test_animations_have_several_frames():
+    """The fixtures are what they claim to be."""
+    for format in ("GIF", "WEBP", "TIFF"):
+        assert len(list(ImageSequence.Iterator(Image.open(io.BytesIO(frames(format)))))) == 3
