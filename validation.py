@@ -4,7 +4,7 @@
     sh validation.sh --model_name_or_path model                         # the untuned model
     sh validation.sh --compare_with logs/validation/model               # is it really better than that report's?
     sh validation.sh --all_checkpoints                                  # which checkpoint-N is best?
-    sh validation.sh --linear_probe                                     # was the large model worth it?
+    sh validation.sh --rivals untuned,probe,clip --clip_model clip      # was the fine-tuning, was the 7B worth it?
     python validation.py --model_name_or_path sft-llava-1.6-7b/checkpoint-100 --per_device_eval_batch_size 4
 
 Leaves <report_dir>/<checkpoint name>/{report.html, report.json, predictions.csv, confusion_matrix.png,
@@ -24,135 +24,36 @@ import config as settings
 from animals.checkpoint.steps import checkpoint_name, find_checkpoints, global_step, run_name
 from animals.checkpoint.task import settings_for
 from animals.command import run
+from animals.pictures.leaks import known_leaks
 from animals.pictures.prepare import load_split
-from animals.scoring.metrics import compare, measure, paired
+from animals.ranks import say
+from animals.scoring.metrics import compare, measure, paired, without_leaks
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.ranking import rank_checkpoints
 from animals.scoring.report import print_report, read_report, write_report
-from animals.scoring.rivals import linear_probe
+from animals.scoring.rivals import add_rival_flags, check_rivals, rivals, triples, untuned_rows, wanted
 from animals.scoring.scorer import add_inference_flags, load_scorer, score_pictures, stratified_sample
 from animals.training.preflight import preflight
+
+
+def held_out(args):
+    """The pictures to score, a datasets.Dataset."""
+    config = settings.take(args)
+    data = load_split(config, "validation")
+    if args.on_eval_pictures:
+        data = data.select(stratified_sample(data["label"], config.eval_pictures))
+    return data
 
 
 def validate(args):
     """Score args.model_name_or_path on the held-out split, on all ranks.
 
     Returns (report, rows): the dict of report.json, and the rows of predictions.csv, on every rank. Raises UserError,
-    before anything is loaded, if args.compare_with is about other pictures.
+    before anything is loaded, if args.compare_with is about other pictures. The rival `untuned` is read from its own
+    report, which main() makes where there is none.
     """
-    from accelerate import PartialState
-
-    config = settings_for(settings.take(args), args.model_name_or_path)
-    data = load_split(config, "validation")
-    held_out = len(data)
-    if args.on_eval_pictures:
-        data = data.select(stratified_sample(data["label"], config.eval_pictures))
-    pictures = [images[0] for images in data["images"]]
-    if args.compare_with:
-        other, other_rows = read_report(args.compare_with)
-        other_rows = paired(list(zip(pictures, data["label"], strict=True)), other_rows, args.compare_with)
-    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
-    started = time.perf_counter()
-    batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
-    log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
-    seconds = time.perf_counter() - started
-    probability = log_p.double().softmax(1).tolist()  # over the labels
-    predicted = log_p.argmax(1).tolist()
-    truth = [scorer.labels.index(label) for label in data["label"]]
-    right = [t == p for t, p in zip(truth, predicted, strict=True)]
-    report = measure(scorer.labels, truth, predicted, probability) | {
-        "model": args.model_name_or_path,
-        "step": global_step(args.model_name_or_path),
-        "held_out": held_out,  # more than n with --on_eval_pictures
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "seconds": seconds,
-        "images_per_second": len(pictures) / seconds,
-        "dtype": args.dtype,
-        "per_device_eval_batch_size": batch_size,
-        "processes": PartialState().num_processes,
-        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": read_excluded(config, "validation"),
-        "comparison": None,
-        "linear_probe": None,
-    }
-    if args.compare_with:
-        changed = [
-            {"image": image, "prediction": scorer.labels[p], "other_prediction": row["prediction"]}
-            for image, p, ok, row in zip(pictures, predicted, right, other_rows, strict=True)
-            if ok != row["correct"]
-        ]
-        where = {"model": other["model"], "where": args.compare_with, "changed": changed}
-        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | where
-    if args.linear_probe:
-        report["linear_probe"] = linear_probe(model, scorer.processor, config, args, right)
-    rows = [
-        {
-            "image": picture,
-            "label": scorer.labels[t],
-            "prediction": scorer.labels[p],
-            "probability": row[p],
-            "correct": t == p,
-            **dict(zip(scorer.labels, row, strict=True)),
-        }
-        for picture, t, p, row in zip(pictures, truth, predicted, probability, strict=True)
-    ]
-    return report, rows
-
-
-def read_excluded(config, split):
-    """[{image, reason}] of the pictures that the check left out of a split."""
-    try:
-        with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
-    except FileNotFoundError:
-        return []
-    return [{"image": row["image"], "reason": row["reason"]} for row in rows]
-
-
-def add_flags(parser):
-    """The flags of validation.py."""
-    add_inference_flags(parser)
-    parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
-    parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
-    parser.add_argument("--all_checkpoints", action="store_true", help="rank every checkpoint-N and the final model")
-    parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
-    parser.add_argument(
-        "--linear_probe", action="store_true", help="also fit logistic regression on the frozen vision tower's features"
-    )
-
-
-def main():
-    parser = settings.parser(__doc__.splitlines()[0])
-    add_flags(parser)
-    args = parser.parse_args()
-    config = settings_for(settings.take(args), args.model_name_or_path)
-    splits = ("train", "validation") if args.linear_probe else ("validation",)
-    preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
-    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())  # the first one decides; without cpu=True CPU ranks stay strangers
-
-    def run_one(path):
-        """All ranks; writes on the main one. -> (report, rows, folder)"""
-        report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path}))
-        folder = os.path.join(args.report_dir, checkpoint_name(path))
-        if PartialState().is_main_process:
-            write_report(report, rows, folder)
-            log_tensorboard(report, rows, os.path.join(config.logging_dir, run_name(path), "validation"))
-        return report, rows, folder
-
-    if args.all_checkpoints:
-        table = os.path.join(args.report_dir, f"{run_name(args.model_name_or_path)}-checkpoints.csv")
-        rank_checkpoints(find_checkpoints(args.model_name_or_path), run_one, table)
-    else:
-        report, _, folder = run_one(args.model_name_or_path)
-        if PartialState().is_main_process:
-            print_report(report, folder)
-    if PartialState().num_processes > 1:
-        PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    run(main)
+    config = settings_for(settings.take(args), args.model_name_or_path)
+    data = held_out(args, config)

@@ -10,6 +10,7 @@ other_image, other_split, other_label. Identical pictures stop the build unless 
 Nothing is quadratic in the number of pictures: see near_pairs().
 """
 
+import csv
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from animals.files import replacing
-from animals.pictures.cache import FORMAT, SPLITS, csv_file, split_folder, temp_path
+from animals.pictures.cache import FORMAT, SPLITS, csv_file, read_meta, split_folder, stamp, temp_path
 from config import Config
 
 CANDIDATES = 1024  # at most, a picture and table: bounds the time when thousands of different pictures look alike
@@ -266,3 +267,29 @@ def leak_table(config: Config, leaks: dict, splits) -> str:
             f"warning: {leaks['capped']:,} pictures look like more than 1,024 others; not all of those were compared"
         )
     return "\n".join(lines)
+
+
+def known_leaks(config: Config) -> dict | None:
+    """What the last check of both splits says of the held-out pictures, or None if it was of other pictures.
+
+    identical, look_alikes: the validation paths with such a picture in train; group: {validation path: number}, one
+    number for all that look alike.
+    """
+    metas = {split: read_meta(config, split) for split in SPLITS}
+    if not all(meta and meta["stamp"] == stamp(config, split) for split, meta in metas.items()):
+        return None
+    if read_leaks(config, {split: meta["summary"] for split, meta in metas.items()}) is None:
+        return None
+    with open(Path(config.temp_dir) / leak_file(SPLITS, "csv"), newline="", encoding="utf-8") as file:
+        across = [row for row in csv.DictReader(file) if row["problem"] == "both splits"]
+    pictures, name = load_pictures(config, SPLITS)
+    number, _ = groups(pictures, config.near_duplicate_distance)
+    held_out = {}
+    for row in np.flatnonzero(pictures.split):
+        split, path = name(int(row))
+        held_out[os.path.join(split_folder(config, split), path)] = int(number[row])
+    return {
+        "identical": {row["image"] for row in across if row["match"] == "same pixels"},
+        "look_alikes": {row["image"] for row in across if row["match"] == "near"},
+        "group": held_out,
+    }
