@@ -3,6 +3,7 @@
     python data_process_utils.py                                        # check the pictures, build both caches
     python data_process_utils.py --validation_fraction 0.2 --seed 42    # cut a validation split off train_data
     python data_process_utils.py --undo_split                           # put every picture of the cut back
+    python data_process_utils.py --audit                                # which labels are likely wrong? Needs model/
 
 train.py, validation.py and test.py call prepare() and load_split() themselves; this script is for looking first.
 
@@ -12,6 +13,7 @@ Leaves  <temp_dir>/{train,validation}.json: conversations as TRL and datasets re
         <temp_dir>/{train,validation}.checked.arrow and .meta.json: what is known of every file, and what the cache
         was built from
         <temp_dir>/excluded.csv (image,split,reason): what training will not see
+        <temp_dir>/audit.csv and audit.html, by --audit: suspects (see scoring/audit.py)
         <temp_dir>/leaks.csv: pictures in both splits or under two labels (see pictures/leaks.py)
 
 Every picture is decoded once, as training decodes it (pictures/read.py); later starts cost one stat a
@@ -122,9 +124,22 @@ def undo(config: Config) -> None:
         print(f"warning: {path}: no longer there, not put back")
 
 
+def find_suspects(config: Config, model: str) -> None:
+    from animals.checkpoint.check import require_checkpoint
+    from animals.scoring.audit import REASONS, audit
+
+    require_checkpoint(model)
+    config.allow_leaks = True  # found leaks are no reason not to look further
+    prepare(config, model_name_or_path=model)
+    suspects = Counter(row["reason"] for row in audit(config, model))
+    found = ", ".join(f"{reason} {suspects[reason]:,}" for reason in REASONS)
+    print(f"suspects: {found}; listed in {config.temp_dir}/audit.csv; look at them in {config.temp_dir}/audit.html")
+
+
 def main():
     parser = settings.parser(__doc__.partition("\n")[0])
-    parser.add_argument("--model_name_or_path", default="model", help="checkpoint folder, for the image-token counts")
+    parser.add_argument("--model_name_or_path", default="model", help="checkpoint: image tokens; --audit")
+    parser.add_argument("--audit", action="store_true", help="find suspects by the checkpoint's vision tower")
     group = parser.add_argument_group("the cut")
     group.add_argument("--validation_fraction", type=float, help="move this share of each class to validation_data")
     group.add_argument("--seed", type=int, default=42, help="which pictures are cut")
@@ -132,19 +147,6 @@ def main():
     group.add_argument("--undo_split", action="store_true", help="move the pictures of the cut back")
     args = parser.parse_args()
     config = settings_for(settings.take(args), args.model_name_or_path, training=True)
-    if args.undo_split:
-        undo(config)
-    elif args.validation_fraction is not None:
-        cut(config, args.validation_fraction, args.seed, args.add_to_validation, read_geometry(args.model_name_or_path))
-    else:
-        from animals.pictures.leaks import leak_table
-
-        summaries = prepare(config, model_name_or_path=args.model_name_or_path)
-        print(table(summaries))
-        if not any(summary["built"] for summary in summaries.values()):  # else prepare() has said it
-            lines = [line for split in summaries for line in notes(config, split, summaries[split])[1:]]
-            print("\n".join([*lines, leak_table(config, summaries["train"]["leaks"], SPLITS)]))
-
-
-if __name__ == "__main__":
-    run(main)
+    if args.audit:
+        find_suspects(config, args.model_name_or_path)
+    elif args.undo_split:

@@ -202,7 +202,7 @@ def contact_sheet(rows, labels, model, folder, min_probability=0.0):
     )
 
 
-def render(folder, **context):
+def render(folder, template="report.html", **context):
     from jinja2 import Environment, FileSystemLoader
 
     def show(value, kind):
@@ -224,7 +224,7 @@ def render(folder, **context):
     here = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True)
     here.filters |= {"show": show, "top": top, "basename": os.path.basename}
     here.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
-    return here.get_template("report.html").render(small_side=SMALL, large_side=LARGE, **context)
+    return here.get_template(template).render(small_side=SMALL, large_side=LARGE, **context)
 
 
 def embed(small, large):
