@@ -69,9 +69,7 @@ def test_calibration_is_scikit_learns():
     assert [row["confidence"] for row in bins] == pytest.approx(mean, abs=0.01)
     assert sum(row["n"] for row in bins) == len(right) and {row["n"] for row in bins} <= {40, 41}
     for row in bins:
-        inside = (confidence > row["low"]) & (confidence <= row["high"]) | (
-            confidence == row["low"] == confidence.min()
-        )
+        inside = (confidence > row["low"] - (row is bins[0])) & (confidence <= row["high"])
         assert row["n"] == inside.sum()
         assert (row["accuracy"], row["confidence"]) == pytest.approx((right[inside].mean(), confidence[inside].mean()))
         assert row["accuracy_ci95"] == pytest.approx(proportion_confint(right[inside].sum(), row["n"], method="wilson"))

@@ -114,8 +114,8 @@ def probe(root, demo, rows):
             patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
             features[split].append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
         features[split] = np.stack(features[split])
-    [cache] = [f for f in (root / "temp" / "features").glob("*/*.npz") if np.load(f)["features"].shape[1] != 16]
-    kept = np.load(cache)["features"]
+    blocks = [np.load(path)["features"] for path in (root / "temp" / "features").glob("*/*.npz")]
+    kept = np.concatenate([block for block in blocks if block.shape[1] != 16])  # 16: CLIP's
     everything = np.concatenate(list(features.values()))
     assert np.allclose(np.sort(kept, axis=0), np.sort(everything, axis=0), atol=1e-4)
     answers = [FOLDERS[Path(path).parent.name] for path in paths]

@@ -98,8 +98,9 @@ def calibration(confidence, right, bins=CALIBRATION_BINS):
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order]
-    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)))
-    starts = np.unique([0, *np.searchsorted(confidence, edges[1:-1], "right")])  # of the bins in the sorted list
+    edges = np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1])
+    starts = np.unique([0, *np.searchsorted(confidence, edges, "right")])  # of the bins in the sorted list
+    starts = starts[starts < len(confidence)]
     counts = np.diff([*starts, len(confidence)])
     certain = np.add.reduceat(confidence, starts)
 
