@@ -150,3 +150,18 @@ def main():
     if args.audit:
         find_suspects(config, args.model_name_or_path)
     elif args.undo_split:
+        undo(config)
+    elif args.validation_fraction is not None:
+        cut(config, args.validation_fraction, args.seed, args.add_to_validation, read_geometry(args.model_name_or_path))
+    else:
+        from animals.pictures.leaks import leak_table
+
+        summaries = prepare(config, model_name_or_path=args.model_name_or_path)
+        print(table(summaries))
+        if not any(summary["built"] for summary in summaries.values()):  # else prepare() has said it
+            lines = [line for split in summaries for line in notes(config, split, summaries[split])[1:]]
+            print("\n".join([*lines, leak_table(config, summaries["train"]["leaks"], SPLITS)]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -111,3 +111,65 @@ def main():
         splits = ("train", "validation") if training or probe else ("validation",)
         config = settings_for(settings.take(args), args.model_name_or_path, training)
         preflight(config, args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
+    if not training and processes == 1:
+        os.execv(sys.executable, [sys.executable, script, *flags])
+
+    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
+    import torch.distributed.run as torchrun
+
+    def launch_training():
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        port = ["--main_process_port=0"]  # any free one
+        words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+        launch_command(launch_command_parser().parse_args(words))
+
+    if processes == 1 and "--num_machines" not in " ".join(launcher_flags):
+        torchrun.run = run_here
+        launch_training()
+        return
+
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
+    import psutil
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torchrun answers a signal by killing the ranks after 30 s, less than a checkpoint of the 7B takes. Ours pass it
+    # on, and the ranks end when they have saved.
+    torchrun_parser = torchrun.get_args_parser
+
+    def parser_without_signals():
+        result = torchrun_parser()
+        result.set_defaults(signals_to_handle="SIGQUIT")
+        return result
+
+    def pass_on(number, frame):
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    torchrun.get_args_parser = parser_without_signals
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+    try:
+        if training:
+            launch_training()
+        else:
+            torchrun.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if code not in (2, 130, 143):
+            how = (
+                f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with exit code {code}"
+            )
+            again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
+            print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)

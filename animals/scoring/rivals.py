@@ -67,12 +67,13 @@ def check_rivals(args):
         raise UserError("\n".join(problems))
 
 
-def untuned_rows(args, pictures):
-    """The rows of the untuned checkpoint's report, paired with `pictures`, or None if there is none of these."""
+def untuned_rows(config, args, data):
+    """The rows of the untuned checkpoint's report, paired with `data`; None unless it is of these and the question."""
     folder = os.path.join(args.report_dir, checkpoint_name(args.untuned_model))
     try:
         report, rows = read_report(folder)
-        return paired(pictures, rows, folder) if report["model"] == args.untuned_model else None
+        same = (report["model"], report.get("question")) == (args.untuned_model, config.question)
+        return paired(triples(data), rows, folder) if same else None
     except UserError:
         return None
 
@@ -117,7 +118,7 @@ def triples(data):
 def untuned(config, args, data):
     from accelerate import PartialState
 
-    rows = untuned_rows(args, triples(data)) if PartialState().is_main_process else []
+    rows = untuned_rows(config, args, data) if PartialState().is_main_process else []
     return [config.labels.index(row["prediction"]) for row in rows], {"model": args.untuned_model}
 
 
