@@ -5,6 +5,7 @@
     python data_process_utils.py --undo_split                           # put the pictures of the newest cut back
     python data_process_utils.py --quarantine temp/leaks.csv            # move the listed pictures out of both splits
     python data_process_utils.py --undo_quarantine                      # put those of the newest quarantine back
+    python data_process_utils.py --audit                                # which labels are likely wrong? Needs model/
 
 train.py and validation.py check the pictures themselves before they start; this script is for looking first.
 
@@ -15,6 +16,7 @@ Leaves  <temp_dir>/{train,validation}.json: conversations as TRL and datasets re
         <temp_dir>/excluded.csv (image,split,reason): what training will not see
         <temp_dir>/leaks.csv: equal and similar pictures in both splits, under two labels, within a split
         (animals/pictures/leaks.py)
+        <temp_dir>/audit.csv and audit.html, by --audit: suspects (animals/scoring/audit.py)
 
 Every picture is decoded once, as training decodes it (animals/pictures/read.py); later starts cost one stat a file.
 Added, removed or replaced pictures are decoded, the others not again; a changed prompt, label table or checkpoint
@@ -141,9 +143,22 @@ def put_in_quarantine(config: Config, path: str, force: bool) -> None:
     )
 
 
+def find_suspects(config: Config, model: str) -> None:
+    from animals.checkpoint.check import require_checkpoint
+    from animals.scoring.audit import REASONS, audit
+
+    require_checkpoint(model)
+    config.allow_leaks = True  # found leaks are no reason not to look further
+    prepare(config, model_name_or_path=model)
+    suspects = Counter(row["reason"] for row in audit(config, model))
+    found = ", ".join(f"{reason} {suspects[reason]:,}" for reason in REASONS)
+    print(f"suspects: {found}; listed in {config.temp_dir}/audit.csv; look at them in {config.temp_dir}/audit.html")
+
+
 def main():
     parser = settings.parser(__doc__.partition("\n")[0])
-    parser.add_argument("--model_name_or_path", default="model", help="checkpoint folder, for the image-token counts")
+    parser.add_argument("--model_name_or_path", default="model", help="checkpoint: image tokens; --audit")
+    parser.add_argument("--audit", action="store_true", help="find suspects by the checkpoint's vision tower")
     group = parser.add_argument_group("the cut")
     group.add_argument("--validation_fraction", type=float, help="move this share of each class to validation_data")
     group.add_argument("--seed", type=int, default=42, help="which pictures are cut")
@@ -157,7 +172,9 @@ def main():
     group.add_argument("--force", action="store_true", help="more than 10 %% of a class may go")
     args = parser.parse_args()
     config = settings_for(settings.take(args), args.model_name_or_path, training=True)
-    if args.undo_split:
+    if args.audit:
+        find_suspects(config, args.model_name_or_path)
+    elif args.undo_split:
         undo_split(config)
     elif args.undo_quarantine:
         put_back(config, quarantine.manifest(config.input_dir), "from the quarantine", "--undo_quarantine")

@@ -4,7 +4,7 @@
     sh validation.sh --model_name_or_path model                         # the untuned model
     sh validation.sh --compare_with logs/validation/model               # is it really better than that report's?
     sh validation.sh --all_checkpoints                                  # which checkpoint-N is best?
-    sh validation.sh --linear_probe                                     # was the large model worth it?
+    sh validation.sh --rivals untuned,probe,clip --clip_model clip      # was the fine-tuning, was the 7B worth it?
     python validation.py --model_name_or_path sft-llava-1.6-7b/checkpoint-100 --per_device_eval_batch_size 4
 
 Leaves <report_dir>/<checkpoint name>/{report.html, report.json, predictions.csv, confusion_matrix.png,
@@ -21,36 +21,44 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.steps import checkpoint_name, find_checkpoints, global_step, run_name
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import WORDS, settings_for
 from animals.command import run
+from animals.pictures.leaks import known_leaks
 from animals.pictures.prepare import load_split
-from animals.ranks import choose_arithmetic, main_process
-from animals.scoring.metrics import compare, measure, paired
+from animals.ranks import choose_arithmetic, main_process, say
+from animals.scoring.metrics import compare, measure, paired, without_leaks
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.ranking import rank_checkpoints
 from animals.scoring.report import print_report, read_report, write_report
-from animals.scoring.rivals import linear_probe
+from animals.scoring.rivals import add_rival_flags, check_rivals, rivals, triples, untuned_rows, wanted
 from animals.scoring.scorer import add_inference_flags, load_scorer, score_pictures, stratified_sample
 from animals.training.preflight import check_setup
+
+
+def held_out(args, config):
+    """The pictures to score, a datasets.Dataset."""
+    data = load_split(config, "validation")
+    if args.on_eval_pictures:
+        data = data.select(stratified_sample(data["label"], config.eval_pictures))
+    return data
 
 
 def validate(args):
     """Score args.model_name_or_path on the held-out split, on all ranks.
 
     Returns (report, rows): the dict of report.json, and the rows of predictions.csv, on every rank. Raises UserError,
-    before anything is loaded, if args.compare_with is about other pictures.
+    before anything is loaded, if args.compare_with is about other pictures. The rival `untuned` is read from its own
+    report, which main() makes where there is none.
     """
+    import torch
     from accelerate import PartialState
 
     config = settings_for(settings.take(args), args.model_name_or_path)
-    data = load_split(config, "validation")
-    held_out = len(data)
-    if args.on_eval_pictures:
-        data = data.select(stratified_sample(data["label"], config.eval_pictures))
+    data = held_out(args, config)
     pictures = [images[0] for images in data["images"]]
     if args.compare_with:
         other, other_rows = read_report(args.compare_with)
-        other_rows = paired(list(zip(pictures, data["label"], strict=True)), other_rows, args.compare_with)
+        other_rows = paired(triples(data), other_rows, f"--compare_with {args.compare_with}")
     scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     started = time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
@@ -60,10 +68,14 @@ def validate(args):
     predicted = log_p.argmax(1).tolist()
     truth = [scorer.labels.index(label) for label in data["label"]]
     right = [t == p for t, p in zip(truth, predicted, strict=True)]
-    report = measure(scorer.labels, truth, predicted, probability) | {
+    known = known_leaks(config)
+    groups = [known["group"][picture] for picture in pictures] if known else None
+    report = measure(scorer.labels, truth, predicted, probability, groups) | {
+        "leaks": without_leaks(pictures, right, known),
         "model": args.model_name_or_path,
+        "question": config.question,
         "step": global_step(args.model_name_or_path),
-        "held_out": held_out,  # more than n with --on_eval_pictures
+        "held_out": len(load_split(config, "validation")),  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,
@@ -73,7 +85,6 @@ def validate(args):
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "excluded": read_excluded(config, "validation"),
         "comparison": None,
-        "linear_probe": None,
     }
     if args.compare_with:
         changed = [
@@ -83,8 +94,10 @@ def validate(args):
         ]
         where = {"model": other["model"], "where": args.compare_with, "changed": changed}
         report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | where
-    if args.linear_probe:
-        report["linear_probe"] = linear_probe(model, scorer.processor, config, args, right)
+    del model  # a rival may need its place
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    report["rivals"] = rivals(config, args, data, right)
     rows = [
         {
             "image": picture,
@@ -92,9 +105,10 @@ def validate(args):
             "prediction": scorer.labels[p],
             "probability": row[p],
             "correct": t == p,
+            "sha256": sha,  # by which reports are paired
             **dict(zip(scorer.labels, row, strict=True)),
         }
-        for picture, t, p, row in zip(pictures, truth, predicted, probability, strict=True)
+        for picture, t, p, sha, row in zip(pictures, truth, predicted, data["sha256"], probability, strict=True)
     ]
     return report, rows
 
@@ -116,9 +130,7 @@ def add_flags(parser):
     parser.add_argument("--report_dir", default="logs/validation", help="a folder a checkpoint is made in it")
     parser.add_argument("--all_checkpoints", action="store_true", help="rank every checkpoint-N and the final model")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
-    parser.add_argument(
-        "--linear_probe", action="store_true", help="also fit logistic regression on the frozen vision tower's features"
-    )
+    add_rival_flags(parser)
 
 
 def main():
@@ -126,22 +138,29 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     config = settings_for(settings.take(args), args.model_name_or_path)
-    splits = ("train", "validation") if args.linear_probe else ("validation",)
+    check_rivals(args)
+    splits = ("train", "validation") if "probe" in wanted(args) else ("validation",)
     check_setup(config, args.model_name_or_path, splits, args.all_checkpoints)
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     on_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     PartialState(cpu=on_cpu)  # the first one decides; without cpu=True CPU ranks stay strangers
 
-    def run_one(path):
+    def run_one(path, **other):
         """All ranks; writes on the main one. -> (report, rows, folder)"""
-        report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path}))
+        report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path, **other}))
         folder = os.path.join(args.report_dir, checkpoint_name(path))
         if main_process():
             write_report(report, rows, folder)
             log_tensorboard(report, rows, os.path.join(config.logging_dir, run_name(path), "validation"))
         return report, rows, folder
 
+    made = broadcast_object_list(["untuned" in wanted(args) and untuned_rows(config, args, held_out(args, config))])
+    if "untuned" in wanted(args) and not made[0]:
+        say(f"scoring {args.untuned_model}, the rival `untuned`, which has no report on these pictures yet")
+        words = {name: getattr(config, name) for name in WORDS}  # the same question and labels
+        run_one(args.untuned_model, rivals=[], linear_probe=False, compare_with=None, **words)
     if args.all_checkpoints:
         table = os.path.join(args.report_dir, f"{run_name(args.model_name_or_path)}-checkpoints.csv")
         rank_checkpoints(find_checkpoints(args.model_name_or_path), run_one, table)

@@ -10,7 +10,18 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from animals.command import UserError
-from animals.scoring.metrics import calibration, compare, measure, paired, wilson_interval
+from animals.scoring.metrics import (
+    answered,
+    calibration,
+    compare,
+    design_effect,
+    measure,
+    paired,
+    wilson_interval,
+    without_leaks,
+)
+from animals.scoring.report import read_report
+from config import Config
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (3, 40), (271, 300), (2713, 3000)])
@@ -51,14 +62,84 @@ def test_calibration_is_scikit_learns():
     random = np.random.default_rng(1)
     confidence = np.concatenate([random.uniform(0.1, 1, 400), [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]])
     right = random.uniform(size=len(confidence)) < confidence**2
-    ece, bins = calibration(confidence, right)
-    accuracy, mean = calibration_curve(right, confidence, n_bins=10)
-    full = [row for row in bins if row["n"]]
-    assert [row["accuracy"] for row in full] == pytest.approx(accuracy)
-    assert [row["confidence"] for row in full] == pytest.approx(mean)
-    assert sum(row["n"] for row in bins) == len(right)
-    counts = np.array([row["n"] for row in full])
-    assert ece == pytest.approx((counts / counts.sum() * np.abs(accuracy - mean)).sum())
+    found = calibration(confidence, right)
+    accuracy, mean = calibration_curve(right, confidence, n_bins=10, strategy="quantile")
+    bins = found["bins"]
+    assert [row["accuracy"] for row in bins] == pytest.approx(accuracy, abs=0.03)  # its bins hold their lower edges
+    assert [row["confidence"] for row in bins] == pytest.approx(mean, abs=0.01)
+    assert sum(row["n"] for row in bins) == len(right) and {row["n"] for row in bins} <= {40, 41}
+    for row in bins:
+        inside = (confidence > row["low"] - (row is bins[0])) & (confidence <= row["high"])
+        assert row["n"] == inside.sum()
+        assert (row["accuracy"], row["confidence"]) == pytest.approx((right[inside].mean(), confidence[inside].mean()))
+        assert row["accuracy_ci95"] == pytest.approx(proportion_confint(right[inside].sum(), row["n"], method="wilson"))
+    gaps = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / len(right)
+    assert (found["ece"], found["verdict"]) == (pytest.approx(gaps), "over-confident")
+
+
+def test_equal_certainties_share_a_bin():
+    confidence = [0.5] * 50 + [0.9] * 250
+    shuffled = np.random.default_rng(0).permutation(300)
+    right = np.arange(300) % 3 > 0
+    found = calibration(confidence, right)
+    assert [row["n"] for row in found["bins"]] == [50, 250]
+    again = calibration(np.array(confidence)[shuffled], right[shuffled])
+    assert again["ece"] == pytest.approx(found["ece"]) and again["verdict"] == "over-confident"
+
+
+@pytest.mark.parametrize("n", [300, 2862])
+def test_a_calibrated_model_is_not_called_anything_else(demo, n):
+    """The demo's certainties and certainties around 98 %, outcomes drawn from them; and the demo's at temperature 2."""
+    _, rows = read_report(str(demo.root / "logs" / "validation" / "sft-llava-demo"))
+    p = np.array([[row[label] for label in Config().labels] for row in rows])
+    random = np.random.default_rng(n)
+    called = {"demo": 0, "98": 0}
+    for _ in range(60):
+        for name, c in (("demo", p.max(1)[random.integers(len(p), size=n)]), ("98", random.beta(29.4, 0.6, size=n))):
+            called[name] += calibration(c, random.random(n) < c)["verdict"] != "calibrated"
+    assert max(called.values()) <= 4  # of 60; 1 % expected, 5 or more have a chance of 1 in 3,000
+    flat = p[random.integers(len(p), size=n)]
+    right, flat = random.random(n) < flat.max(1), flat**0.5
+    assert calibration((flat / flat.sum(1, keepdims=True)).max(1), right)["verdict"] == "under-confident"
+
+
+def test_answered():
+    confidence, right = [0.3, 0.8, 0.8, 0.97], [False, True, False, True]
+    rows = {row["min_probability"]: (row["share"], row["accuracy"]) for row in answered(confidence, right)}
+    assert rows[0.0] == rows[0.3] == (1, 0.5) and rows[0.31] == rows[0.8] == (0.75, pytest.approx(2 / 3))
+    assert rows[0.9] == (0.25, 1) and rows[0.98] == (0, None)
+
+
+def test_the_interval_of_look_alikes_covers():
+    """Groups of one to five pictures named alike: at n / design effect 95 % hold the truth, at n far fewer."""
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(100), np.arange(100) % 5 + 1)
+    effect = design_effect(groups.tolist())
+    assert effect == pytest.approx((20 * (1 + 4 + 9 + 16 + 25)) / 300) and design_effect(range(9)) == 1
+    held = np.zeros(2)
+    for _ in range(600):
+        correct = int((random.random(100) < 0.8)[groups].sum())
+        for k, of in enumerate((effect, 1)):
+            low, high = wilson_interval(correct, len(groups), of)
+            held[k] += low <= 0.8 <= high
+    assert held[0] / 600 > 0.93 and held[1] / 600 < 0.85
+    assert wilson_interval(240, 300, 2) == pytest.approx(proportion_confint(120, 150, method="wilson"))
+
+
+def test_leaks_are_taken_out():
+    """30 of 71 leaked, by hand."""
+    pictures, right = [f"{i}.jpg" for i in range(71)], [i % 3 > 0 for i in range(71)]
+    group = {picture: i // 2 for i, picture in enumerate(pictures)}
+    known = {"identical": set(pictures[:20]) | {"not scored.jpg"}, "look_alikes": set(pictures[15:30]), "group": group}
+    found = without_leaks(pictures, right, known)
+    assert (found["checked"], found["identical"], found["look_alikes"], found["groups"]) == (True, 20, 10, 36)
+    assert (found["n_without"], found["accuracy_without"]) == (41, sum(right[30:]) / 41)
+    effect = (20 * 4 + 1) / 41
+    low, high = proportion_confint(sum(right[30:]) / effect, 41 / effect, method="wilson")
+    assert found["accuracy_without_ci95"] == pytest.approx([low, high])
+    assert without_leaks(pictures, right, None) == dict.fromkeys(found) | {"checked": False}
+    everything = without_leaks(pictures[:3], right[:3], known)
+    assert (everything["n_without"], everything["accuracy_without"]) == (0, None)
 
 
 def test_certain_and_right_is_calibrated():
@@ -66,13 +147,15 @@ def test_certain_and_right_is_calibrated():
     assert (report["ece"], report["accuracy"], report["correct"]) == (0.0, 1.0, 3)
 
 
-def test_other_pictures_are_refused():
-    rows = [{"image": "1.jpg", "label": "cat"}, {"image": "2.jpg", "label": "dog"}]
-    ours = [("2.jpg", "dog"), ("1.jpg", "cat")]
-    assert [row["image"] for row in paired(ours, rows, "x")] == ["2.jpg", "1.jpg"]
-    with pytest.raises(
-        UserError, match=r"1 not held out here, \['2.jpg'\].*1 of ours lacking, \['3.jpg'\].*the same 2"
-    ):
-        paired([("3.jpg", "dog"), ("1.jpg", "cat")], rows, "x")
-    with pytest.raises(UserError, match="found other labels for 1 pictures, 2.jpg among them"):
-        paired([("2.jpg", "cat"), ("1.jpg", "cat")], rows, "x")
+def test_pictures_are_paired_by_content():
+    rows = [{"image": "a/1.jpg", "sha256": "1", "label": "cat"}, {"image": "2.jpg", "sha256": "2", "label": "dog"}]
+    ours = [("./2.jpg", "2", "dog"), ("1.jpg", "1", "cat")]
+    assert [row["sha256"] for row in paired(ours, rows, "x")] == ["2", "1"]
+    twins = [*rows, {"image": "3.jpg", "sha256": "1", "label": "dog"}]
+    assert paired([("p", "1", "dog"), ("q", "1", "cat"), *ours[:1]], twins, "x") == [twins[2], twins[0], twins[1]]
+    with pytest.raises(UserError, match=r"1 not held out here, \['2.jpg'\].*1 of ours lacking, \['2.jpg'\].*same 2"):
+        paired([("2.jpg", "another", "dog"), ours[1]], rows, "x")
+    with pytest.raises(UserError, match="found other labels for 1 pictures, ./2.jpg among them"):
+        paired([("./2.jpg", "2", "cat"), ours[1]], rows, "x")
+    with pytest.raises(UserError, match="found no column sha256.*run validation.sh for that checkpoint again"):
+        paired(ours, [{"image": "1.jpg", "label": "cat"}], "x")

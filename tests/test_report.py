@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 from PIL import Image
-from sklearn.calibration import calibration_curve
 
 from animals.command import UserError
 from animals.scoring import report as page_maker
-from animals.scoring.metrics import compare, measure, paired, wilson_interval
+from animals.scoring.metrics import calibration, compare, measure, paired, wilson_interval, without_leaks
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import contact_sheet, read_report, write_report
 from tests.browser import Browser, find_chromium
@@ -57,19 +56,13 @@ def made(tmp_path_factory):
             p /= p.sum()
             best = int(p.argmax())
             row = {"image": str(image), "label": LABELS[k], "prediction": LABELS[best], "probability": float(p[best])}
-            rows.append(row | {"correct": best == k} | dict(zip(LABELS, p.tolist(), strict=True)))
+            rows.append(row | {"correct": best == k, "sha256": f"{k} {i}"} | dict(zip(LABELS, p.tolist(), strict=True)))
             guess = k if random.uniform() < 0.7 else 0
             other.append({"image": str(image), "label": LABELS[k], "prediction": LABELS[guess], "correct": guess == k})
     Path(rows[3]["image"]).unlink()
     number = {label: k for k, label in enumerate(LABELS)}
     truth, predicted = [[number[row[key]] for row in rows] for key in ("label", "prediction")]
     right, other_right = [row["correct"] for row in rows], [row["correct"] for row in other]
-    probe = {
-        "n_train": 100,
-        "features": 8,
-        "accuracy": sum(other_right) / 50,
-        "comparison": compare(right, other_right),
-    }
     changed = [
         {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
         for row, before in zip(rows, other, strict=True)
@@ -80,7 +73,8 @@ def made(tmp_path_factory):
         "held_out": 60, "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": compare(right, other_right) | {"model": "m2", "where": "there", "changed": changed},
-        "linear_probe": probe | {"accuracy_ci95": wilson_interval(sum(other_right), 50)},
+        "leaks": without_leaks([row["image"] for row in rows], right, None),
+        "rivals": [{"name": "probe", "accuracy": 0.5}],
     }  # fmt: skip
     folder = root / "logs" / "a report"
     write_report(report, rows, str(folder))
@@ -109,7 +103,7 @@ def expected_numbers(folder, report, other_right):
     """What scikit-learn and scipy say of predictions.csv, by the page's keys."""
     with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    labels = list(rows[0])[5:]
+    labels = list(rows[0])[6:]
     y, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
     p = np.array([[float(row[label]) for label in labels] for row in rows])
     right = [a == b for a, b in zip(y, said, strict=True)]
@@ -131,24 +125,16 @@ def expected_numbers(folder, report, other_right):
             keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
             want |= {f"per_class.{label}.{ours}": values[theirs] for ours, theirs in keys.items()}
     confidence = p.max(axis=1)
-    heights, means = calibration_curve(right, confidence, n_bins=10)
-    counts = np.histogram(np.ceil(confidence * 10), bins=np.arange(0.5, 11))[0]
-    want["ece"] = float((counts[counts > 0] / len(y) * abs(heights - means)).sum())
-    for b, height, mean in zip(np.flatnonzero(counts), heights, means, strict=True):
-        want |= {
-            f"calibration.{b}.n": counts[b],
-            f"calibration.{b}.accuracy": height,
-            f"calibration.{b}.confidence": mean,
-        }
-    for key in ("comparison", "probe.comparison") if other_right else ():
-        table = sk.confusion_matrix(right, other_right, labels=[True, False]).ravel().tolist()
-        want |= {f"{key}.{name}": n for name, n in zip(SIDES, table, strict=True)}
-        c = compare(right, other_right)  # held against scipy and statsmodels in test_metrics.py
-        want |= {f"{key}.{name}": c[name] for name in ("n", "accuracy", "other_accuracy", "difference", "mcnemar_p")}
-        want |= {f"{key}.low": c["difference_ci95"][0], f"{key}.high": c["difference_ci95"][1]}
+    certainty = calibration(confidence, right)  # held against scikit-learn in test_metrics.py
+    want["ece"] = certainty["ece"]
+    for b, row in enumerate(certainty["bins"]):
+        want |= {f"calibration.{b}.{key}": row[key] for key in ("n", "accuracy", "confidence")}
     if other_right:
-        low, high = wilson_interval(sum(other_right), len(y))
-        want |= {"probe.accuracy": sum(other_right) / len(y), "probe.low": low, "probe.high": high}
+        table = sk.confusion_matrix(right, other_right, labels=[True, False]).ravel().tolist()
+        want |= {f"comparison.{name}": n for name, n in zip(SIDES, table, strict=True)}
+        c = compare(right, other_right)  # held against scipy and statsmodels in test_metrics.py
+        want |= {f"comparison.{key}": c[key] for key in ("n", "accuracy", "other_accuracy", "difference", "mcnemar_p")}
+        want |= {"comparison.low": c["difference_ci95"][0], "comparison.high": c["difference_ci95"][1]}
     matrix = sk.confusion_matrix(y, said, labels=labels)
     return want, matrix, labels
 
@@ -223,7 +209,7 @@ def test_in_chromium(which, browser, made, demo):
     assert browser.js("document.querySelectorAll('script').length") == 0
     assert browser.js("[...document.images].filter(i => !i.alt).length") == 0
     _, rows = read_report(str(folder))
-    labels = list(rows[0])[5:]
+    labels = list(rows[0])[6:]
     cells = browser.js("[...document.querySelectorAll('.confusion a')].map(a => [a.hash, a.textContent])")
     for how, (hash_, count) in enumerate(cells):
         link = f"document.querySelector('.confusion a[href=\"{hash_}\"]')"
@@ -269,7 +255,7 @@ def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
     def page(rows):
         answers = [int(not row["correct"]) for row in rows]
         report = measure(["a", "b"], [0] * len(rows), answers, [[row["a"], row["b"]] for row in rows])
-        report |= dict.fromkeys(("comparison", "linear_probe", "step")) | {"excluded": [], "versions": {}, "date": ""}
+        report |= dict.fromkeys(("comparison", "step")) | {"excluded": [], "versions": {}, "date": ""}
         report |= {"model": "m", "held_out": 0, "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
         html = page_maker.page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path))
         assert all(f'"{i % 20}%20{i}.png" title' in html for i in range(len(rows))), "embedded or named"
@@ -303,7 +289,7 @@ def test_the_page_can_be_made_again_from_its_files(made, tmp_path):
     assert (report, rows) == (made.report, made.rows)
     with pytest.raises(UserError, match=f"{tmp_path}: found no readable report.*make it with validation.sh"):
         read_report(str(tmp_path))
-    assert [row["image"] for row in paired([(r["image"], r["label"]) for r in rows], rows, "")]
+    assert [row["image"] for row in paired([(r["image"], r["sha256"], r["label"]) for r in rows], rows, "")]
 
 
 def test_contact_sheet(made, tmp_path, browser):
@@ -335,7 +321,7 @@ def test_tensorboard_has_each_step_once_and_in_order(made, tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
     points = [(point.step, point.value) for point in events.Scalars("validation/accuracy")]
     assert points == [(0, 0.125), (100, 0.25), (200, 0.75)]
-    assert {"validation/macro_f1", "validation/ece", "validation/linear_probe"} < set(events.Tags()["scalars"])
+    assert {"validation/macro_f1", "validation/ece", "validation/rival_probe"} < set(events.Tags()["scalars"])
     for tag in ("validation/confusion_matrix", "validation/mistakes"):
         assert [image.step for image in events.Images(tag)] == [0, 100, 200]
         with Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)) as image:

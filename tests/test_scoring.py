@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.steps import find_checkpoints, global_step, run_name
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
-from animals.scoring.rivals import fit
 from animals.scoring.scorer import Scorer, load_scorer, score_pictures
 from config import Config
 
@@ -109,43 +106,13 @@ def read_predictions(folder):
 
 @pytest.fixture(scope="module")
 def by_one(run, demo, few, tmp_path_factory):
-    """(report folder, last line of stdout, output) of one rank, with the linear probe."""
+    """(report folder, last line of stdout, output) of one rank."""
     root = tmp_path_factory.mktemp("one")
     flags = f"--input_dir {few} --temp_dir {root}/temp --report_dir {root}/reports --logging_dir {root}/logs"
     flags += f" --dtype float32 --model_name_or_path {demo.checkpoint}"
-    done = run(f"sh validation.sh {flags} --linear_probe", NUM_PROCESSES=1)
+    done = run(f"sh validation.sh {flags}", NUM_PROCESSES=1)
     assert done.code == 0, done.output
     return root, flags, json.loads(done.output.splitlines()[-1])
-
-
-def test_probe_is_logistic_regression_on_the_towers_features(by_one, demo, few):
-    """Features one picture at a time from the model's own pieces; the fit by hand."""
-    root, _, brief = by_one
-    processor, model = load_processor(str(demo.checkpoint)), load_model(str(demo.checkpoint), "float32")
-    tower, side = model.model.vision_tower, model.config.vision_config.image_size
-    features, labels, folders = {}, {}, Config().folder_to_label
-    for split in ("train", "validation"):
-        paths = [p for folder in folders for p in list_pictures(str(few / f"{split}_data" / folder))]
-        labels[split] = [Config().labels.index(folders[Path(path).parent.name]) for path in paths]
-        rows = []
-        for path in paths:
-            whole = processor.image_processor(load_picture(path), return_tensors="pt")["pixel_values"][0, :1]
-            assert whole.shape[-1] == side
-            with torch.inference_mode():
-                out = tower(whole, output_hidden_states=True)
-            patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
-            rows.append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
-        features[split] = np.stack(rows)
-        [cache] = (root / "temp" / "probe").glob(f"{split}-*.npy")
-        assert np.allclose(np.sort(np.load(cache), axis=0), np.sort(features[split], axis=0), atol=1e-4)
-    predicted, strength = fit(features["train"], labels["train"], features["validation"])
-    scaler = StandardScaler().fit(features["train"])
-    by_hand = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(features["train"]), labels["train"])
-    assert by_hand.predict(scaler.transform(features["validation"])).tolist() == predicted
-    report = json.loads(Path(brief["report"]).read_text())["linear_probe"]
-    assert report["accuracy"] == pytest.approx(np.mean(np.array(predicted) == labels["validation"]), abs=0.021)
-    assert (report["n"], report["n_train"], report["features"]) == (10 * PER_CLASS, 10 * PER_CLASS, rows[0].size)
-    assert report["comparison"]["accuracy"] == brief["accuracy"]
 
 
 def test_two_ranks_rank_all_checkpoints_and_change_nothing(by_one, run, demo, few, tmp_path):

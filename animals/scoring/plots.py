@@ -26,12 +26,18 @@ def reliability_figure(report):
 
     figure = Figure((5, 5), layout="constrained")
     axes = figure.subplots()
-    bins = [row for row in report["calibration"] if row["n"]]
-    axes.bar([row["low"] for row in bins], [row["accuracy"] for row in bins], 0.1, align="edge", edgecolor="white")
+    bins = report["calibration"]["bins"]
+    certain, accuracy = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
+    bars = [[abs(row["accuracy"] - end) for row in bins for end in [row["accuracy_ci95"][k]]] for k in (0, 1)]
     axes.plot([0, 1], [0, 1], "--", color="tab:orange", label="certain as often as right")
-    axes.plot([row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="black", ms=4)
+    axes.errorbar(certain, accuracy, bars, fmt="o", color="black", ms=4, lw=1, label="pictures in bins, 95 % interval")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="how certain it was", ylabel="how often it was right")
-    axes.set_title(f"expected calibration error {report['ece']:.3f}, n = {report['n']:,}")
+    noise = report["calibration"]["ece_if_calibrated"]
+    axes.set_title(
+        f"{report['calibration']['verdict']}: calibration error {report['ece']:.3f}, n = {report['n']:,}\n"
+        f"(calibrated: median {noise['median']:.3f}, 99th percentile {noise['percentile_99']:.3f})",
+        fontsize=10,
+    )
     axes.legend()
     return figure
 
@@ -74,8 +80,8 @@ def log_tensorboard(report, rows, folder):
     values = [
         Summary.Value(tag=f"validation/{tag}", simple_value=report[tag]) for tag in ("accuracy", "macro_f1", "ece")
     ]
-    if report["linear_probe"]:
-        values.append(Summary.Value(tag="validation/linear_probe", simple_value=report["linear_probe"]["accuracy"]))
+    for rival in report["rivals"]:
+        values.append(Summary.Value(tag=f"validation/rival_{rival['name']}", simple_value=rival["accuracy"]))
     for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
         if figure:
             png = io.BytesIO()

@@ -68,25 +68,71 @@ def read_report(path):
 
 
 def print_report(report, folder):
-    """The table for people, then the line for programs."""
+    """The tables for people, then the line for programs."""
     low, high = report["accuracy_ci95"]
     part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
-    print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'f1':>6}")
+    print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'95 % interval':>14} {'f1':>6}")
     for label, row in report["per_class"].items():
-        print(f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {row['f1']:>6.3f}")
+        interval = "{:.3f}, {:.3f}".format(*row["recall_ci95"])
+        print(
+            f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {interval:>14} {row['f1']:>6.3f}"
+        )
     print(
-        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}{part}, "
-        f"chance {report['chance']:.2f}), macro-F1 {report['macro_f1']:.4f}, calibration error {report['ece']:.4f}"
+        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}{part}; chance "
+        f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
+        f"{report['macro_f1']:.4f}"
     )
-    if probe := report["linear_probe"]:
-        print_comparison(probe["comparison"], "linear probe on the vision tower")
-    if report["comparison"]:
-        print_comparison(report["comparison"], report["comparison"]["model"])
+    print("\n".join([leaks_line(report), certainty_line(report), answered_line(report)]))
+    for c in filter(None, [report["comparison"]]):
+        print_comparison(c, c["model"])
+    print(f"\n{'rival':<12} {'accuracy':>8}  95 % interval   {'this less it':>12}  95 % interval      {'p':>7}")
+    for row in report["rivals"]:
+        interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
+        print(
+            f"{row['name']:<12} {row['accuracy']:>8.4f}  {interval}  {row['difference']:>+12.4f}  "
+            f"{difference[0]:+.4f}, {difference[1]:+.4f}  {row['mcnemar_p']:>7.3g}"
+        )
     print(
         f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
         f"excluded; open {os.path.join(folder, 'report.html')}"
     )
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
+
+
+def leaks_line(report):
+    """How far the accuracy can be trusted: what of the held-out pictures training has seen."""
+    leaks, n = report["leaks"], report["n"]
+    if not leaks["checked"]:
+        return "leaks: not known; `python data_process_utils.py` looks for pictures that are in both splits"
+    line = f"leaks: none of the {n} pictures has a twin or look-alike in train"
+    if leaks["n_without"] < n:
+        line = f"leaks: {n - leaks['n_without']} of the {n} pictures have a twin ({leaks['identical']}) or look-alike "
+        line += f"({leaks['look_alikes']}) in train"
+        if leaks["n_without"]:
+            low, high = leaks["accuracy_without_ci95"]
+            line += f"; accuracy without them {leaks['accuracy_without']:.4f} (95 % interval {low:.4f} to {high:.4f}, "
+            line += f"n = {leaks['n_without']})"
+    if leaks["groups"] < n:
+        line += f"; look-alikes among them: {leaks['groups']} groups, so the intervals are taken at n / "
+        line += f"{report['design_effect']:.2f} (design effect)"
+    return line
+
+
+def certainty_line(report):
+    found = report["calibration"]
+    noise = found["ece_if_calibrated"]
+    verdict = found["verdict"] if found["verdict"] != "calibrated" else f"calibrated, as far as {report['n']} can tell"
+    return (
+        f"certainty: {verdict}; calibration error {found['ece']:.4f}, a perfectly calibrated model shows "
+        f"{noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"
+    )
+
+
+def answered_line(report):
+    """What test.py --min_probability would cost and bring."""
+    chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
+    said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
+    return f"test.py --min_probability: {', '.join(said) or 'every answer is less certain than 0.5'}"
 
 
 def print_comparison(c, name):
@@ -126,7 +172,6 @@ def page(report, rows, folder):
         report=report,
         cells=[{"t": t, "p": p, "rows": cell} for (t, p), cell in sorted(in_cell.items())],
         confusions=sorted(confusions, key=lambda c: (-c["count"], c["t"], c["p"]))[:10],
-        biggest_bin=max(row["n"] for row in report["calibration"]),
         mistakes=mistakes,
         uncertain=uncertain,
         changed=changed,
@@ -157,7 +202,7 @@ def contact_sheet(rows, labels, model, folder, min_probability=0.0):
     )
 
 
-def render(folder, **context):
+def render(folder, template="report.html", **context):
     from jinja2 import Environment, FileSystemLoader
 
     def show(value, kind):
@@ -179,7 +224,7 @@ def render(folder, **context):
     here = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True)
     here.filters |= {"show": show, "top": top, "basename": os.path.basename}
     here.filters["link"] = lambda path: quote(os.path.relpath(path, folder))
-    return here.get_template("report.html").render(small_side=SMALL, large_side=LARGE, **context)
+    return here.get_template(template).render(small_side=SMALL, large_side=LARGE, **context)
 
 
 def embed(small, large):

@@ -1,0 +1,127 @@
+"""Which labels are likely wrong? Suspects among the pictures, by the features of the untuned vision tower.
+
+A classifier is fitted on four fifths of the pictures of both splits and asked about the rest, five times, look-alikes
+on one side; cleanlab (its Datalab) reads what it says:
+label       confident learning (Northcutt et al. 2021, arXiv:1911.00068) takes the label for wrong; the least
+            probable label first
+outlier     far from its nearest neighbours: perhaps no animal at all
+look-alike  much nearer to another picture than pictures are (crops, frames of one film), and the hashes of
+            pictures/leaks.py do not know it. One of each such set is left out: it may stay
+
+A suspect is a picture to look at, not a verdict. Nothing is moved or changed.
+"""
+
+import os
+
+from animals.command import UserError
+from animals.pictures.cache import SPLITS, csv_file
+from animals.pictures.leaks import groups, load_pictures
+from animals.pictures.prepare import load_split
+from animals.scoring.features import features, load_tower
+from animals.scoring.report import embed, render
+from animals.scoring.rivals import classifier
+
+FOLDS = 5
+REASONS = ("label", "outlier", "look-alike")
+COLUMNS = ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
+SHOWN = 300  # suspects of a reason on the page; audit.csv has all
+NEIGHBOURS = 4  # beside each suspect on the page
+FEWEST = 20  # pictures: cleanlab looks at ten neighbours of each
+
+
+def audit(config, model):
+    """Write <temp_dir>/audit.csv and audit.html; the suspects, as rows of the former. Call prepare() first.
+
+    model: the checkpoint whose vision tower looks. probability is the likely label's; nearest the picture most like it.
+    """
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    rows = [
+        {"image": images[0], "split": split, "label": label, "sha256": sha}
+        for split, data in ((split, load_split(config, split)) for split in SPLITS)
+        for images, label, sha in zip(data["images"], data["label"], data["sha256"], strict=True)
+    ]
+    if len(rows) < FEWEST:
+        raise UserError(f"--audit: found {len(rows)} pictures in {config.input_dir}; expected at least {FEWEST}")
+    pictures, _ = load_pictures(config, SPLITS)  # in the same order
+    group, _ = groups(pictures, config.near_duplicate_distance)
+    workers = 0 if state.device.type == "cpu" else config.data_processes or len(os.sched_getaffinity(0))
+    folder = os.path.join(config.temp_dir, "features")
+    known = features(
+        load_tower(model), [row["image"] for row in rows], [row["sha256"] for row in rows], folder, workers=workers
+    )
+    suspects = find_suspects(known, rows, group)
+    with csv_file(config, "audit.csv", COLUMNS) as out:
+        out.writerows([row[column] for column in COLUMNS] for row in suspects)
+    write_page(config, suspects, len(rows), model)
+    return suspects
+
+
+def find_suspects(known, rows, group):
+    """The suspects among `rows` (dicts with image, split, label), with the other columns and `neighbours` filled in.
+
+    known: float32 [rows, features]; group [rows]: equal numbers for look-alikes that the hashes know.
+    """
+    import numpy as np
+    from cleanlab import Datalab
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    labels, truth, sizes = np.unique([row["label"] for row in rows], return_inverse=True, return_counts=True)
+    folds = StratifiedGroupKFold(max(2, min(FOLDS, int(sizes.min()))), shuffle=True, random_state=0)
+    with threadpool_limits(1):  # small products: threads wait for each other longer than they work
+        best = classifier().fit(known, truth).best_estimator_
+        probability = cross_val_predict(best, known, truth, cv=folds, groups=group, method="predict_proba")
+    lab = Datalab({"label": truth}, label_name="label", verbosity=0)
+    lab.find_issues(
+        pred_probs=probability,
+        features=StandardScaler().fit_transform(known),  # else what all pictures share makes every cosine near 1
+        issue_types={"label": {}, "outlier": {}, "near_duplicate": {}},
+    )
+    issues = lab.get_issues()
+    nearest = lab.get_info("statistics")["weighted_knn_graph"].indices.reshape(len(rows), -1)  # nearest first
+    likely = probability.argmax(1)
+    found, closest = {}, nearest[:, 0].tolist()
+    for kind in ("label", "outlier"):
+        score = issues[f"{kind}_score"].to_numpy()  # label: the given label's probability; low is bad
+        for i in np.argsort(score, kind="stable"):
+            if issues[f"is_{kind}_issue"].iloc[i]:
+                found.setdefault(int(i), kind)
+    sets = lab.get_info("near_duplicate")["near_duplicate_sets"]
+    for i in range(len(rows)):  # the first of a set stays, the others name one before them
+        others = [int(j) for j in sets[i] if j < i and group[j] != group[i]]
+        if others and found.setdefault(i, "look-alike") == "look-alike":
+            closest[i] = others[0]
+    return [
+        {key: rows[i][key] for key in ("image", "split", "label")}
+        | {"likely_label": str(labels[likely[i]]), "probability": round(float(probability[i, likely[i]]), 4)}
+        | {"reason": reason, "nearest": rows[closest[i]]["image"]}
+        | {"neighbours": [rows[j] for j in nearest[i, :NEIGHBOURS]]}
+        for i, reason in found.items()
+    ]
+
+
+def write_page(config, suspects, n, model):
+    """<temp_dir>/audit.html: one file, pictures within it, nothing fetched, no script."""
+    parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
+    shown = [row for part in parts.values() for row in part[:SHOWN]]
+    twins = [other["image"] for row in shown for other in row["neighbours"]] + [row["nearest"] for row in shown]
+    small, large, dropped = embed(twins, [row["image"] for row in shown])
+    html = render(
+        config.temp_dir,
+        "audit.html",
+        parts=parts,
+        shown=SHOWN,
+        n=n,
+        model=model,
+        small=small,
+        large=large,
+        dropped=dropped,
+    )
+    path = os.path.join(config.temp_dir, "audit.html")
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(html)
+    os.replace(f"{path}.new", path)

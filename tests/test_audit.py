@@ -1,0 +1,95 @@
+"""The audit finds what was put in: flipped labels, a stranger, a crop; and keeps features by content."""
+
+import csv
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from animals.pictures.read import PictureError, list_pictures
+from animals.scoring import features as kept_features
+from animals.scoring.features import features, load_tower
+from config import Config
+
+
+@pytest.fixture(scope="module")
+def audited(run, demo, tmp_path_factory):
+    """(root, names of the flipped, output) of the demo's 2,500 training pictures, 75 of them in a wrong folder."""
+    root = tmp_path_factory.mktemp("audit")
+    folders = list(Config().folder_to_label)
+    pictures = [p for f in folders for p in sorted((demo.input / "train_data" / f).iterdir())]
+    random = np.random.default_rng(0)
+    flip = set(random.choice(len(pictures), 75, replace=False).tolist())
+    for folder in folders:
+        (root / "input" / "train_data" / folder).mkdir(parents=True)
+    for i, path in enumerate(pictures):
+        folder = path.parent.name
+        if i in flip:
+            folder = random.choice([f for f in folders if f != folder])
+        (root / "input" / "train_data" / folder / f"{path.parent.name}-{path.name}").symlink_to(path)
+    (root / "input" / "validation_data").symlink_to(demo.input / "validation_data")
+    flags = f"--input_dir {root}/input --temp_dir {root}/temp --model_name_or_path {demo.model}"
+    done = run(f"python data_process_utils.py {flags} --audit")
+    assert done.code == 0, done.output
+    return root, {f"{pictures[i].parent.name}-{pictures[i].name}" for i in flip}, done.output
+
+
+def test_flipped_labels_come_first(audited):
+    root, flipped, output = audited
+    with open(root / "temp" / "audit.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
+    assert sum(row["image"].rpartition("/")[2] in flipped for row in rows[:50]) >= 45
+    reasons = [row["reason"] for row in rows]
+    order = ["label", "outlier", "look-alike"]
+    assert reasons == sorted(reasons, key=order.index) and len({row["image"] for row in rows}) == len(rows)
+    assert all(row["likely_label"] != row["label"] for row in rows if row["reason"] == "label")
+    assert f"suspects: label {reasons.count('label')}, outlier {reasons.count('outlier')}" in output
+    html = (root / "temp" / "audit.html").read_text(encoding="utf-8")
+    assert "<script" not in html and not re.search(r'(src|href)="(https?:)?//', html)
+    assert html.count("<li>") == len(rows) and html.count("data:image/jpeg") > len(rows)
+
+
+def test_features_are_kept_by_content(demo, tmp_path, monkeypatch):
+    """A second call, another name and a second copy encode nothing; a picture that is gone is one line."""
+    paths = list_pictures(str(demo.input / "validation_data" / "cat"))[:6]
+    tower, sha = load_tower(str(demo.model)), [str(i) for i in range(6)]
+    monkeypatch.setattr(kept_features, "BLOCK", 4)
+    first = features(tower, paths, sha, str(tmp_path), batch_size=2)
+    assert len(list(tmp_path.glob("*/*.npz"))) == 2
+    again = features(tower, [*paths[:5], "moved", "copy"], [*sha, sha[0]], str(tmp_path))
+    assert np.array_equal(again, first[[0, 1, 2, 3, 4, 5, 0]])
+    with pytest.raises(Exception, match="became unreadable after it was checked.*gone.jpg.*missing") as caught:
+        features(tower, ["gone.jpg"], ["new"], str(tmp_path))
+    assert type(caught.value).__name__ == "UserError" and not isinstance(caught.value, PictureError)
+    assert load_tower(str(demo.checkpoint)).name != tower.name, "the demo trains the tower"
+    shutil.copytree(demo.model, tmp_path / "copy")
+    assert load_tower(str(tmp_path / "copy")).name == tower.name
+
+
+def test_a_stranger_and_a_crop_are_suspects(demo):
+    from animals.scoring.audit import find_suspects
+
+    random = np.random.default_rng(0)
+    known = random.normal(size=(120, 16)).astype(np.float32)
+    known[:60, 0] += 8
+    known[7], known[80] = 40 * random.normal(size=16), known[90] + 0.001
+    known[33] = known[44] + 0.001
+    rows = [{"image": str(i), "split": "train", "label": "ab"[i >= 60]} for i in range(120)]
+    group = np.arange(120)
+    group[33] = group[44]  # the hash knows these two
+    found = {row["image"]: (row["reason"], row["nearest"]) for row in find_suspects(known, rows, group)}
+    assert found["90"] == ("look-alike", "80") and "80" not in found and not {"33", "44"} & found.keys()
+    assert "label" not in {reason for reason, _ in found.values()}
+
+
+def test_too_few_pictures(run, demo, tmp_path):
+    for split in ("train_data", "validation_data"):
+        for folder in ("cat", "dog"):
+            (tmp_path / split / folder).mkdir(parents=True)
+            Image.new("RGB", (40, 40), folder == "cat" and "red" or "blue").save(tmp_path / split / folder / "1.png")
+    flags = f"--input_dir {tmp_path} --temp_dir {tmp_path}/temp --model_name_or_path {demo.model}"
+    done = run(f"python data_process_utils.py {flags} --audit")
+    assert done.code == 2 and "error: --audit: found 4 pictures" in done.output

@@ -1,0 +1,136 @@
+"""The rivals' table: each row against a direct computation on the same pictures, with a tiny CLIP of seeded weights."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from animals.checkpoint.load import load_model, load_processor
+from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.rivals import fit
+from config import Config
+
+LABELS, FOLDERS = Config().labels, Config().folder_to_label
+PER_CLASS = 4  # of the demo's pictures, train and held out
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = {word: i for i, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=words, merges=[]).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    half = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = half | {"vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=half | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.2 * torch.randn_like(weight) * ("layer_norm" not in name)  # initial ones answer alike
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(run, demo, tiny_clip, tmp_path_factory):
+    """(input folder, temp folder, reports, flags) after a run of two ranks with all rivals."""
+    root = tmp_path_factory.mktemp("rivals")
+    for split in ("train_data", "validation_data"):
+        for folder in FOLDERS:
+            (root / "input" / split / folder).mkdir(parents=True)
+            for path in sorted((demo.input / split / folder).iterdir())[: PER_CLASS + (folder == "cat")]:
+                (root / "input" / split / folder / path.name).symlink_to(path)
+    flags = f"--input_dir {root}/input --temp_dir {root}/temp --report_dir {root}/reports --logging_dir {root}/logs"
+    flags += f" --dtype float32 --model_name_or_path {demo.checkpoint} --rivals untuned,probe,clip"
+    flags += f" --untuned_model {demo.model} --clip_model {tiny_clip}"
+    done = run(f"sh validation.sh {flags}", NUM_PROCESSES=2)
+    assert done.code == 0, done.output
+    assert "the rival `untuned`, which has no report on these pictures yet" in done.output
+    return root, flags, done.output
+
+
+def read_rows(root, name):
+    with open(root / "reports" / name / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_row_is_what_a_direct_computation_gives(table, demo, tiny_clip):
+    root, _, output = table
+    rows = read_rows(root, demo.checkpoint.name)
+    assert list(rows[0])[:6] == ["image", "label", "prediction", "probability", "correct", "sha256"]
+    truth = [row["label"] for row in rows]
+    report = json.loads((root / "reports" / demo.checkpoint.name / "report.json").read_text())
+    found = {row["name"]: row for row in report["rivals"]}
+    said = {"majority": ["cat"] * len(rows), "untuned": [row["prediction"] for row in read_rows(root, demo.model.name)]}
+    pictures = [load_picture(row["image"]) for row in rows]
+    said["probe"] = probe(root, demo, rows)
+    said["clip"] = zero_shot(tiny_clip, pictures)
+    assert len(set(said["clip"])) > 2, "a CLIP that answers one label tests little"
+    assert list(found) == list(said) and (report["majority"], report["majority_label"]) == (5 / 41, "cat")
+    ours = np.array([row["correct"] == "True" for row in rows])
+    for name, answers in said.items():
+        its = np.array(answers) == truth
+        assert found[name]["accuracy"] == pytest.approx(its.mean()), name
+        assert found[name]["accuracy_ci95"] == pytest.approx(proportion_confint(its.sum(), 41, method="wilson"))
+        assert found[name]["difference"] == pytest.approx(ours.mean() - its.mean())
+        counts = [[(ours & its).sum(), (ours & ~its).sum()], [(~ours & its).sum(), (~ours & ~its).sum()]]
+        assert found[name]["mcnemar_p"] == pytest.approx(mcnemar(counts, exact=True).pvalue, abs=1e-12)
+        assert f"{name:<12} {its.mean():>8.4f}" in output
+
+
+def zero_shot(folder, pictures):
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    sentences = [f"a photo of a {label}" for label in LABELS]
+    with torch.inference_mode():
+        out = model(**processor(text=sentences, images=pictures, padding=True, return_tensors="pt"))
+    return [LABELS[k] for k in out.logits_per_image.argmax(1).tolist()]
+
+
+def probe(root, demo, rows):
+    """Features one picture at a time from the untuned model's own pieces; the fit by hand."""
+    processor, model = load_processor(str(demo.model)), load_model(str(demo.model), "float32")
+    tower, features = model.model.vision_tower, {}
+    paths = [p for folder in FOLDERS for p in list_pictures(str(root / "input" / "train_data" / folder))]
+    for split, names in (("train", paths), ("validation", [row["image"] for row in rows])):
+        features[split] = []
+        for path in names:
+            whole = processor.image_processor(load_picture(path), return_tensors="pt")["pixel_values"][0, :1]
+            with torch.inference_mode():
+                out = tower(whole, output_hidden_states=True)
+            patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
+            features[split].append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
+        features[split] = np.stack(features[split])
+    blocks = [np.load(path)["features"] for path in (root / "temp" / "features").glob("*/*.npz")]
+    kept = np.concatenate([block for block in blocks if block.shape[1] != 16])  # 16: CLIP's
+    everything = np.concatenate(list(features.values()))
+    assert np.allclose(np.sort(kept, axis=0), np.sort(everything, axis=0), atol=1e-4)
+    answers = [FOLDERS[Path(path).parent.name] for path in paths]
+    predicted, strength = fit(features["train"], answers, features["validation"])
+    scaler = StandardScaler().fit(features["train"])
+    by_hand = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(features["train"]), answers)
+    assert by_hand.predict(scaler.transform(features["validation"])).tolist() == predicted
+    return predicted
+
+
+def test_what_lacks_is_said_before_anything_loads(run, table, tmp_path):
+    _, flags, _ = table
+    done = run(f"python validation.py {flags} --untuned_model {tmp_path} --clip_model {tmp_path} --rivals clip,probe")
+    assert done.code == 2 and "Traceback" not in done.output
+    assert "error: --untuned_model, for the rivals untuned and probe: " in done.output
+    assert f"error: --clip_model {tmp_path}: found no config.json there; expected a CLIP's folder" in done.output
+    done = run(f"python validation.py {flags} --rivals clip,dino")
+    assert done.code == 2 and "found dino; expected some of untuned,probe,clip" in done.output
