@@ -13,7 +13,6 @@ written as they come, so an interrupted run keeps what it has.
 """
 
 import csv
-import gc
 import io
 import os
 import sys
@@ -24,6 +23,7 @@ from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures
+from animals.ranks import choose_arithmetic
 from animals.scoring.report import contact_sheet
 from animals.scoring.scorer import Scorer, add_inference_flags, score_batches
 
@@ -114,9 +114,12 @@ def main():
 
     unreadable, results = 0, ()
     if pictures:
-        gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
+        from accelerate import PartialState
+
+        on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
+        PartialState(cpu=on_cpu)  # the first one decides
         scorer = Scorer(load_processor(args.model_name_or_path), config)
-        model = load_model(args.model_name_or_path, args.dtype)
+        model = load_model(args.model_name_or_path, dtype)
         size = args.per_device_eval_batch_size
         batches = [list(range(i, min(i + size, len(pictures)))) for i in range(0, len(pictures), size)]
         results = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)

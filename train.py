@@ -12,12 +12,11 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 """
 
 import argparse
-import atexit
 import ctypes
 import difflib
-import gc
 import json
 import os
+import re
 import signal
 import sys
 
@@ -26,9 +25,10 @@ from animals.checkpoint.load import load_for_training
 from animals.checkpoint.steps import find_checkpoint, publish, read_state
 from animals.checkpoint.task import other_words, settings_for
 from animals.command import UserError, run
+from animals.compat import never_compile_shared_memory_op
 from animals.pictures.prepare import load_split
 from animals.pictures.read import load_picture
-from animals.scoring.scorer import Scorer
+from animals.ranks import choose_arithmetic, cpu_bf16_speed, main_process
 from animals.training.describe import count_steps, describe, describe_cost, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.preflight import check_resume, check_run
@@ -44,7 +44,6 @@ def parse(argv):
     SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
     a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
     """
-    import torch
     from trl import ModelConfig, SFTConfig, TrlParser
 
     parser = TrlParser((Config, SFTConfig, ModelConfig), allow_abbrev=False)
@@ -53,23 +52,23 @@ def parse(argv):
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
     parser.add_argument("--dry_run", action="store_true", help="stop before the weights load; say what would run")
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
-    if not torch.cuda.is_available():
-        parser.set_defaults(use_cpu=True)
-        import deepspeed.ops
-
-        # An op that only inference uses: half a minute of compiling, and a rank killed meanwhile leaves a lock file at
-        # which every later start would wait for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def fail(message):
         raise UserError(f"{message}; `python train.py --help` lists every flag")
 
     parser.error = fail
-    unknown = [word for word in parser.parse_known_args(argv)[1] if word.startswith("-")]
+    asked, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        known = re.findall(r"--\w+", parser.format_usage())
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.8)
         fail(f"unknown flag {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    on_cpu, dtype = choose_arithmetic(asked.use_cpu, asked.dtype)
+    if on_cpu:
+        never_compile_shared_memory_op()
+        argv = [*argv, "--use_cpu", "True", "--dtype", dtype]
+        if dtype == "float32" and cpu_bf16_speed() < 1:
+            argv += ["--bf16", "False"]
     try:
         config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
@@ -100,28 +99,17 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def leave(code):
-    """End this rank without the interpreter's shutdown, in which a thread of torch's aborted a finished run (once)."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def main():
     end_with_launcher()
-    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
     config, args, model_args, dry_run = parse(sys.argv[1:])
-    speaks = args.process_index == 0  # one rank speaks for all
-    if args.use_cpu and speaks:
-        print("no GPU found: training on the CPU", flush=True)
+    speaks = main_process()  # one rank speaks for all
     for line in other_words(config, model_args.model_name_or_path) if speaks else ():
         print(f"{line}: trained with the new words from here on", flush=True)
 
     # Before the weights load: everything that can be known to go wrong, in one message.
-    summary, scorer, plan = check_run(config, args, model_args, Scorer)
+    summary, scorer, plan = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summary)
     resume, passed_over = find_checkpoint(args.output_dir)
     if resume:
@@ -178,13 +166,13 @@ def main():
     if stop.agreed:
         if speaks:
             print(f"stopped after step {trainer.state.global_step}; `sh train.sh` again goes on from there", flush=True)
-        trainer.accelerator.end_training()
-        leave(128 + stop.agreed)
-    trainer.save_final()
-    if speaks:
-        print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
+    else:
+        trainer.save_final()
+        if speaks:
+            print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
     trainer.accelerator.end_training()
-    leave(0)
+    if stop.agreed:
+        sys.exit(128 + stop.agreed)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ batch (see Scorer), so every picture gets ten probabilities and an answer that i
 
 import argparse
 import csv
-import gc
 import os
 import time
 from importlib.metadata import version
@@ -25,13 +24,14 @@ from animals.checkpoint.steps import checkpoint_name, find_checkpoints, global_s
 from animals.checkpoint.task import settings_for
 from animals.command import run
 from animals.pictures.prepare import load_split
+from animals.ranks import choose_arithmetic, main_process
 from animals.scoring.metrics import compare, measure, paired
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.ranking import rank_checkpoints
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.rivals import linear_probe
 from animals.scoring.scorer import add_inference_flags, load_scorer, score_pictures, stratified_sample
-from animals.training.preflight import preflight
+from animals.training.preflight import check_setup
 
 
 def validate(args):
@@ -127,18 +127,17 @@ def main():
     args = parser.parse_args()
     config = settings_for(settings.take(args), args.model_name_or_path)
     splits = ("train", "validation") if args.linear_probe else ("validation",)
-    preflight(config, args.model_name_or_path, splits, args.all_checkpoints)
-    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
-    import torch
+    check_setup(config, args.model_name_or_path, splits, args.all_checkpoints)
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())  # the first one decides; without cpu=True CPU ranks stay strangers
+    on_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
+    PartialState(cpu=on_cpu)  # the first one decides; without cpu=True CPU ranks stay strangers
 
     def run_one(path):
         """All ranks; writes on the main one. -> (report, rows, folder)"""
         report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path}))
         folder = os.path.join(args.report_dir, checkpoint_name(path))
-        if PartialState().is_main_process:
+        if main_process():
             write_report(report, rows, folder)
             log_tensorboard(report, rows, os.path.join(config.logging_dir, run_name(path), "validation"))
         return report, rows, folder
@@ -148,7 +147,7 @@ def main():
         rank_checkpoints(find_checkpoints(args.model_name_or_path), run_one, table)
     else:
         report, _, folder = run_one(args.model_name_or_path)
-        if PartialState().is_main_process:
+        if main_process():
             print_report(report, folder)
     if PartialState().num_processes > 1:
         PartialState().destroy_process_group()

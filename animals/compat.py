@@ -26,3 +26,14 @@ def save_as_loaded(model):
     use: it would save language_model.model.model.*, which only transformers itself reads (tests/test_checkpoint.py).
     """
     model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]
+
+
+def never_compile_shared_memory_op():
+    """Keep DeepSpeed from building its shared-memory op for CPU ranks, which only inference uses.
+
+    It takes half a minute, and a rank killed meanwhile leaves a lock file at which every later start would wait for
+    ever (tests/test_machines.py leaves one). No setting turns it off.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

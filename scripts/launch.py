@@ -9,12 +9,12 @@ the launcher's 1. train.py may just as well be started with plain `accelerate la
 """
 
 import argparse
-import gc
+import importlib.util
+import json
 import logging
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 
@@ -24,65 +24,17 @@ sys.path.insert(0, ROOT)
 import config as settings
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
-
-try:
-    from animals.training.preflight import preflight
-except ModuleNotFoundError as error:  # before `pip install`: say what can be said without any package
-    MISSING = error.name
-
-    def preflight(config, model, splits, *_):
-        problems = [f"found no Python package {MISSING}; expected requirements.txt; pip install -r requirements.txt"]
-        wanted = {os.path.join(model, "config.json"): "a checkpoint"}
-        wanted |= {os.path.join(config.input_dir, f"{split}_data"): "pictures, a folder a class" for split in splits}
-        problems += [
-            f"{path}: not found; expected {what}; see README.md"
-            for path, what in wanted.items()
-            if not os.path.exists(path)
-        ]
-        raise UserError("\n".join(problems))
+from animals.ranks import count_gpus, cpu_bf16_speed
+from animals.training.preflight import check_setup
 
 
-def count_gpus():
-    """The GPUs this process may use. Asks nvidia-smi: importing torch for it takes seconds."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
-    try:
-        return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
-    except OSError:
-        return 0
-
-
-def count_processes():
-    """NUM_PROCESSES, else one a GPU, else 1."""
-    chosen = os.environ.get("NUM_PROCESSES")
-    if chosen is not None:
-        gpus = count_gpus()
-        if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
-            most = f" to {gpus}, the GPUs there are" if gpus else ""
-            raise UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
-        return int(chosen)
-    return max(1, count_gpus())
-
-
-def run_here(args):
-    """torchrun's work for a lone rank: the script in this process, which has imported much of what it needs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    one = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1") | dict.fromkeys(("RANK", "LOCAL_RANK"), "0")
-    os.environ.update(one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv = [args.training_script, *args.training_script_args]
-    runpy.run_path(args.training_script, run_name="__main__")
-
-
-def main():
-    words = sys.argv[1:]
+def read_words(words):
+    """-> (flags for accelerate launch, the script, its flags). train.sh's --config_file is the launcher's."""
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
         raise UserError("launch.py: found no script; expected train.py or validation.py")
     launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of train.sh's own flags, the launcher's one
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config_file")
     chosen, flags = own.parse_known_args(flags)
     if chosen.config_file:
@@ -92,53 +44,53 @@ def main():
                 "scripts/ddp.yaml or another one of accelerate's"
             )
         launcher_flags.append(f"--config_file={chosen.config_file}")
-    processes = count_processes()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
-    if not count_gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    training = os.path.basename(script) == "train.py"
-    if not {"-h", "--help"} & set(flags):
-        parser = settings.parser("")
-        model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
-        parser.add_argument("--model_name_or_path", default=model)
-        parser.add_argument("--all_checkpoints", action="store_true")
-        parser.add_argument("--linear_probe", action="store_true")
-        parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"] if training else None)
-        args, _ = parser.parse_known_args(flags)
-        splits = ("train", "validation") if training or args.linear_probe else ("validation",)
-        config = settings_for(settings.take(args), args.model_name_or_path, training)
-        preflight(config, args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
-    if not training and processes == 1:
-        os.execv(sys.executable, [sys.executable, script, *flags])
+    return launcher_flags, script, flags
 
-    gc.disable()  # importing makes millions of objects and no garbage; load_weights() enables it
-    import torch.distributed.run as torchrun
 
-    def launch_training():
-        from accelerate.commands.launch import launch_command, launch_command_parser
+def usable_gpus(flags):
+    """The GPUs to start ranks on: none with --use_cpu, nor where torch is a CPU build (the script says which)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--use_cpu", nargs="?", const="true", default="false")
+    if parser.parse_known_args(flags)[0].use_cpu.lower() in ("true", "t", "yes", "y", "1"):
+        return 0
+    torch = importlib.util.find_spec("torch")
+    if torch and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        version = runpy.run_path(os.path.join(os.path.dirname(torch.origin), "version.py"))  # importing takes seconds
+        if version["cuda"] is None:
+            return 0
+    return count_gpus()
 
-        port = ["--main_process_port=0"]  # any free one
-        words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
-        launch_command(launch_command_parser().parse_args(words))
 
-    if processes == 1 and "--num_machines" not in " ".join(launcher_flags):
-        torchrun.run = run_here
-        launch_training()
-        return
+def count_processes(gpus):
+    """NUM_PROCESSES, else one a GPU, else 1."""
+    chosen = os.environ.get("NUM_PROCESSES", str(max(1, gpus)))
+    if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
+        most = f" to {gpus}, the GPUs there are" if gpus else ""
+        raise UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
+    return int(chosen)
 
-    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
+
+def check(training, flags):
+    """What can be known without torch; the ranks get the answer in $PREFLIGHT."""
+    parser = settings.parser("")
+    model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
+    parser.add_argument("--model_name_or_path", default=model)
+    parser.add_argument("--all_checkpoints", action="store_true")
+    parser.add_argument("--linear_probe", action="store_true")
+    parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"] if training else None)
+    args, _ = parser.parse_known_args(flags)
+    splits = ("train", "validation") if training or args.linear_probe else ("validation",)
+    config = settings_for(settings.take(args), args.model_name_or_path, training)
+    found = check_setup(config, args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
+    os.environ["PREFLIGHT"] = json.dumps(found)
+
+
+def pass_signals_on():
+    """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which end when they have saved.
+
+    torchrun would kill them after 30 s, less than a checkpoint of the 7B takes: it is told to leave these alone.
+    """
     import psutil
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # torchrun answers a signal by killing the ranks after 30 s, less than a checkpoint of the 7B takes. Ours pass it
-    # on, and the ranks end when they have saved.
-    torchrun_parser = torchrun.get_args_parser
-
-    def parser_without_signals():
-        result = torchrun_parser()
-        result.set_defaults(signals_to_handle="SIGQUIT")
-        return result
 
     def pass_on(number, frame):
         ranks = psutil.Process().children()
@@ -147,26 +99,61 @@ def main():
         if not ranks:
             sys.exit(128 + number)
 
-    torchrun.get_args_parser = parser_without_signals
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals-to-handle
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+
+
+def start_ranks(training, launcher_flags, processes, script, flags):
+    """Runs until all ranks have ended. -> (the rank that failed first or None, its exit code; negative: its signal)"""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         if training:
-            launch_training()
+            from accelerate.commands.launch import launch_command, launch_command_parser
+
+            port = ["--main_process_port=0"]  # any free one
+            words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+            launch_command(launch_command_parser().parse_args(words))
         else:
-            torchrun.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
+            import torch.distributed.run
+
+            torch.distributed.run.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if code not in (2, 130, 143):
-            how = (
-                f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with exit code {code}"
-            )
-            again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
-            print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
-        sys.exit(code)
+        return rank, failure.exitcode
+    except subprocess.CalledProcessError as error:  # of a lone rank without DeepSpeed
+        return 0, error.returncode
+    return None, 0
+
+
+def main():
+    launcher_flags, script, flags = read_words(sys.argv[1:])
+    training = os.path.basename(script) == "train.py"
+    asks_for_help = {"-h", "--help"} & set(flags)
+    gpus = usable_gpus(flags)
+    processes = count_processes(gpus)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation near 24 GB
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    if not asks_for_help:
+        check(training, flags)
+    if asks_for_help or not training and processes == 1:
+        os.execv(sys.executable, [sys.executable, script, *flags])
+
+    pass_signals_on()
+    if not gpus:
+        cpu_bf16_speed()  # once, for all ranks
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+    rank, code = start_ranks(training, launcher_flags, processes, script, flags)
+    if code not in (0, 2, 130, 143):
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
+        print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How a checkpoint folder is read: its processor, its model for training, its model for inference."""
 
 import functools
-import gc
 import re
 
 from animals.checkpoint.check import adapter_config, base_of, check_weights, fetch
@@ -55,9 +54,6 @@ def load_weights(path, **options):
     problems = check_weights(path)
     if problems:
         raise UserError("\n".join(problems))
-    if not gc.isenabled():  # paused by main() while libraries were imported; now nobody looks at what they left
-        gc.enable()
-        gc.freeze()
     model, info = LlavaNextForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:

@@ -8,7 +8,7 @@ from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.task import settings_for
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
-from animals.ranks import say
+from animals.ranks import main_process, say
 
 LONG_PROMPT = 200  # tokens; the ten animals make 53
 
@@ -125,7 +125,6 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
     maps such an index to the reason. A bar on rank 0's terminal.
     """
     import torch
-    from accelerate import PartialState
     from tqdm import tqdm
 
     def collate(indices):
@@ -138,7 +137,7 @@ def score_batches(model, scorer, pictures, batches, num_workers=0):
         return indices, list(opened), errors, scorer.collate(list(opened.values())) if opened else None
 
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=num_workers)
-    quiet = not (PartialState().is_main_process and sys.stderr.isatty())
+    quiet = not (main_process() and sys.stderr.isatty())
     with tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar:
         for indices, readable, errors, batch in loader:
             log_p = torch.full((len(indices), len(scorer.labels)), float("nan"))
@@ -221,4 +220,5 @@ def add_inference_flags(parser):
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights"
     )
+    parser.add_argument("--use_cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import os
 import platform
 import statistics
 import subprocess
 from importlib import metadata
+
+import config as settings
 
 
 def count_steps(args, pictures) -> tuple[int, int]:
@@ -14,6 +17,19 @@ def count_steps(args, pictures) -> tuple[int, int]:
     micro_batches = pictures // a_step if args.dataloader_drop_last else math.ceil(pictures / a_step)
     an_epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
     return an_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+
+
+def count_saves(args, pictures) -> int:
+    """The checkpoints that transformers.DefaultFlowCallback writes in a whole run: the last step is one of them."""
+    an_epoch, steps = count_steps(args, pictures)
+    if args.save_strategy == "no":
+        return 0
+    if args.save_strategy == "steps":
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
+        return math.ceil(steps / every)
+    if args.save_strategy == "epoch":
+        return math.ceil(steps / an_epoch)
+    return steps  # "best": after an evaluation that is better than all before
 
 
 def describe(args, model_args, data, collator, summary):
@@ -63,18 +79,27 @@ def mark(ids, labels, processor):
     return text
 
 
+def commit() -> str | None:
+    """Of this repository, wherever it is called from; None without git, or in a copy that is no clone."""
+    git = os.path.join(os.path.dirname(settings.__file__), ".git")
+    try:
+        done = subprocess.run(["git", f"--git-dir={git}", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def record_run(config, args, model_args, summary):
     """What runs, as a dict for run.json: the settings that must match on a resume first, then all the others."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")}
     versions |= {name: metadata.version(name) for name in ("bitsandbytes", "datasets", "pillow", "peft")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "world_size": args.world_size,
         "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "labels": config.labels,
         "question": config.question,
         "data": summary["train"]["fingerprint"],
-        "commit": commit or None,
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **versions},
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model_args),

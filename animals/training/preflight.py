@@ -1,24 +1,26 @@
 """Everything that can be known to go wrong before the weights load, found together and said in one message.
 
-preflight() takes a second and imports no torch: the launcher calls it before anything slow starts. check_run() adds
-what needs the parsed training flags.
+check_setup() imports no torch and takes a second: the launcher calls it before anything slow starts, and tells the
+ranks in $PREFLIGHT; ranks that were started without it check for themselves. check_run() adds what a training run needs
+torch or its flags for.
 """
 
 import json
 import math
 import os
 import shutil
+import sysconfig
 
 from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards, require_checkpoint
 from animals.checkpoint.load import load_processor
 from animals.checkpoint.steps import find_checkpoints
 from animals.command import UserError
 from animals.compat import whole_models
-from animals.pictures.prepare import prepare
 from animals.training.batches import largest_micro_batch, shuffle_seed
-from animals.training.describe import count_steps
+from animals.training.describe import count_saves, count_steps
 
 GIB = 2**30
+SERVED_ATTENTION = ("sdpa", "eager")  # take the scorer's 4-D mask; flash_attention_* and flex_attention do not
 
 
 class Findings(list):
@@ -37,47 +39,90 @@ class Findings(list):
             raise UserError("\n".join(self))
 
 
-def preflight(config, model_name_or_path, splits, all_checkpoints=False, output_dir=None):
-    """The checkpoint is there, and the pictures are fit for use; builds their caches. Returns prepare()'s summary.
+# --- without torch ----------------------------------------------------------------------------------------------------
+
+
+def check_setup(config, model_name_or_path, splits, all_checkpoints=False, output_dir=None):
+    """The checkpoint is there, the pictures are fit for use, their caches built. -> {split: {"n", "fingerprint"}}.
 
     all_checkpoints: a run's folder will do as well; its newest whole checkpoint says how many tokens a picture has.
     """
-    path = model_name_or_path
+    if "PREFLIGHT" in os.environ:
+        return json.loads(os.environ["PREFLIGHT"])
+    path, findings = model_name_or_path, Findings()
     if all_checkpoints:
         found = find_checkpoints(path)
         path = next((p for p in reversed(found) if holds_model(p)), path)
-    findings = Findings()
     findings.attempt(require_checkpoint, path)
-    summary = findings.attempt(prepare, config, splits, base_of(path))
+    summary = findings.attempt(check_pictures, config, splits, path)
     if output_dir is not None:
         findings.attempt(check_output_dir, output_dir)
     findings.report()
-    return summary
+    return {split: {key: summary[split][key] for key in ("n", "fingerprint")} for split in splits}
 
 
-def check_run(config, args, model_args, make_scorer):
-    """Everything for a training run, before the weights load. -> (prepare()'s summary, scorer, make_plan()'s plan).
+def check_pictures(config, splits, path):
+    """prepare()'s summary; before `pip install`, what can be said without any package."""
+    try:
+        from animals.pictures.prepare import prepare
+    except ModuleNotFoundError as error:
+        lines = [f"found no Python package {error.name}; expected requirements.txt; pip install -r requirements.txt"]
+        folders = [os.path.join(config.input_dir, f"{split}_data") for split in splits]
+        lines += [
+            f"{folder}: not found; expected pictures, a folder a class; see README.md"
+            for folder in folders
+            if not os.path.isdir(folder)
+        ]
+        raise UserError("\n".join(lines)) from None
+    return prepare(config, splits, base_of(path))
 
-    make_scorer(processor, config) raises UserError where two labels have the same tokens. Raises one UserError with
-    every problem found, a line each.
+
+def check_output_dir(output_dir):
+    """Empty, absent, or a run of ours; and writable."""
+    if os.path.isdir(output_dir):
+        content = sorted(os.listdir(output_dir))
+        ours = "run.json" in content or ".saving" in content or any(n.startswith("checkpoint-") for n in content)
+        if content and not ours:
+            raise UserError(
+                f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an "
+                "earlier run of train.py; choose another, or empty it"
+            )
+        parent = output_dir
+    else:
+        parent = os.path.dirname(os.path.abspath(output_dir))
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to; choose another folder")
+
+
+# --- with torch, for training -----------------------------------------------------------------------------------------
+
+
+def check_run(config, args, model_args):
+    """Everything for a training run, before the weights load. -> (check_setup()'s summary, scorer, memory plan).
+
+    Raises one UserError with every problem found, a line each.
     """
-    path, findings = model_args.model_name_or_path, Findings()
-    summary = findings.attempt(prepare, config, ("train", "validation"), base_of(path))
-    scorer = findings.attempt(check_checkpoint, path, config, make_scorer)
-    findings.attempt(check_output_dir, args.output_dir)
-    findings.attempt(check_ranks, args.use_cpu)
-    plan = findings.attempt(make_plan, config, args, model_args) if holds_model(path) else None
+    path, findings, scorer, plan = model_args.model_name_or_path, Findings(), None, None
+    summary = findings.attempt(check_setup, config, path, ("train", "validation"), False, args.output_dir)
+    findings.attempt(check_attention, model_args)
+    findings.attempt(check_gpus, args)
     if holds_model(path):
-        total = sum(math.prod(shape) for shape in read_shards(base_of(path))[0].values())
-        findings.attempt(check_disk, args, plan["trained"] if plan else total)
-        findings.attempt(check_memory, args, plan, gpu_memory(args.use_cpu))
+        scorer = findings.attempt(check_checkpoint, path, config)
+    if holds_model(path) and summary:
+        plan = findings.attempt(make_plan, config, args, model_args)
+        shapes, _ = read_shards(base_of(path))
+        findings.attempt(check_disk, args, model_args, shapes, summary["train"]["n"])
+        findings.attempt(check_memory, args, plan, free_memory(args.use_cpu))
     findings.report()
     return summary, scorer, plan
 
 
-def check_checkpoint(path, config, make_scorer):
-    """Files, weights, tokenizer, processor and answers of a checkpoint are usable. -> its scorer."""
-    require_checkpoint(path)
+def check_checkpoint(path, config):
+    """Weights, tokenizer, processor and answers of a checkpoint are usable. -> its scorer."""
+    from animals.scoring.scorer import Scorer
+
     if problems := check_weights(base_of(path)):
         raise UserError("\n".join(problems))
     try:
@@ -89,7 +134,44 @@ def check_checkpoint(path, config, make_scorer):
             f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
             "hub repository's files; fetch all that is not weights again"
         ) from None
-    return make_scorer(processor, config)
+    return Scorer(processor, config)
+
+
+def check_attention(model_args):
+    """Evaluation scores all labels in one pass, by a mask that not every implementation reads."""
+    chosen = model_args.attn_implementation
+    if chosen is not None and chosen not in SERVED_ATTENTION:
+        raise UserError(
+            f"--attn_implementation: found {chosen}; expected {' or '.join(SERVED_ATTENTION)} (default sdpa, which has "
+            "flash kernels of its own): the others do not take the mask by which labels are scored"
+        )
+
+
+def check_gpus(args):
+    """No more ranks on this machine than GPUs, and what Triton needs to build a launcher for TRL's loss kernels."""
+    import torch
+
+    if args.use_cpu:
+        return
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    problems = []
+    if ranks > gpus:
+        problems.append(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")
+    if lacking := missing_for_triton():
+        problems.append(
+            f"found no {' and no '.join(lacking)}; expected both, for the loss on the GPU (Triton builds a launcher at "
+            "its first step); apt install gcc python3-dev, or name a compiler in $CC"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def missing_for_triton() -> list[str]:
+    """As triton/runtime/build.py looks: a C compiler, $CC or gcc or clang, and this Python's header files."""
+    compilers = [os.environ["CC"].split()[0]] if os.environ.get("CC") else ["gcc", "clang"]
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    lacking = [] if any(map(shutil.which, compilers)) else [f"C compiler ({' or '.join(compilers)})"]
+    return lacking if os.path.isfile(header) else [*lacking, header]
 
 
 def make_plan(config, args, model_args):
@@ -122,77 +204,68 @@ def make_plan(config, args, model_args):
         )
 
 
-def gpu_memory(use_cpu):
-    """GiB of the smallest GPU of this machine, None without one."""
+def free_memory(use_cpu):
+    """Free GiB on this rank's GPU, None without one. Its own CUDA context, about 0.4, is already taken from it."""
     import torch
 
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    return None if use_cpu or not sizes else min(sizes) / GIB
+    return None if use_cpu else torch.cuda.mem_get_info()[0] / GIB
 
 
-def check_memory(args, plan, found):
-    """The plan's peak at the largest picture fits into `found` GiB (None: there is no GPU)."""
-    if found is None or plan is None:
+def check_memory(args, plan, free):
+    """The plan's peak at the largest picture fits into `free` GiB (None: there is no GPU)."""
+    if free is None or plan is None:
         return
     peak = plan["peaks"]["largest"]
-    if peak > found:
+    if peak > free:
         raise UserError(
-            f"found GPUs of {found:.1f} GiB; expected {peak:.1f} GiB for --per_device_train_batch_size "
+            f"found {free:.1f} GiB free on the GPU; expected {peak:.1f} GiB for --per_device_train_batch_size "
             f"{args.per_device_train_batch_size} at the largest picture (computed); look at what "
-            "fits: python scripts/memory_plan.py"
+            "fits: python scripts/memory_plan.py; and at who else computes there: nvidia-smi"
         )
 
 
-def check_disk(args, parameters):
-    """Room for save_total_limit checkpoints, one being written, one being deleted, and the final model.
+def disk_needed(args, model_args, shapes, pictures) -> tuple[int, float, float, float]:
+    """(checkpoints at once, bytes of one, bytes of the final model, bytes in all) of a whole run at its fullest.
 
-    Bytes a parameter: 2 in safetensors (bf16) and, for resuming, 4 of fp32 master and 2.03 of 8-bit states.
+    One checkpoint is written while those that --save_total_limit keeps still stand; the final model, after the oldest
+    has gone. Bytes a parameter: 2 or 4 in safetensors and, for resuming, 4 of fp32 master and 2.03 of 8-bit states.
     """
-    resumable = 0 if args.save_only_model else 6.03
-    checkpoint = parameters * (2 + resumable)
-    kept = (args.save_total_limit or 0) + 2 if args.save_strategy != "no" else 0
+    parameters = saved_parameters(model_args, shapes)
+    final = parameters * (4 if model_args.dtype == "float32" else 2)
+    checkpoint = final + (0 if args.save_only_model else 6.03 * parameters)
+    kept = count_saves(args, pictures)
+    if (args.save_total_limit or 0) > 0:
+        kept = min(kept, max(args.save_total_limit, 1 + args.load_best_model_at_end))  # the best one stays as well
+    at_once = min(count_saves(args, pictures), kept + 1)
+    return at_once, checkpoint, final, max(at_once * checkpoint, kept * checkpoint + final)
+
+
+def saved_parameters(model_args, shapes) -> int:
+    """Parameters in what a run saves: all of {name: shape} or, at most, those of LoRA's adapters to them."""
+    if not model_args.use_peft:
+        return sum(math.prod(shape) for shape in shapes.values())
+    whole = tuple(model_args.lora_modules_to_save or ())
+    adapters = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
+    return adapters + sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in whole))
+
+
+def check_disk(args, model_args, shapes, pictures):
+    """Room in --output_dir for what the run will save; what lies there already is its own and counts as room."""
+    at_once, checkpoint, final, needed = disk_needed(args, model_args, shapes, pictures)
     parent = os.path.abspath(args.output_dir)
     already = 0
     if os.path.isdir(parent):
         already = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(parent) for f in files)
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
-    needed, free = kept * checkpoint + parameters * 2, shutil.disk_usage(parent).free + already
-    if free < needed:
+    room = shutil.disk_usage(parent).free + already
+    if room < needed:
         raise UserError(
-            f"--output_dir {args.output_dir}: found {free / GIB:.1f} GiB free; expected {needed / GIB:.1f} GiB for "
-            f"{kept} checkpoints of {checkpoint / GIB:.1f} GiB (--save_total_limit {args.save_total_limit} + 2) and "
-            f"the model of {parameters * 2 / GIB:.1f} GiB; lower --save_total_limit, or choose another disk"
+            f"--output_dir {args.output_dir}: found {room / GIB:.1f} GiB free; expected {needed / GIB:.1f} GiB for "
+            f"{at_once} checkpoints of {checkpoint / GIB:.1f} GiB at once (--save_steps {args.save_steps:g}, "
+            f"--save_total_limit {args.save_total_limit}) and the model of {final / GIB:.1f} GiB; lower "
+            "--save_total_limit, or choose another disk"
         )
-
-
-def check_output_dir(output_dir):
-    """Empty, absent, or a run of ours; and writable."""
-    if os.path.isdir(output_dir):
-        content = sorted(os.listdir(output_dir))
-        ours = "run.json" in content or ".saving" in content or any(n.startswith("checkpoint-") for n in content)
-        if content and not ours:
-            raise UserError(
-                f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an "
-                "earlier run of train.py; choose another, or empty it"
-            )
-        parent = output_dir
-    else:
-        parent = os.path.dirname(os.path.abspath(output_dir))
-        while not os.path.exists(parent):
-            parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to; choose another folder")
-
-
-def check_ranks(use_cpu):
-    """No more ranks on this machine than GPUs."""
-    import torch
-
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    gpus = 0 if use_cpu else torch.cuda.device_count()
-    if gpus and ranks > gpus:
-        raise UserError(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")
 
 
 # What a resumed run must share with the one that wrote the checkpoint, and why.
