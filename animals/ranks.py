@@ -64,6 +64,20 @@ def why_cpu(use_cpu: bool) -> str | None:
     )
 
 
+def seconds_a_product(dtype) -> float:
+    """CPU seconds of one thread for a product of 256 x 256 matrices: the same on a busy machine."""
+    import torch
+
+    threads, taken, square = torch.get_num_threads(), [], torch.ones(256, 256, dtype=dtype)
+    torch.set_num_threads(1)
+    for _ in range(4):  # the first one is slow everywhere
+        started = time.thread_time()
+        square @ square
+        taken.append(time.thread_time() - started)
+    torch.set_num_threads(threads)
+    return min(taken)
+
+
 def cpu_bf16_speed() -> float:
     """How many times as fast this CPU multiplies bf16 matrices as float32 ones; 0.01 without instructions for them.
 
@@ -72,14 +86,7 @@ def cpu_bf16_speed() -> float:
     if "CPU_BF16_SPEED" not in os.environ:
         import torch
 
-        seconds = {torch.bfloat16: [], torch.float32: []}
-        for _ in range(4):  # in turns; the first ones are slow everywhere
-            for dtype, taken in seconds.items():
-                square = torch.ones(256, 256, dtype=dtype)
-                started = time.perf_counter()
-                square @ square
-                taken.append(time.perf_counter() - started)
-        speed = [min(seconds[torch.float32]) / min(seconds[torch.bfloat16])]
+        speed = [seconds_a_product(torch.float32) / seconds_a_product(torch.bfloat16)]
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one answer for all, or they wait for each other for ever
             from accelerate import PartialState
             from accelerate.utils import broadcast_object_list
