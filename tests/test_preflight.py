@@ -12,16 +12,38 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlavaNextConfig
 
 from animals.command import UserError
-from animals.scoring.scorer import Scorer
+from animals.ranks import choose_arithmetic, cpu_bf16_speed, why_cpu
+from animals.training import describe
 from animals.training import memory as memory_plan
-from animals.training.preflight import check_checkpoint, check_disk, check_memory, check_output_dir
+from animals.training.preflight import (
+    Findings,
+    check_attention,
+    check_checkpoint,
+    check_disk,
+    check_memory,
+    check_output_dir,
+    disk_needed,
+    missing_for_triton,
+)
 from config import Config
+from scripts.launch import usable_gpus
+from tests.conftest import ROOT
 
 
-def test_three_problems_in_one_message(demo, run, tmp_path):
+@pytest.fixture
+def without_torch(tmp_path):
+    """A PYTHONPATH on which importing torch ends the command: what needs none is said before that."""
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "path" / "torch" / "version.py").write_text("cuda = None")
+    return tmp_path / "path"
+
+
+def test_three_problems_in_one_message(demo, run, tmp_path, without_torch):
     model, pictures, out = tmp_path / "model", tmp_path / "input", tmp_path / "out"
     shutil.copytree(demo.model, model)
     shard = next(model.glob("*.safetensors"))
@@ -32,7 +54,7 @@ def test_three_problems_in_one_message(demo, run, tmp_path):
     out.mkdir()
     (out / "thesis.tex").touch()
     command = f"sh train.sh --model_name_or_path {model} --input_dir {pictures} --temp_dir {tmp_path}/temp"
-    done = run(f"{command} --output_dir {out}", timeout=60)
+    done = run(f"{command} --output_dir {out}", PYTHONPATH=without_torch)
     assert done.code == 2 and "Traceback" not in done.output
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3, done.output
@@ -42,14 +64,19 @@ def test_three_problems_in_one_message(demo, run, tmp_path):
     assert "torch" not in done.output
 
 
+def test_torch_is_missed_where_it_is_needed(demo, run, without_torch):
+    where = f"--model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache}"
+    assert "torch was imported" in run(f"sh validation.sh {where}", PYTHONPATH=without_torch).output
+
+
 def test_before_anything_is_installed(tmp_path):
     """python -S: no site-packages, as in a clone before `pip install`."""
     command = [sys.executable, "-S", "scripts/launch.py", "train.py", "--model_name_or_path", str(tmp_path / "model")]
     done = subprocess.run([*command, "--input_dir", str(tmp_path / "input")], capture_output=True, text=True)
     errors = done.stderr.splitlines()
     assert done.returncode == 2 and len(errors) == 4 and all(line.startswith("error: ") for line in errors)
-    assert "pip install -r requirements.txt" in errors[0]
-    assert "model/config.json" in errors[1] and "input/train_data" in errors[2]
+    assert "model: found no config.json" in errors[0] and "pip install -r requirements.txt" in errors[1]
+    assert "input/train_data" in errors[2] and "input/validation_data" in errors[3]
 
 
 def test_more_ranks_than_gpus(run):
@@ -67,10 +94,8 @@ def test_a_plan_over_the_gpus_memory():
     zero3 = memory_plan.load_zero3("scripts/zero3.json")
     plan = memory_plan.plan(config, zero3, 4, 4, 4)
     args = SimpleNamespace(per_device_train_batch_size=4)
-    check_memory(args, plan, 24.0)
-    with pytest.raises(
-        UserError, match=r"found GPUs of 16.0 GiB; expected 22\.\d GiB for --per_device_train_batch_size 4"
-    ):
+    check_memory(args, plan, 23.6)
+    with pytest.raises(UserError, match=r"found 16.0 GiB free on the GPU; expected 2\d\.\d GiB for --per_device_train"):
         check_memory(args, plan, 16.0)
 
 
@@ -79,7 +104,7 @@ def test_a_tokenizer_that_cannot_be_used(demo, tmp_path):
     shutil.copytree(demo.model, model)
     (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        check_checkpoint(str(model), Config(), Scorer)
+        check_checkpoint(str(model), Config())
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
@@ -88,17 +113,154 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
         check_output_dir(str(tmp_path / "file" / "sft"))
 
 
+SEVEN = {"all": (7_566_747_648,)}  # parameters of the 7B
+
+
+def arguments(output_dir="somewhere", **changed):
+    """179 steps of 64 pictures on 4 GPUs, with train.sh's flags for saving."""
+    args = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "world_size": 4, "max_steps": -1}
+    args |= {"num_train_epochs": 1, "dataloader_drop_last": False, "eval_steps": 100, "output_dir": str(output_dir)}
+    args |= {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 5, "save_only_model": False}
+    return SimpleNamespace(**{**args, "load_best_model_at_end": False, **changed})
+
+
+def model_arguments(**changed):
+    lora = {"use_peft": False, "lora_r": 16, "lora_modules_to_save": None}
+    return SimpleNamespace(**{"dtype": "bfloat16", **lora, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "at_once", "gigabytes"),  # 60.76 a checkpoint (8.03 bytes a parameter), 15.13 the model
+    [
+        ({}, 2, 136.66),  # step 100 and the last; then the model
+        ({"save_steps": 0.1}, 6, 364.57),  # five are kept while the sixth is written
+        ({"save_steps": 10, "save_total_limit": None}, 18, 1108.83),
+        ({"save_steps": 10, "save_total_limit": 1}, 2, 121.52),
+        ({"save_steps": 10, "save_total_limit": 1, "load_best_model_at_end": True}, 3, 182.28),
+        ({"save_strategy": "no"}, 0, 15.13),
+        ({"save_strategy": "epoch", "num_train_epochs": 3}, 3, 197.42),
+        ({"save_only_model": True}, 2, 45.40),
+        ({"max_steps": 100}, 1, 75.89),
+    ],
+)
+def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
+    kept, checkpoint, final, needed = disk_needed(arguments(**changed), model_arguments(), SEVEN, 11_446)
+    assert (kept, round(needed / 1e9, 2)) == (at_once, gigabytes)
+    assert final == 2 * 7_566_747_648
+
+
+def test_disk_for_adapters_and_for_float32():
+    shapes = {"q_proj.weight": (4096, 4096), "v_proj.weight": (1024, 4096), "norm.weight": (4096,)}
+    lora = model_arguments(use_peft=True)
+    (_, _, final, _), adapters = disk_needed(arguments(), lora, shapes, 11_446), 16 * (8192 + 5120)
+    assert final == 2 * adapters
+    lora.lora_modules_to_save = ["norm"]
+    assert disk_needed(arguments(), lora, shapes, 11_446)[2] == 2 * (adapters + 4096)
+    assert disk_needed(arguments(), model_arguments(dtype="float32"), SEVEN, 11_446)[2] == 4 * 7_566_747_648
+
+
+def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
+    (tmp_path / "beach.jpg").touch()
+    findings = Findings()
+    findings.attempt(check_output_dir, str(tmp_path))
+    findings.attempt(check_disk, arguments(tmp_path), model_arguments(), {"all": (10**13,)}, 11_446)
+    with pytest.raises(UserError) as caught:
+        findings.report()
+    foreign, small = str(caught.value).splitlines()
+    assert "beach.jpg" in foreign and "expected 168196.9 GiB for 2 checkpoints of 74785.2 GiB" in small
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
-        args = SimpleNamespace(
-            output_dir=str(tmp_path / "sft"), save_only_model=False, save_total_limit=2, save_strategy="steps"
-        )
-        check_disk(args, 200_000)  # 4 checkpoints of 1.6 MB and 0.4 MB
-        with pytest.raises(UserError, match=r"found 0.0 GiB free; expected 0.0 GiB for 4 checkpoints"):
-            check_disk(args, 300_000)
+        args = arguments(tmp_path / "sft")
+        check_disk(args, model_arguments(), {"all": (440_000,)}, 11_446)  # 2 checkpoints of 3.5 MB and 0.9 MB
+        with pytest.raises(UserError, match=r"found 0.0 GiB free; expected 0.0 GiB for 2 checkpoints"):
+            check_disk(args, model_arguments(), {"all": (480_000,)}, 11_446)
+        (tmp_path / "sft").mkdir()
+        (tmp_path / "sft" / "model.safetensors").write_bytes(bytes(4_000_000))  # an earlier run's, which goes
+        check_disk(args, model_arguments(), {"all": (440_000,)}, 11_446)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def old_driver(tmp_path, monkeypatch):
+    """An nvidia-smi that sees two GPUs."""
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\ncase $1 in --list-gpus) echo 'GPU 0: NVIDIA RTX 4090'; echo 'GPU 1: NVIDIA RTX 4090';;"
+        " *) echo 470.57.02; echo 470.57.02;; esac\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
+def test_a_gpu_that_torch_cannot_use(old_driver, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError) as caught:
+        why_cpu(use_cpu=False)
+    assert "\n" not in str(caught.value)
+    for said in ("found 2 GPUs", "driver 470.57.02", "13.0", "torch.version.cuda", "--use_cpu", "a CPU build of torch"):
+        assert said in str(caught.value)
+    assert why_cpu(use_cpu=True) == "--use_cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "found 2 GPUs" in why_cpu(use_cpu=False) and "CPU build" in why_cpu(use_cpu=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert why_cpu(use_cpu=False) == "no GPU found"
+
+
+def test_ranks_are_for_gpus_that_will_be_used(old_driver, without_torch, monkeypatch):
+    for flags in (["--use_cpu"], ["--use_cpu", "True"], ["--use_cpu=true", "--max_steps", "1"]):
+        assert usable_gpus(flags) == 0
+    monkeypatch.syspath_prepend(without_torch)
+    monkeypatch.delitem(sys.modules, "torch")  # as in the launcher, which has not imported it
+    assert usable_gpus([]) == 0, "a CPU build"
+    (without_torch / "torch" / "version.py").write_text("cuda = '13.0'")
+    assert usable_gpus(["--use_cpu", "False"]) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert usable_gpus([]) == 1
+
+
+def test_bf16_on_a_cpu_only_where_it_is_as_fast(monkeypatch, capsys):
+    monkeypatch.setenv("CPU_BF16_SPEED", "0.0131")
+    assert choose_arithmetic(True, "bfloat16") == (True, "float32")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--use_cpu" in line and "float32, not bfloat16" in line and "0.013 of the speed" in line
+    assert choose_arithmetic(True, "float32") == (True, "float32")
+    monkeypatch.setenv("CPU_BF16_SPEED", "1")
+    assert choose_arithmetic(True, "bfloat16") == (True, "bfloat16")
+    monkeypatch.delenv("CPU_BF16_SPEED")
+    assert cpu_bf16_speed() > 0
+
+
+def test_what_triton_builds_with(monkeypatch, tmp_path):
+    assert not [name for name in missing_for_triton() if "compiler" in name] or not shutil.which("gcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler (gcc or clang)" in missing_for_triton()
+    monkeypatch.setenv("CC", "/nowhere/cc -O1")
+    assert "C compiler (/nowhere/cc)" in missing_for_triton()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert f"{tmp_path}/Python.h" in missing_for_triton()
+
+
+def test_attention_that_the_scorer_cannot_use():
+    for good in (None, "sdpa", "eager"):
+        check_attention(SimpleNamespace(attn_implementation=good))
+    for bad in ("flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
+        with pytest.raises(UserError, match=f"found {bad}; expected sdpa or eager"):
+            check_attention(SimpleNamespace(attn_implementation=bad))
+
+
+def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert describe.commit() == (head or None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe.commit() is None

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from animals.checkpoint.steps import find_checkpoint
 from animals.command import UserError
-from animals.training.preflight import Findings, check_disk, check_output_dir, check_resume
+from animals.training.preflight import check_resume
 from tests.conftest import start
 
 STEPS = 24
@@ -37,7 +37,7 @@ def command(demo, out, *more):
 def run_until(line, command, then, **environment):
     """Start command, call then(process) when a line of its output starts with `line`. -> (exit code, output)"""
     process = start(command, **environment)
-    guard = threading.Timer(900, process.kill)
+    guard = threading.Timer(3600, process.kill)
     guard.start()
     output = ""
     try:
@@ -191,18 +191,3 @@ def test_accuracy_while_training_is_validations(demo, run, tmp_path):
     )
     report = json.loads(done.output.strip().splitlines()[-1])
     assert report["n"] == 60 and report["accuracy"] == pytest.approx(logged, abs=1e-4)
-
-
-def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
-    (tmp_path / "holiday").mkdir()
-    (tmp_path / "holiday" / "beach.jpg").touch()
-    args = SimpleNamespace(
-        output_dir=str(tmp_path / "holiday"), save_only_model=False, save_total_limit=5, save_strategy="steps"
-    )
-    findings = Findings()
-    findings.attempt(check_output_dir, args.output_dir)
-    findings.attempt(check_disk, args, 10**13)
-    with pytest.raises(UserError) as caught:
-        findings.report()
-    lines = str(caught.value).splitlines()
-    assert "beach.jpg" in lines[0] and "expected 542122.9 GiB" in lines[1] and "--save_total_limit 5 + 2" in lines[1]

@@ -165,6 +165,7 @@ def test_defaults_protect_the_answer():
         (["--num_train_epochs", "many"], "invalid float value"),
         (["--prompt_text=hi"], "unknown flag --prompt_text=hi"),
         (["stray"], "stray"),
+        (["--weigh_nothing", "1"], "unknown flag --weigh_nothing; "),  # nothing is near
     ],
 )
 def test_unknown_and_shortened_flags_are_errors(flags, message):
@@ -175,7 +176,7 @@ def test_unknown_and_shortened_flags_are_errors(flags, message):
 def test_empty_folders_are_told_at_once(run, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "input").mkdir()
-    done = run(f"sh train.sh --model_name_or_path {tmp_path}/model --input_dir {tmp_path}/input", timeout=15)
+    done = run(f"sh train.sh --model_name_or_path {tmp_path}/model --input_dir {tmp_path}/input")
     assert done.code == 2
     assert "config.json" in done.output and "hf download" in done.output
     assert "train_data" in done.output and "--input_dir" in done.output
