@@ -1,5 +1,6 @@
 """Private names of other libraries, nowhere else: each function says why it is needed, and a test what breaks."""
 
+import atexit
 import contextlib
 
 
@@ -37,3 +38,11 @@ def never_compile_shared_memory_op():
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def run_exit_functions():
+    """What the interpreter runs at exit, for a rank that ends by os._exit(): other libraries write and clean up there.
+
+    tests/test_preflight.py registers one.
+    """
+    atexit._run_exitfuncs()

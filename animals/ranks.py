@@ -1,5 +1,6 @@
 """Who speaks, who waits, and on what all of them compute: one answer for every rank. Imports torch where it must."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -83,18 +84,21 @@ def cpu_bf16_speed() -> float:
 
     Measured once, in a tenth of a second: by the launcher, which passes it on in $CPU_BF16_SPEED, else by rank 0.
     """
-    if "CPU_BF16_SPEED" not in os.environ:
-        import torch
+    return float(os.environ.get("CPU_BF16_SPEED") or measure_bf16_speed())
 
-        speed = [seconds_a_product(torch.float32) / seconds_a_product(torch.bfloat16)]
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one answer for all, or they wait for each other for ever
-            from accelerate import PartialState
-            from accelerate.utils import broadcast_object_list
 
-            PartialState(cpu=True)
-            broadcast_object_list(speed)
-        os.environ["CPU_BF16_SPEED"] = f"{speed[0]:.3g}"
-    return float(os.environ["CPU_BF16_SPEED"])
+@functools.cache
+def measure_bf16_speed() -> float:
+    import torch
+
+    speed = [seconds_a_product(torch.float32) / seconds_a_product(torch.bfloat16)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one answer for all, or they wait for each other for ever
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=True)
+        broadcast_object_list(speed)
+    return speed[0]
 
 
 def choose_arithmetic(use_cpu: bool, dtype: str) -> tuple[bool, str]:

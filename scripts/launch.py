@@ -145,7 +145,7 @@ def main():
 
     pass_signals_on()
     if not gpus:
-        cpu_bf16_speed()  # once, for all ranks
+        os.environ["CPU_BF16_SPEED"] = str(cpu_bf16_speed())  # once, for all ranks
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
     rank, code = start_ranks(training, launcher_flags, processes, script, flags)

@@ -264,3 +264,9 @@ def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
     assert describe.commit() == (head or None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert describe.commit() is None
+
+
+def test_a_rank_that_leaves_at_once_still_cleans_up():
+    code = "import atexit, sys, train; atexit.register(print, 'cleaned up'); train.leave(143)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr

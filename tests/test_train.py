@@ -7,8 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from animals.command import UserError
+from animals.ranks import choose_arithmetic
 
 # The command of the first README (August 2025), word for word but for paths and the step count.
 FIRST_COMMAND = """
@@ -85,7 +87,8 @@ print(json.dumps([sorted(names[0] ^ names[1]), list(info["missing_keys"]), list(
 """
     command = [sys.executable, "-c", code, str(two_ranks.out), str(demo.model)]
     out = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
-    assert json.loads(out.splitlines()[-1]) == [[], [], [], "torch.bfloat16", "left"]
+    _, dtype = choose_arithmetic(not torch.cuda.is_available(), "bfloat16")
+    assert json.loads(out.splitlines()[-1]) == [[], [], [], f"torch.{dtype}", "left"]
 
 
 def test_validation_is_the_same_on_1_2_and_3_ranks(two_ranks, run, tmp_path):
@@ -137,6 +140,27 @@ def test_first_command_runs_as_it_was_written(demo, run, tmp_path, dtype, warmup
     assert done.code == 0, done.output[-3000:]
     assert (tmp_path / "sft" / "model.safetensors").is_file()
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
+def test_without_bf16_instructions_everything_runs_in_float32(demo, run, tmp_path, monkeypatch):
+    """Asked for bf16 by train.sh, validation.sh and test.py alike; oneDNN plays a CPU without AVX-512."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    where = f"--input_dir {demo.input} --temp_dir {demo.cache}"
+    at_end = f"--logging_dir {tmp_path}/logs --eval_pictures 20"
+    commands = (
+        f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {tmp_path}/sft --max_steps 1 {at_end}",
+        f"sh validation.sh {where} --model_name_or_path {tmp_path}/sft --report_dir {tmp_path} --on_eval_pictures {at_end}",
+        f"python test.py {demo.input}/test_data --model_name_or_path {tmp_path}/sft --output {tmp_path}/names.csv",
+    )
+    for command in commands:
+        done = run(command, NUM_PROCESSES=2)
+        assert done.code == 0, done.output[-3000:]
+        assert done.output.count("on the CPU in float32, not bfloat16") == 1, done.output
+    ran = json.loads((tmp_path / "sft" / "run.json").read_text())
+    assert (ran["model"]["dtype"], ran["training"]["bf16"]) == ("float32", False)
+    assert json.loads((tmp_path / "sft" / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "sft" / "report.json").read_text())["dtype"] == "float32"
 
 
 def parse(*flags):
