@@ -147,10 +147,11 @@ def test_without_bf16_instructions_everything_runs_in_float32(demo, run, tmp_pat
     """Asked for bf16 by train.sh, validation.sh and test.py alike; oneDNN plays a CPU without AVX-512."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     where = f"--input_dir {demo.input} --temp_dir {demo.cache}"
-    at_end = f"--logging_dir {tmp_path}/logs --eval_pictures 20"
+    sample = f"--logging_dir {tmp_path}/logs --eval_pictures 20"
     commands = (
-        f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {tmp_path}/sft --max_steps 1 {at_end}",
-        f"sh validation.sh {where} --model_name_or_path {tmp_path}/sft --report_dir {tmp_path} --on_eval_pictures {at_end}",
+        f"sh train.sh {where} {sample} --model_name_or_path {demo.model} --output_dir {tmp_path}/sft --max_steps 1",
+        f"sh validation.sh {where} {sample} --model_name_or_path {tmp_path}/sft --on_eval_pictures "
+        f"--report_dir {tmp_path}",
         f"python test.py {demo.input}/test_data --model_name_or_path {tmp_path}/sft --output {tmp_path}/names.csv",
     )
     for command in commands:
