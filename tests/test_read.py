@@ -75,7 +75,7 @@ ODD_FILES = [  # name, bytes, "" if it is used or the start of the reason, size 
     ("animated.webp", frames("WEBP"), "", (64, 48)),
     ("pages.tif", frames("TIFF"), "", (64, 48)),
     ("photo.avif", saved(drawn(1), "AVIF", quality=90), "", (64, 48)),
-    ("cut.avif", saved(drawn(1), "AVIF")[:400], "damaged", None),
+    ("cut.avif", saved(drawn(1), "AVIF")[:400], "not a picture", None),
     ("plain.bmp", saved(drawn(1), "BMP"), "", (64, 48)),
     ("rotated.jpg", rotated(), "", (48, 64)),
     ("one_pixel.png", saved(Image.new("RGB", (1, 1)), "PNG"), "too small", None),

@@ -20,6 +20,7 @@ from PIL import Image
 
 import data_process_utils
 from animals.command import UserError
+from animals.pictures import moves
 from animals.pictures import split as data_split
 from config import FOLDER_TO_LABEL
 
@@ -58,10 +59,11 @@ def tree(original, tmp_path):
 
 
 def fingerprint(root) -> str:
-    """Every folder, and every file with its content and modification time."""
+    """Every folder, and every file with its content and, but for a manifest, its modification time."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        content = (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else "folder"
+        changed = path.suffix != ".json" and path.stat().st_mtime_ns
+        content = (path.read_bytes(), changed) if path.is_file() else "folder"
         digest.update(f"{path.relative_to(root)} {content}\n".encode())
     return digest.hexdigest()
 
@@ -94,6 +96,11 @@ def undo(tree):
     done = call(tree, "--undo_split")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def kills(request) -> int:
+    return request.config.getoption("--kills")
 
 
 def held_out(tree) -> list[str]:
@@ -182,8 +189,11 @@ def test_a_second_cut_is_refused_unless_told_to_add(tree):
     done = call(tree, "--validation_fraction", "0.2")
     assert done.returncode == 2 and "--add_to_validation" in done.stderr and "--undo_split" in done.stderr
     assert set(held_out(tree)) == first
+    between = fingerprint(tree)
     cut(tree, "--add_to_validation", "--seed", "7")
     assert first < set(held_out(tree))
+    assert "1 earlier ones remain" in undo(tree)  # one cut at a time, newest first
+    assert set(held_out(tree)) == first and fingerprint(tree) == between
     undo(tree)
     assert fingerprint(tree) == before
 
@@ -225,7 +235,9 @@ def test_a_taken_name_refuses_before_the_first_move(tree):
         picture(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
     before = fingerprint(tree)
     done = call(tree, "--validation_fraction", "0.5", "--add_to_validation")
-    assert done.returncode == 2 and "names that the cut would use" in done.stderr and fingerprint(tree) == before
+    assert (
+        done.returncode == 2 and "names that pictures would be moved to" in done.stderr and fingerprint(tree) == before
+    )
 
 
 def test_undo_never_overwrites_and_says_what_is_gone(tree):
@@ -246,36 +258,38 @@ def test_undo_never_overwrites_and_says_what_is_gone(tree):
 
 def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     names = ["cat/00.jpg", "dog/01.jpg"]
-    data_split.cut(str(tree), names, {"moves_said": "2 pictures"})
-    (tree / "validation_split.json").rename(tree / "validation_split.pending.json")
+    data_split.cut(str(tree), names, {"said": "2 pictures"})
+    manifest = tree / "validation_split.json"
+    moves.write(str(manifest), {**moves.read(str(manifest)), "finished": False})
     (tree / "validation_data" / "dog" / "01.jpg").rename(tree / "train_data" / "dog" / "01.jpg")
     done = call(tree)
     assert done.returncode == 2 and "interrupted" in done.stderr and "--undo_split" in done.stderr
-    assert "finished the interrupted cut" in cut(tree)
-    assert held_out(tree) == names and not (tree / "validation_split.pending.json").exists()
+    assert "finished the interrupted cut: 2 pictures" in cut(tree)
+    assert held_out(tree) == names and not moves.unfinished(str(manifest))
 
 
-def test_kill_at_20_random_moments_loses_nothing(tree):
-    """Cut and undo are killed in turn at random moments, then finished or undone: the tree is as it was."""
+def test_kills_at_random_moments_lose_nothing(tree, kills):
+    """Cut and undo are killed in turn at random moments, then undone: the tree is as it was."""
     before, pictures = fingerprint(tree), contents(tree)
+    manifest = str(tree / "validation_split.json")
     script = (  # the moves alone, slowed down so that the kill lands among them
-        "import sys, time, os, data_split as s\n"
-        "rename = os.rename\n"
+        "import sys, time, os\n"
+        "from animals.pictures import moves, split\n"
+        "rename, replace = os.rename, os.replace\n"
         "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b))\n"
-        "replace = os.replace\n"
         "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
         "tree, verb = sys.argv[1:3]\n"
+        "manifest = split.manifest(tree)\n"
         "names = sorted(f'{c}/{i:02}.jpg' for c in ('cat', 'dog', 'ragno') for i in range(0, 20, 2))\n"
         "names.append('cat/deep/er/1.png')\n"
         "print('go', flush=True)\n"
-        "if verb == 'undo': s.undo(tree)\n"
-        "elif s.unfinished(tree): s.undo(tree) if 'undoing' in s.unfinished(tree) else s.finish_cut(tree)\n"
-        "else: s.cut(tree, names, {'moves_said': ''})\n"
+        "if verb == 'undo': moves.undo(manifest)\n"
+        "elif moves.unfinished(manifest): moves.finish(manifest)\n"
+        "else: split.cut(tree, names, {'said': ''})\n"
     )
-    rng, killed = random.Random(0), Counter()
-    for k in range(20):
-        whole = all(not (tree / f"validation_split{s}.json").exists() for s in (".pending", "", ".undoing"))
-        verb = "cut" if whole or rng.random() < 0.3 and data_split.unfinished(str(tree)) else "undo"
+    rng, among_moves = random.Random(0), 0
+    for k in range(4 * kills):
+        verb = "cut" if not os.path.exists(manifest) or rng.random() < 0.3 and moves.unfinished(manifest) else "undo"
         process = subprocess.Popen(
             [sys.executable, "-c", script, tree, verb], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -283,13 +297,15 @@ def test_kill_at_20_random_moments_loses_nothing(tree):
         time.sleep(rng.uniform(0, 0.16))
         process.kill()
         process.communicate()
-        killed[Path(data_split.unfinished(str(tree)) or "whole").name] += 1
+        among_moves += moves.unfinished(manifest)
         assert contents(tree) == pictures, k  # no file lost, none in both places
-        if k % 5 == 4:  # the next real run
-            if any(tree.glob("validation_split*")):
+        if k % 4 == 3:  # the next real run
+            if any(tree.glob("validation_split.json")):
                 undo(tree)
+            else:
+                call(tree, "--undo_split")
             assert fingerprint(tree) == before, k
-    assert killed["validation_split.pending.json"] >= 3 and killed["validation_split.undoing.json"] >= 3
+    assert among_moves >= kills
 
 
 def test_the_real_command_killed_at_random_moments(tree):
@@ -311,12 +327,12 @@ def test_the_real_command_killed_at_random_moments(tree):
 def test_a_broken_manifest_is_named(tree):
     (tree / "validation_split.json").write_text("{")
     with pytest.raises(UserError, match="validation_split.json"):
-        data_split.undo(str(tree))
+        moves.undo(str(tree / "validation_split.json"))
 
 
 def test_the_manifest_records_every_move(tree):
     cut(tree, "--seed", "3")
-    plan = json.loads((tree / "validation_split.json").read_text())
+    (plan,) = json.loads((tree / "validation_split.json").read_text())["steps"]
     assert plan["seed"] == 3 and plan["fraction"] == 0.2
     assert sorted(target for _, target in plan["moves"]) == [f"validation_data/{name}" for name in held_out(tree)]
     assert "validation_data" in plan["created"]
