@@ -77,7 +77,7 @@ def private_uses(path):
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
             yield from (f"{node.lineno}: {name}" for name in names if name.startswith("_") and name != "__future__")
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
-            documented = isinstance(node.value, ast.Name) and (node.value.id, node.attr) == ("os", "_exit")
+            documented = node.attr in ("_asdict", "_replace") or ast.unparse(node) == "os._exit"
             if node.attr not in own and not documented:
                 yield f"{node.lineno}: {node.attr}"
 
