@@ -88,7 +88,8 @@ def whole_view_gain(sizes, geometry: Geometry) -> str:
 
     geometry: of tiles; of a checkpoint that sees whole already, the line is only about what is held.
     """
-    pixels, whole = (
+    alone = Geometry(geometry.image_size, geometry.patch_size, (), geometry.extra_tokens, geometry.strategy)
+    pixels, whole = geometry.image_size**2, image_token_count(1, 1, alone)
         geometry.image_size**2,
         image_token_count(1, 1, Geometry(geometry.image_size, geometry.patch_size, (), *geometry[3:])),
     )
