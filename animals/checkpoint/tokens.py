@@ -90,9 +90,6 @@ def whole_view_gain(sizes, geometry: Geometry) -> str:
     """
     alone = Geometry(geometry.image_size, geometry.patch_size, (), geometry.extra_tokens, geometry.strategy)
     pixels, whole = geometry.image_size**2, image_token_count(1, 1, alone)
-        geometry.image_size**2,
-        image_token_count(1, 1, Geometry(geometry.image_size, geometry.patch_size, (), *geometry[3:])),
-    )
     counts = Counter(sizes)
     n = sum(counts.values())
     held = sum(count for (width, height), count in counts.items() if width * height <= pixels)
