@@ -72,7 +72,7 @@ def parameters(config) -> list[tuple[str, tuple, bool]]:
 
 
 def image_tokens(config, height: int, width: int) -> int:
-    """Tokens of one picture as its processor counts them; config: LlavaNextConfig, or LlavaConfig of the whole view."""
+    """Tokens of one picture as its processor counts them; config: LlavaNextConfig, or the whole view's LlavaConfig."""
     vision = config.vision_config
     pinpoints = () if config.model_type == "llava" else config.image_grid_pinpoints
     return image_token_count(width, height, Geometry(vision.image_size, vision.patch_size, pinpoints))
