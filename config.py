@@ -31,6 +31,7 @@ FOLDER_TO_LABEL = {
 
 PROMPT = "What animal is in this picture? Answer with one of these words: {labels}."
 ANSWER = "{label}"
+IMAGE_VIEW = "tiles"
 
 # Pictures beyond these are refused before they are decoded, in training, validation and test alike.
 MAX_PIXELS = 64_000_000  # width x height; 8000 x 8000; 192 MB of RGB; a 50-megapixel phone picture passes
@@ -86,6 +87,11 @@ class Config:
     folder_to_label: dict | str | None = setting(
         None, "class folder -> label, as a JSON object; `folders`: their own names. None: as --prompt"
     )
+    image_view: str | None = setting(
+        None,
+        "tiles: the picture whole and in tiles beside it, 1,032 to 2,928 tokens; whole: 336x336 pixels, 576 tokens. "
+        "None: as --prompt",
+    )
     max_excluded: float = setting(0.01, "share of a split that may be unusable pictures; more is an error")
     near_duplicate_distance: int = setting(
         8, "bits of 64 that perceptual hashes of look-alikes differ in at most; 0 to 16, even: distances are"
@@ -95,11 +101,15 @@ class Config:
     )
     allow_leaks: bool = setting(False, "go on although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "processes that decode pictures when the cache is built; 0 = one a core")
+    train_parts: str = setting(
+        "vision,projector,language",
+        "which parts of the model training changes; the others are frozen (training/parts.py)",
+    )
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's, else the one above
 
     def __post_init__(self):
-        words = {"folder_to_label": FOLDER_TO_LABEL, "prompt": PROMPT, "answer": ANSWER}
+        words = {"folder_to_label": FOLDER_TO_LABEL, "prompt": PROMPT, "answer": ANSWER, "image_view": IMAGE_VIEW}
         self.given = {name for name in words if getattr(self, name) is not None}  # these win over the checkpoint's
         for name in words.keys() - self.given:
             setattr(self, name, words[name])
@@ -108,6 +118,8 @@ class Config:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
         if not 0 <= self.near_duplicate_distance <= 16:
             raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
+        if self.image_view not in ("tiles", "whole"):
+            raise UserError(f"--image_view: found {self.image_view}; expected tiles or whole")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 

@@ -29,12 +29,12 @@ from collections import Counter
 
 import config as settings
 from animals.checkpoint.task import settings_for
-from animals.checkpoint.tokens import Geometry, read_geometry
+from animals.checkpoint.tokens import Geometry, read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.pictures import moves, quarantine
 from animals.pictures import split as data_split
 from animals.pictures.cache import lock, split_folder
-from animals.pictures.prepare import checked, cut_command, folder_problems, notes, prepare, split_problems
+from animals.pictures.prepare import checked, cut_command, folder_problems, load_split, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
 from config import Config
 
@@ -181,7 +181,8 @@ def main():
     elif args.quarantine:
         put_in_quarantine(config, args.quarantine, args.force)
     elif args.validation_fraction is not None:
-        cut(config, args.validation_fraction, args.seed, args.add_to_validation, read_geometry(args.model_name_or_path))
+        geometry = read_geometry(args.model_name_or_path, config.image_view)
+        cut(config, args.validation_fraction, args.seed, args.add_to_validation, geometry)
     else:
         look(config, args.model_name_or_path)
 
@@ -192,6 +193,8 @@ def look(config: Config, model_name_or_path: str) -> None:
 
     summaries = prepare(config, model_name_or_path=model_name_or_path)
     print(table(summaries))
+    data = load_split(config, "train")
+    print(whole_view_gain(zip(data["width"], data["height"], strict=True), read_geometry(model_name_or_path)))
     if not any(summary["built"] for summary in summaries.values()):  # else prepare() has said it
         lines = [line for split in summaries for line in notes(config, split, summaries[split])[1:]]
         print("\n".join([*lines, leak_table(config, summaries["train"]["leaks"])]))

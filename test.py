@@ -118,8 +118,8 @@ def main():
 
         on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
         PartialState(cpu=on_cpu)  # the first one decides
-        scorer = Scorer(load_processor(args.model_name_or_path), config)
-        model = load_model(args.model_name_or_path, dtype)
+        scorer = Scorer(load_processor(args.model_name_or_path, config.image_view), config)
+        model = load_model(args.model_name_or_path, dtype, config.image_view)
         size = args.per_device_eval_batch_size
         batches = [list(range(i, min(i + size, len(pictures)))) for i in range(0, len(pictures), size)]
         results = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)

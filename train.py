@@ -24,6 +24,7 @@ import config as settings
 from animals.checkpoint.load import load_for_training
 from animals.checkpoint.steps import find_checkpoint, publish, read_state
 from animals.checkpoint.task import other_words, settings_for
+from animals.checkpoint.tokens import read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.pictures.prepare import load_split
@@ -31,6 +32,7 @@ from animals.ranks import choose_arithmetic, cpu_bf16_speed, main_process
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, describe_cost, record_run
 from animals.training.lora import describe_trainable, lora_config
+from animals.training.parts import choose_parts
 from animals.training.preflight import check_resume, check_run
 from config import Config
 
@@ -117,6 +119,8 @@ def main():
     train_data = load_split(config, "train")
     if speaks:
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
+        tiles = read_geometry(model_args.model_name_or_path)
+        print(whole_view_gain(zip(train_data["width"], train_data["height"], strict=True), tiles), flush=True)
     if dry_run:
         if speaks:
             describe_cost(config, args, model_args, train_data, plan)
@@ -131,7 +135,8 @@ def main():
 
     from animals.training.trainer import AnimalTrainer, StopOnSignal
 
-    model = load_for_training(model_args, args)
+    model = load_for_training(model_args, args, config.image_view)
+    choose_parts(model, config, args, model_args)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
     name = os.path.basename(os.path.normpath(args.output_dir))
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)

@@ -27,13 +27,16 @@ from animals.command import UserError, run
 from animals.training import memory as memory_plan
 from animals.training.batches import TEXT_TOKENS
 from animals.training.memory import MARGIN
+from animals.training.parts import PARTS
 from benchmarks import flops
 
 CAPPED = [[336, 672], [672, 336]]
-LARGEST = {"stock": 2928, "capped": 1752}  # most image tokens a picture can have with the grid
+LARGEST = {"stock": 2928, "capped": 1752, "whole": 576}  # most image tokens a picture can have in the view
+VIEW = {"stock": "tiles", "capped": "tiles, two grids", "whole": "the whole view"}
 MACHINES = [("4090", 1, 1), ("4090", 2, 1), ("4090", 4, 1), ("4090", 8, 1), ("4090", 4, 4), ("4090", 8, 4),
             ("H100", 8, 1), ("H100", 8, 4)]  # GPU, GPUs a machine, machines  # fmt: skip
-METHODS = ("full", "LoRA, ZeRO-3", "LoRA, DDP")
+METHODS = ("full", "LoRA, ZeRO-3", "LoRA, DDP", "projector, DDP")
+RECORD = 12_278  # tokens/s: RoundPipe, all weights of Llama-3.1-8B on 4 x 4090; its README, arXiv:2604.27085
 ASSUMPTIONS = (
     ("tflops_4090", 165.2, "peak bf16 with fp32 accumulation, NVIDIA Ada GPU architecture white paper"),
     ("share_4090", 0.5, "share of peak reached: LLMQ, arXiv:2512.15306, about 50 % on 4 x 4090"),
@@ -52,7 +55,7 @@ ASSUMPTIONS = (
 
 @functools.cache
 def model_config(file, grid):
-    config = memory_plan.load_config(file)
+    config = memory_plan.load_config(file, "whole" if grid == "whole" else "tiles")
     if grid == "capped":
         config.image_grid_pinpoints = CAPPED
     return config
@@ -70,13 +73,14 @@ def picture_cost(file, grid, shape, frozen):
 def best_plan(file, grid, tokens, method, gpus, batch, limit):
     """memory_plan.py's plan with the least traffic that fits, or None."""
     config, zero3 = model_config(file, grid), memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
-    ddp = method == "LoRA, DDP"  # the whole model on every GPU, as ZeRO-3 on one GPU has it
+    ddp = method.endswith("DDP")  # the whole model on every GPU, as ZeRO-3 on one GPU has it
     ranks, batch = (1, batch // gpus) if ddp else (gpus, batch)
-    kind = "full" if method == "full" else "lora"
+    kind = "full" if method == "full" else "ddp" if method == "projector, DDP" else "lora"
+    parts = ["projector"] if kind == "ddp" else list(PARTS)
     sizes = (tokens, max(tokens, LARGEST[grid]))
-    plans = memory_plan.rows(config, zero3, ranks, batch, sizes, kind, 16)
+    plans = memory_plan.rows(config, zero3, ranks, batch, sizes, kind, 16, parts=parts)
     plan, _ = memory_plan.recommend(plans, limit)
-    if plan and ddp:  # adapters' gradients alone are exchanged: ring all-reduce, fp32
+    if plan and ddp:  # the trained weights' gradients alone are exchanged: ring all-reduce, fp32
         exchanged = 2 * 4 * plan["trained"] * (gpus - 1) / gpus / 1e9
         plan = plan | {"traffic_gb": {"between_gpus": exchanged, "host": 0}}
     return plan
@@ -116,6 +120,7 @@ def epoch(args, grid, shape, method, gpu, gpus, machines):
         "recipe": f"{plan['micro_batch']}x{plan['accumulation']}{' offl.' if plan['offload_param'] else ''}",
         "tokens": tokens,
         "step": seconds,
+        "pictures": batch,
     }  # fmt: skip
 
 
@@ -127,8 +132,8 @@ def machine_table(args, grid, shape):
     tokens, full = picture_cost(args.model_name_or_path, grid, shape, False)
     _, lora = picture_cost(args.model_name_or_path, grid, shape, True)
     lines = [
-        f"### {shape[0]}x{shape[1]} pictures, {grid} grid: {tokens:,} image tokens, {full / 1e12:.0f} TFLOP a picture "
-        f"({lora / 1e12:.0f} with LoRA)\n",
+        f"### {shape[0]}x{shape[1]} pictures, {VIEW[grid]}: {tokens:,} image tokens, {full / 1e12:.0f} TFLOP a picture "
+        f"({lora / 1e12:.0f} with most of it frozen)\n",
         f"| machine | {' | '.join(METHODS)} |",
         "|---|" + "---|" * len(METHODS),
     ]
@@ -136,6 +141,26 @@ def machine_table(args, grid, shape):
         name = f"{gpus} x {gpu}" if machines == 1 else f"{machines} machines of {gpus} x {gpu}"
         cells = [cell(epoch(args, grid, shape, method, gpu, gpus, machines)) for method in METHODS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_table(args, shape=(300, 225)):
+    """Pictures and tokens a second on 4 x 4090, text included, beside the record."""
+    lines = ["| what | pictures/s | tokens/s | recipe |", "|---|---|---|---|"]
+    for grid in ("stock", "whole"):
+        for method in METHODS:
+            e = epoch(args, grid, shape, method, "4090", 4, 1)
+            if e is None:
+                lines.append(f"| {VIEW[grid]}, {method} | does not fit | | |")
+                continue
+            moved = e["step"]["link"] + e["step"]["host"]
+            slow, fast = (e["pictures"] / s for s in (e["step"]["compute"] + moved, max(e["step"]["compute"], moved)))
+            tokens = e["tokens"] + TEXT_TOKENS
+            lines.append(
+                f"| {VIEW[grid]}, {method} | {slow:.1f} - {fast:.1f} | {slow * tokens:,.0f} - {fast * tokens:,.0f} | "
+                f"{e['recipe']} |"
+            )
+    lines.append(f"| RoundPipe, all weights of Llama-3.1-8B, text alone (measured by its authors) | | {RECORD:,} | |")
     return "\n".join(lines)
 
 
@@ -256,7 +281,7 @@ def main():
     wrong = [name for name, _, _ in ASSUMPTIONS if getattr(args, name) <= 0]
     if wrong or args.pictures < 1:
         raise UserError(f"--{(wrong or ['pictures'])[0]}: expected a number above 0")
-    pictures = ((300, 225), "stock"), ((640, 480), "stock"), ((640, 480), "capped")
+    pictures = ((300, 225), "stock"), ((300, 225), "whole"), ((640, 480), "stock"), ((640, 480), "capped")
     tables = [machine_table(args, grid, shape) for shape, grid in pictures]
     assumed = [f"| `--{name}` | {getattr(args, name):g} | {source} |" for name, _, source in ASSUMPTIONS]
     text = "\n\n".join(
@@ -267,6 +292,8 @@ def main():
             "offl.: parameters in host RAM) that scripts/memory_plan.py lets in at the largest picture of the grid. "
             f"{args.pictures:,} pictures, {args.effective_batch} a step.",
             *tables,
+            "## Pictures and tokens a second, 4 x 4090, 300x225 pictures",
+            speed_table(args),
             "## How it grows (full fine-tuning)",
             growth(args),
             "## Assumed",

@@ -2,15 +2,18 @@
 
 import copy
 
+from animals.checkpoint.view import model_class
+
 
 def count(config, tokens, tiles, training=True, frozen=False) -> float:
     """FLOPs of one picture of `tokens` positions, text included, and `tiles` vision tiles; a multiply-add is two.
 
     training: forward, the recomputed forward of activation checkpointing, and backward; else the forward alone.
-    frozen: as LoRA trains, without the gradients of the weights and without a backward through the vision tower (the
-    adapters themselves are below 1 %). config: LlavaNextConfig. Counted on models of few layers and extrapolated:
-    layers are alike, so the count is linear in their number (tests/test_cost.py). Attention counts all pairs of tokens
-    (what SDPA with a mask computes); a kernel that skips the upper triangle would do up to half of that part.
+    frozen: as LoRA or the projector alone trains, without the gradients of the other weights and without a backward
+    through the vision tower (what trains is below 1 %). config: LlavaNextConfig, or LlavaConfig for the whole view.
+    Counted on models of few layers and extrapolated: layers are alike, so the count is linear in their number
+    (tests/test_cost.py). Attention counts all pairs of tokens (what SDPA with a mask computes); a kernel that skips the
+    upper triangle would do up to half of that part.
     """
     text, vision = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     base, more_text, more_vision = (
@@ -27,13 +30,12 @@ def count_layers(config, text_layers, vision_layers, tokens, tiles, training=Tru
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import LlavaNextForConditionalGeneration
 
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = text_layers, vision_layers
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16).requires_grad_(not frozen)
+        model = model_class(config)(config).to(torch.bfloat16).requires_grad_(not frozen)
         if training:
             model.train()
             model.activation_checkpointing_enable()

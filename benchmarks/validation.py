@@ -86,7 +86,7 @@ def generate(processor, model, config, paths, batches, most):
                 "padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt",
             },
         )  # fmt: skip
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        inputs = inputs.to(model.device, model.dtype)  # whole numbers stay what they are
         pad = processor.tokenizer.pad_token_id
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=most, pad_token_id=pad)

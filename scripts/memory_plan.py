@@ -3,6 +3,7 @@
     python scripts/memory_plan.py                        # model/config.json, 4 GPUs of 24 GiB, 64 pictures a step
     python scripts/memory_plan.py --num_gpus 8 --effective_batch 128 --json
     python scripts/memory_plan.py --num_gpus 1 --use_peft --load_in_4bit
+    python scripts/memory_plan.py --num_gpus 1 --train_parts projector --ddp
 
 Computed, not measured: no GPU was at hand. The formulas, and what they are held against, are in
 animals/training/memory.py. GiB are 2**30 bytes, GB are 10**9.
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from animals.command import UserError, run
 from animals.training.memory import MARGIN, all_counts, load_config, load_zero3, recommend, rows, table, token_counts
+from animals.training.parts import PARTS, read_parts
 from config import parser
 
 
@@ -31,6 +33,11 @@ def main():
     add("--deepspeed_config", default="scripts/zero3.json", help="the DeepSpeed settings to judge")
     add("--use_peft", action="store_true", help="LoRA: only adapters have gradients, master weights and states")
     add("--load_in_4bit", action="store_true", help="with --use_peft: QLoRA, an NF4 base on every GPU, without ZeRO-3")
+    add(
+        "--ddp",
+        action="store_true",
+        help="the whole model on every GPU (scripts/ddp.yaml), for --train_parts projector",
+    )
     add("--lora_r", type=int, default=16, help="rank of the adapters")
     add(
         "--train_sampling_strategy", default="batch_rebalance", choices=["random", "batch_rebalance"], help="train.py's"
@@ -40,12 +47,16 @@ def main():
     if args.load_in_4bit and not args.use_peft:
         raise UserError("--load_in_4bit: found it alone; expected --use_peft too, 4-bit weights do not train")
     method = "qlora" if args.load_in_4bit else "lora" if args.use_peft else "full"
-    zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path)
+    parts = read_parts(args.train_parts)
+    if args.ddp and (args.use_peft or parts == list(PARTS)):
+        raise UserError("--ddp: found no --train_parts of less than all; expected one, like --train_parts projector")
+    method = "ddp" if args.ddp else method
+    zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path, args.image_view or "tiles")
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])
     balanced = args.train_sampling_strategy == "batch_rebalance" and (Path(args.temp_dir) / "train.json").exists()
     counts = all_counts(config, args.temp_dir) if balanced else None
-    plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r, counts)
+    plans = rows(config, zero3, args.num_gpus, args.effective_batch, sizes, method, args.lora_r, counts, parts)
     best, reason = recommend(plans, limit)
     if args.json:
         report = {"model": args.model_name_or_path, "tokens": tokens, "gpu_memory_gib": args.gpu_memory_gib}

@@ -4,7 +4,9 @@ python tests/second_reader.py CHECKPOINT OUT.npz                 # tokens, pixel
 python tests/second_reader.py --compare ONE.npz OTHER.npz        # equal? logits to 1e-5
 """
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -14,11 +16,13 @@ def read(folder):
     import torch
     import transformers
     from PIL import Image
-    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(folder)
     options = {"torch_dtype": torch.float32} if transformers.__version__ < "5" else {"dtype": torch.float32}
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **options)
+    whole = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "llava"  # --image_view whole
+    kind = LlavaForConditionalGeneration if whole else LlavaNextForConditionalGeneration
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     pixels = np.random.default_rng(0).integers(0, 256, (225, 300, 3), dtype=np.uint8)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What animal is this?"}]}

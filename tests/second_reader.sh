@@ -1,6 +1,6 @@
 #!/bin/sh
-# Train the replica for 2 steps with 2-rank ZeRO-3, then read what was saved with transformers of the past, each in a
-# virtual environment of its own under temp/readers, and compare tokens, pixels and fp32 logits with today's. Slow.
+# Train the replica for 2 steps with 2-rank ZeRO-3 in both views, then read what was saved with transformers of the past,
+# each in a virtual environment of its own under temp/readers, and compare tokens, pixels and fp32 logits with today. Slow.
 #   sh tests/second_reader.sh                    4.46.0, 4.50.0 and 4.57.6
 #   sh tests/second_reader.sh 4.52.4             another one
 set -e
@@ -12,10 +12,12 @@ readers=temp/readers
 rm -rf "$readers/hub" "$readers/input" "$readers/sft"
 mkdir -p "$readers"
 "$python" tests/replica.py "$readers/hub" --pictures "$readers/input"
-NUM_PROCESSES=2 sh train.sh --model_name_or_path "$readers/hub" --input_dir "$readers/input" \
-    --temp_dir "$readers/cache" --logging_dir "$readers/logs" --output_dir "$readers/sft" --max_steps 2 \
-    --save_strategy no --eval_strategy no --per_device_train_batch_size 1 --gradient_accumulation_steps 1
-"$python" tests/second_reader.py "$readers/sft" "$readers/today.npz"
+for view in tiles whole; do
+    NUM_PROCESSES=2 sh train.sh --model_name_or_path "$readers/hub" --input_dir "$readers/input" --image_view $view \
+        --temp_dir "$readers/cache" --logging_dir "$readers/logs" --output_dir "$readers/sft/$view" --max_steps 2 \
+        --save_strategy no --eval_strategy no --per_device_train_batch_size 1 --gradient_accumulation_steps 1
+    "$python" tests/second_reader.py "$readers/sft/$view" "$readers/today-$view.npz"
+done
 [ $# -gt 0 ] || set -- 4.46.0 4.50.0 4.57.6
 for version; do
     reader="$readers/$version"
@@ -25,6 +27,8 @@ for version; do
         "$reader/bin/pip" install --quiet "transformers==$version" \
             $(grep -hE '^(torch|pillow|sentencepiece|protobuf)==' requirements.txt requirements-dev.txt)
     }
-    "$reader/bin/python" tests/second_reader.py "$readers/sft" "$readers/$version.npz"
-    "$python" tests/second_reader.py --compare "$readers/$version.npz" "$readers/today.npz"
+    for view in tiles whole; do
+        "$reader/bin/python" tests/second_reader.py "$readers/sft/$view" "$readers/$version-$view.npz"
+        "$python" tests/second_reader.py --compare "$readers/$version-$view.npz" "$readers/today-$view.npz"
+    done
 done

@@ -23,6 +23,8 @@ PATHS = {  # every pair of two columns stands here at least once
     "ddp-1-lora-random": (1, f"{DDP} {LORA} --train_sampling_strategy random"),
     "ddp-2-lora-rebalance": (2, f"{DDP} {LORA}"),
     "ddp-1-qlora-rebalance": (1, f"{DDP} {LORA} --load_in_4bit"),
+    "zero3-2-whole-rebalance": (2, "--image_view whole"),
+    "ddp-1-projector-rebalance": (1, f"{DDP} --train_parts projector"),
     "ddp-2-qlora-random": (2, f"{DDP} {LORA} --load_in_4bit --train_sampling_strategy random"),
 }
 STEPS = (

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 
+from animals.checkpoint.view import model_class, model_config
 from animals.command import UserError
 from animals.compat import whole_models
 from animals.files import read_json
@@ -66,7 +67,8 @@ def check_files(path):
     except UserError as error:
         return [str(error)]
     kind = config.get("model_type")
-    if kind != "llava_next" or config.get("text_config", {}).get("model_type", "llama") not in ("mistral", "llama"):
+    texts = {"llava_next": ("mistral", "llama"), "llava": ("mistral",)}  # llava: what --image_view whole leaves
+    if config.get("text_config", {}).get("model_type", "llama") not in texts.get(kind, ()):
         return [f"{path}: found model_type {kind!r} in config.json; expected 'llava_next': {fetch(path)}"]
     if "quantization_config" in config:
         return [
@@ -147,13 +149,16 @@ def some(names, most=3):
 
 
 @functools.cache
-def meta_model(config):
-    """The model that the text of a config.json describes, without memory (meta device); whole, even under ZeRO-3."""
-    import torch
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+def meta_model(path, view, changed):
+    """The model that config.json describes, in this view, without memory (meta device); whole, even under ZeRO-3.
 
+    changed: the file's time, so that another one is read anew.
+    """
+    import torch
+
+    config = model_config(path, view)
     with whole_models(), torch.device("meta"):
-        return LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(json.loads(config)))
+        return model_class(config)(config)
 
 
 def match_names(model, shapes):
@@ -168,7 +173,7 @@ def match_names(model, shapes):
     return {rename_source_key(name, renaming, others, prefix, there)[0]: (name, shapes[name]) for name in shapes}, rules
 
 
-def check_weights(path):
+def check_weights(path, view="tiles"):
     """-> a list of problems: shards missing or cut short; parameters missing, unexpected or of another shape.
 
     Compares the files' headers with the model that config.json describes, built without memory (meta device), through
@@ -177,12 +182,12 @@ def check_weights(path):
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-        model = meta_model(file.read())
+    model = meta_model(path, view, os.stat(os.path.join(path, "config.json")).st_mtime_ns)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
-    # buffers of older versions that no longer are parameters
-    unexpected = [found[n][0] for n in found if n not in expected and not n.endswith(("position_ids", "inv_freq"))]
+    # buffers of older versions that no longer are parameters; of no use to the whole view
+    known = ("position_ids", "inv_freq") + (("image_newline",) if view == "whole" else ())
+    unexpected = [found[n][0] for n in found if n not in expected and not n.endswith(known)]
     missing = [name for name in expected if name not in found]
     problems = []
     if missing:

@@ -5,8 +5,9 @@ import re
 
 from animals.checkpoint.check import adapter_config, base_of, check_weights, fetch
 from animals.checkpoint.save import SHARD_SIZE
+from animals.checkpoint.view import is_whole, model_class, model_config, whole_processor
 from animals.command import UserError
-from animals.compat import save_as_loaded
+from animals.compat import ignoring, save_as_loaded
 from animals.ranks import say
 from config import CHAT_TEMPLATE
 
@@ -14,7 +15,7 @@ from config import CHAT_TEMPLATE
 HUB_TEMPLATE = re.sub(r"\{\{ '<s>' \}\}|\{% (end)?generation %\}", "", CHAT_TEMPLATE)
 
 
-def load_processor(path):
+def load_processor(path, view="tiles"):
     """The checkpoint's processor (of an adapter: its base's) with the PIL image backend, torchvision or not.
 
     processor.chat_template is the checkpoint's own, mended where old copies have it wrong; training and scoring pass
@@ -44,30 +45,31 @@ def load_processor(path):
             f"{path}: its tokenizer cuts '<image>' and a new line into {tokens}; expected '<image>', '▁', ... as the "
             f"model was trained on; fetch the tokenizer anew: {fetch(path, files)}"
         )
-    return processor
+    return whole_processor(processor) if view == "whole" and not is_whole(path) else processor
 
 
-def load_weights(path, **options):
-    """LlavaNextForConditionalGeneration from `path`; raises UserError unless every parameter is there and fits."""
-    from transformers import LlavaNextForConditionalGeneration
-
-    problems = check_weights(path)
+def load_weights(path, view, **options):
+    """The model in `path`, seen in this view; raises UserError unless every parameter is there and fits."""
+    problems = check_weights(path, view)
     if problems:
         raise UserError("\n".join(problems))
-    model, info = LlavaNextForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    config = model_config(path, view)
+    kind = model_class(config)
+    with ignoring(kind, "image_newline"):
+        model, info = kind.from_pretrained(path, config=config, output_loading_info=True, **options)
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download the checkpoint again")
     return model
 
 
-def load_model(path, dtype="bfloat16"):
+def load_model(path, dtype="bfloat16", view="tiles"):
     """The checkpoint, or base and adapter, for inference on this process's device, without DeepSpeed."""
     import torch
     from accelerate import PartialState
 
     place = {"": PartialState().device}  # tensor after tensor: no copy of the model in host RAM
-    model = load_weights(base_of(path), dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map=place)
+    model = load_weights(base_of(path), view, dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map=place)
     if adapter_config(path) is not None:
         from peft import PeftModel
 
@@ -75,7 +77,7 @@ def load_model(path, dtype="bfloat16"):
     return model.eval().to(PartialState().device)
 
 
-def load_for_training(model_args, args):
+def load_for_training(model_args, args, view="tiles"):
     """The checkpoint, partitioned over the ranks as it loads when ZeRO-3 is on; in 4 or 8 bit if asked. All ranks."""
     import torch
     from accelerate import PartialState
@@ -101,11 +103,6 @@ def load_for_training(model_args, args):
                 "scripts/ddp.yaml"
             )
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if not zero3 and not model_args.use_peft and args.world_size > 1:
-        problems.append(
-            f"found {args.world_size} ranks that would train all weights without ZeRO-3; expected ZeRO-3, which keeps "
-            "float32 copies of them, or adapters; leave --config_file out, or add --use_peft"
-        )
     if problems:
         raise UserError("\n".join(problems))
     quantization = get_quantization_config(model_args)
@@ -116,6 +113,7 @@ def load_for_training(model_args, args):
         quantization.llm_int8_skip_modules = whole  # 4 bit reads it too
     model = load_weights(
         path,
+        view,
         dtype=getattr(torch, model_args.dtype),
         attn_implementation=model_args.attn_implementation or "sdpa",
         **options,

@@ -5,6 +5,7 @@ import shutil
 
 from animals.checkpoint.check import base_of
 from animals.checkpoint.task import write_task
+from animals.checkpoint.view import write_whole_files
 from animals.files import read_json, write_json
 
 SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB in one file
@@ -22,11 +23,12 @@ COPIED = (
 )
 
 
-def complete(folder, source, processor, task):
+def complete(folder, source, processor, task, dtype=None):
     """Put beside the weights in `folder` what makes it a checkpoint like the one in `source`. Main process only.
 
     source: where the model was loaded from; of an adapter, its base counts. processor: its processor, as
-    load_processor() mended it. task: task.json's content, or None for a checkpoint that nobody trained.
+    load_processor() mended it. task: task.json's content, or None for a checkpoint that nobody trained. dtype:
+    of the saved weights; None: as config.json says.
     """
     source = base_of(source)
     for name in COPIED:
@@ -39,7 +41,7 @@ def complete(folder, source, processor, task):
         write_json(os.path.join(folder, "processor_config.json"), settings)
     file = os.path.join(folder, "config.json")
     if os.path.isfile(file):  # an adapter has none
-        dtype = read_json(file)["dtype"]  # as the library saved the weights
+        dtype = dtype or read_json(file)["dtype"]
         config = read_json(os.path.join(source, "config.json"))
         for part in (config, config["text_config"], config["vision_config"]):
             part |= {"dtype": dtype, "torch_dtype": dtype}  # the name that transformers 4 reads
@@ -49,4 +51,6 @@ def complete(folder, source, processor, task):
             config["label2id"] = {label: i for i, label in enumerate(labels)}
         write_json(file, config)
     if task is not None:
+        if task["image_view"] == "whole":
+            write_whole_files(folder)
         write_task(folder, task)

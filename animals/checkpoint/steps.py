@@ -71,7 +71,7 @@ def read_state(checkpoint) -> dict:
 
 
 FOR_RESUMING = re.compile(
-    r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|run\.json|complete\.json|README\.md"
+    r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|run\.json|complete\.json|README\.md|trained_float32"
 )
 
 

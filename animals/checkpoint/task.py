@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, in task.json: its labels, its question, its answer's wording, its chat format.
+"""What a checkpoint says of itself, in task.json: its labels, question, answer's wording, chat format, view.
 
 Every folder that is saved has one (save.py), so a checkpoint is scored with what it was trained on. The hub's has
 none: config.py counts. Imports no torch.
@@ -10,12 +10,13 @@ import os
 
 from animals.checkpoint.check import base_of, holds_model
 from animals.checkpoint.steps import saved_steps
+from animals.checkpoint.view import is_whole
 from animals.command import UserError
 from animals.files import read_json, write_json
 from config import Config
 
 FILE = "task.json"
-WORDS = ("folder_to_label", "prompt", "answer")  # the flags among its keys
+WORDS = ("folder_to_label", "prompt", "answer", "image_view")  # the flags among its keys
 
 
 def task_of(config: Config) -> dict:
@@ -36,6 +37,8 @@ def read_task(path) -> dict | None:
     if file is None:
         return None
     task = read_json(file)
+    if isinstance(task, dict):
+        task.setdefault("image_view", "whole" if is_whole(path) else "tiles")  # written before there was a choice
     lost = [name for name in (*WORDS, "chat_template") if not isinstance(task, dict) or name not in task]
     if lost:
         raise UserError(f"{file}: found no {', '.join(lost)} in it; expected what train.py wrote; copy it there again")
@@ -47,8 +50,15 @@ def settings_for(config: Config, path, training=False) -> Config:
 
     Raises UserError, a line a flag, where a flag contradicts them; training may (other_words() says what changes).
     """
+    if is_whole(path) and "image_view" in config.given and config.image_view == "tiles":
+        raise UserError(
+            f"--image_view tiles: found {path}, trained on whole views; expected the flag away: its weights have no "
+            "image_newline, which tiles need; start from the model that it was trained from"
+        )
     task = read_task(path)
     if task is None:
+        if is_whole(path):
+            config.image_view = "whole"
         return config
     if not training and (lines := other_words(config, path)):
         raise UserError("\n".join(f"{line}; leave the flag away" for line in lines))
@@ -80,12 +90,13 @@ def other_words(config: Config, path) -> list[str]:
 
 def how_to_ask(folder, config: Config, tokens) -> str:
     """Markdown: how the checkpoint in `folder` is asked with transformers alone, for an answer of so many tokens."""
+    kind = "LlavaForConditionalGeneration" if config.image_view == "whole" else "LlavaNextForConditionalGeneration"
     return f"""```python
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import AutoProcessor, {kind}
 
 folder, picture = {folder!r}, "picture.jpg"
 question = {config.question!r}
-model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map="auto")
+model = {kind}.from_pretrained(folder, dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(folder)
 chat = [{{"role": "user", "content": [{{"type": "image", "url": picture}}, {{"type": "text", "text": question}}]}}]
 inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ class Geometry(NamedTuple):
 
     image_size: int = 336  # side of a tile, pixels
     patch_size: int = 14
-    pinpoints: tuple = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # (height, width)
+    # (height, width); none for the whole view alone
+    pinpoints: tuple = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     extra_tokens: int = 1  # CLS ...
     strategy: str = "default"  # ... which "default" drops
 
@@ -21,7 +23,7 @@ class Geometry(NamedTuple):
 STOCK = Geometry()
 
 
-def read_geometry(model_name_or_path) -> Geometry:
+def read_geometry(model_name_or_path, view="tiles") -> Geometry:
     """The geometry of a checkpoint folder, from the files that its processor reads, else the model's config.json.
 
     Size and pinpoints: processor_config.json's image_processor, else preprocessor_config.json, as transformers does.
@@ -46,6 +48,8 @@ def read_geometry(model_name_or_path) -> Geometry:
     size = {"shortest_edge": size} if isinstance(size, int) else size
     side = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
     pinpoints = images.get("image_grid_pinpoints") or model.get("image_grid_pinpoints") or STOCK.pinpoints
+    if view == "whole" or model.get("model_type") == "llava":
+        pinpoints = ()
     return Geometry(
         image_size=side or vision.get("image_size") or STOCK.image_size,
         patch_size=processor.get("patch_size") or vision.get("patch_size") or STOCK.patch_size,
@@ -58,6 +62,10 @@ def read_geometry(model_name_or_path) -> Geometry:
 
 def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> int:
     """Tokens of one picture in the prompt; equals transformers' LlavaNextProcessor._get_num_multimodal_tokens."""
+    side = geometry.image_size // geometry.patch_size  # patches a tile side
+    base = side * side + geometry.extra_tokens - (geometry.strategy == "default")
+    if not geometry.pinpoints:
+        return base
     best, most, least_waste = None, 0, math.inf
     for pin_height, pin_width in geometry.pinpoints:
         scale = min(pin_width / width, pin_height / height)
@@ -65,7 +73,6 @@ def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> in
         waste = pin_height * pin_width - used
         if used > most or (used == most and waste < least_waste):
             best, most, least_waste = (pin_height, pin_width), used, waste
-    side = geometry.image_size // geometry.patch_size  # patches a tile side
     rows, columns = side * (best[0] // geometry.image_size), side * (best[1] // geometry.image_size)
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
@@ -73,5 +80,25 @@ def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> in
     else:
         padding = (columns - int(round(width * (rows / height), 7))) // 2
         columns -= 2 * padding
-    base = side * side + geometry.extra_tokens - (geometry.strategy == "default")
     return base + rows * columns + rows  # the whole picture, its tiles, one newline a row
+
+
+def whole_view_gain(sizes, geometry: Geometry) -> str:
+    """A line about pictures of these (width, height): does the whole view hold them, and what does it save?
+
+    geometry: of tiles; of a checkpoint that sees whole already, the line is only about what is held.
+    """
+    alone = Geometry(geometry.image_size, geometry.patch_size, (), geometry.extra_tokens, geometry.strategy)
+    pixels, whole = geometry.image_size**2, image_token_count(1, 1, alone)
+    counts = Counter(sizes)
+    n = sum(counts.values())
+    held = sum(count for (width, height), count in counts.items() if width * height <= pixels)
+    tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items())
+    side = geometry.image_size
+    said = f"{held:,} of {n:,} pictures ({held / n:.0%}) have no more pixels than the whole view, {side} x {side}"
+    if not geometry.pinpoints:
+        return said
+    return (
+        f"{said}; --image_view whole takes {tokens / n / whole:.1f} times fewer tokens: {whole} a picture instead of "
+        f"{tokens / n:,.0f}"
+    )

@@ -36,7 +36,7 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     Raises one UserError with a line for each problem of all the splits. Several processes may call it at once: one
     builds, the others wait. Imports no torch.
     """
-    geometry = read_geometry(model_name_or_path)
+    geometry = read_geometry(model_name_or_path, config.image_view)
     problems = folder_problems(config, splits)
     if problems:
         raise UserError("\n".join(problems))

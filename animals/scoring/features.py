@@ -11,6 +11,7 @@ from glob import escape, glob
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
+from animals.checkpoint.view import is_whole
 from animals.command import UserError
 from animals.files import read_json, replacing
 from animals.pictures.read import PictureError, load_picture
@@ -58,12 +59,13 @@ def load_tower(path) -> Encoder:
             "the checkpoint again"
         )
     images = AutoImageProcessor.from_pretrained(path, backend="pil")
-    side, layer = config.vision_config.image_size, config.vision_feature_layer
+    side, layer, whole = config.vision_config.image_size, config.vision_feature_layer, is_whole(path)
     layer = layer if isinstance(layer, int) else layer[-1]
 
     def prepare(pictures):
-        whole = images(pictures, image_grid_pinpoints=[[side, side]], return_tensors="pt")["pixel_values"]
-        return whole[:, 0]  # [pictures, 3, side, side]: the whole picture; [:, 1] is its only tile
+        grid = {} if whole else {"image_grid_pinpoints": [[side, side]]}
+        pixels = images(pictures, **grid, return_tensors="pt")["pixel_values"]
+        return pixels if whole else pixels[:, 0]  # [pictures, 3, side, side]; [:, 1] is a whole picture's only tile
 
     def encode(tower, pixels):
         out = tower(pixels, output_hidden_states=True)

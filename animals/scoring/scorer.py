@@ -211,8 +211,9 @@ def load_scorer(path, config, dtype):
 
     problem = scorer = model = None
     try:
-        scorer = Scorer(load_processor(path), settings_for(config, path))
-        model = load_model(path, dtype)
+        config = settings_for(config, path)
+        scorer = Scorer(load_processor(path, config.image_view), config)
+        model = load_model(path, dtype, config.image_view)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers, tokenizers and safetensors raise nearly anything on damaged files

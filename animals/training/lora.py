@@ -38,7 +38,8 @@ def describe_trainable(model):
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     sizes = [getattr(value, "ds_numel", value.numel()) for value in model.parameters()]  # ZeRO-3: numel() is 0
     if not hasattr(model, "peft_config"):
-        return f"{sum(sizes):,} parameters, all of them"
+        count = sum(size for size, value in zip(sizes, model.parameters(), strict=True) if value.requires_grad)
+        return f"{count:,} of {sum(sizes):,} parameters = {count / sum(sizes):.2%}"
     strange = [name for name in trained if "lora_" not in name and "modules_to_save" not in name]
     if strange:
         raise UserError(f"--use_peft: {len(strange)} parameters beside the adapters would train: {some(strange)}")
@@ -58,6 +59,8 @@ def merge(adapter, out, dtype="bfloat16"):
     if os.path.exists(out) and os.listdir(out):
         raise UserError(f"--merge {out}: found files there; expected a new folder; name another one")
     require_checkpoint(adapter)
-    model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
+    task = read_task(adapter)
+    view = task["image_view"] if task else "tiles"
+    model = load_model(adapter, dtype, view).merge_and_unload(safe_merge=True)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    complete(out, adapter, load_processor(adapter), read_task(adapter))
+    complete(out, adapter, load_processor(adapter, view), task)

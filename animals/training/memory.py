@@ -6,7 +6,7 @@ names the library function that it models (torch 2.13, transformers 5.23, trl 1.
 0.50.2, peft 0.21). GiB are 2**30 bytes, GB are 10**9.
 
 A plan is what plan() returns:
-  method "full" | "lora" | "qlora" · num_gpus · micro_batch · accumulation · effective_batch · offload_param ·
+  method "full" | "lora" | "qlora" | "ddp" · num_gpus · micro_batch · accumulation · effective_batch · offload_param ·
   offload_activations · items {name: GiB on each GPU} · resident · peaks {"median", "largest": GiB} · peak_phase ·
   host_gib {"start", "training", "resume", "validation": GiB, all ranks} ·
   disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
@@ -21,8 +21,10 @@ from pathlib import Path
 import psutil
 
 from animals.checkpoint.tokens import Geometry, image_token_count
+from animals.checkpoint.view import model_class, model_config
 from animals.command import UserError
 from animals.training.batches import TEXT_TOKENS, largest_micro_batch
+from animals.training.parts import PARTS, trains
 
 GIB = 2**30
 RESERVE = 0.8  # GiB, an assumption, not computed: CUDA context, cuBLAS workspace, NCCL buffers (reports say 0.7 to 1)
@@ -36,19 +38,17 @@ RESIDENT = "parameters", "gradients", "fp32 master", "8-bit states"
 NO_DECAY = r"bias|layernorm|layrnorm|layer_norm|(?:^|\.)norm\."  # as Trainer.get_decay_parameter_names
 
 
-def load_config(folder: str):
-    """The LlavaNextConfig of a model folder or a config.json file."""
+def load_config(folder: str, view: str = "tiles"):
+    """The LlavaNextConfig, or for the whole view LlavaConfig, of a model folder or a config.json file."""
     file = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: found {error}; expected the model's config.json; give --model_name_or_path") from None
-    if values.get("model_type") != "llava_next":
+    if values.get("model_type") not in ("llava_next", "llava"):
         found = values.get("model_type")
         raise UserError(f"{file}: found model_type {found!r}; expected llava_next; give another --model_name_or_path")
-    from transformers import LlavaNextConfig
-
-    return LlavaNextConfig(**values)
+    return model_config(file, view)
 
 
 def load_zero3(file: str) -> dict:
@@ -64,18 +64,18 @@ def load_zero3(file: str) -> dict:
 def parameters(config) -> list[tuple[str, tuple, bool]]:
     """(name, shape, is the weight of a Linear) of every parameter, in the model's order; built on the meta device."""
     import torch
-    from transformers import LlavaNextForConditionalGeneration
 
     with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(config)
+        model = model_class(config)(config)
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return [(n, tuple(p.shape), n in linear) for n, p in model.named_parameters()]
 
 
 def image_tokens(config, height: int, width: int) -> int:
-    """Tokens of one picture under a LlavaNextConfig, as its processor counts them."""
+    """Tokens of one picture as its processor counts them; config: LlavaNextConfig, or the whole view's LlavaConfig."""
     vision = config.vision_config
-    return image_token_count(width, height, Geometry(vision.image_size, vision.patch_size, config.image_grid_pinpoints))
+    pinpoints = () if config.model_type == "llava" else config.image_grid_pinpoints
+    return image_token_count(width, height, Geometry(vision.image_size, vision.patch_size, pinpoints))
 
 
 def token_counts(config, temp_dir: str) -> dict:
@@ -83,7 +83,8 @@ def token_counts(config, temp_dir: str) -> dict:
     file = Path(temp_dir) / "train.json"
     if not file.exists():
         source = f"assumed: {file} is not there yet (300x225 pictures, and the largest that there can be)"
-        return {"median": TYPICAL_TOKENS, "largest": LARGEST_TOKENS, "source": source}
+        typical, largest = image_tokens(config, 225, 300), LARGEST_TOKENS if config.model_type != "llava" else 0
+        return {"median": typical, "largest": max(typical, largest), "source": source}
     counts = sorted(all_counts(config, temp_dir))
     source = f"{len(counts):,} pictures of {file}"
     return {"median": counts[len(counts) // 2], "largest": counts[-1], "source": source}
@@ -106,25 +107,28 @@ def all_counts(config, temp_dir: str) -> list[int]:
 def tiles_of(config, tokens: int) -> int:
     """The most vision tiles that a picture of so many tokens can have, base tile included: 3 or 5 at the hub's grid."""
     size = config.vision_config.image_size
+    if config.model_type == "llava":
+        return 1
     side = size // config.vision_config.patch_size
     grids = sorted(h // size * (w // size) for h, w in config.image_grid_pinpoints)
     return 1 + grids[0 if tokens <= (grids[0] + 1) * side * side + grids[0] * side else -1]
 
 
-def activations(config, micro_batch: int, tokens: int, method="full", text_tokens=TEXT_TOKENS) -> dict:
+def activations(config, micro_batch: int, tokens: int, method="full", text_tokens=TEXT_TOKENS, vision=True) -> dict:
     """Bytes with activation checkpointing and SDPA; `tokens` are the picture's. A trace agrees within 10 % (tests).
 
     kept: inputs of the checkpointed layers (torch.utils.checkpoint); what activation offload moves to the host.
     saved: all that lives when the forward ends, kept included. peak: in the backward of the last decoder layer.
     """
-    text, vision = config.text_config, config.vision_config
+    text, tower = config.text_config, config.vision_config
     hidden, wide = text.hidden_size, text.intermediate_size
     n = micro_batch * (tokens + text_tokens)  # decoder positions
     tiles = micro_batch * tiles_of(config, tokens)
-    patches = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)  # with CLS
-    kept = 2 * n * hidden * text.num_hidden_layers + 2 * patches * vision.hidden_size * vision.num_hidden_layers
-    saved = kept + 2 * 3 * tiles * vision.image_size**2 + 2 * 2 * patches * vision.hidden_size  # CLIPVisionEmbeddings
-    saved += 2 * 2 * patches * hidden + 2 * patches * vision.hidden_size  # LlavaNextMultiModalProjector: GELU, input
+    patches = tiles * ((tower.image_size // tower.patch_size) ** 2 + 1)  # with CLS
+    trained = patches * vision  # a frozen tower keeps nothing
+    kept = 2 * n * hidden * text.num_hidden_layers + 2 * trained * tower.hidden_size * tower.num_hidden_layers
+    saved = kept + 2 * 3 * tiles * tower.image_size**2 + 2 * 2 * trained * tower.hidden_size  # CLIPVisionEmbeddings
+    saved += 2 * 2 * patches * hidden + 2 * patches * tower.hidden_size  # LlavaNextMultiModalProjector: GELU, input
     saved += (2 + 4 + 2) * n * hidden  # last hidden state, MistralRMSNorm in fp32 and bf16
     # MistralDecoderLayer, recomputed: two norms of fp32 4 + bf16 2 + 2; q 2, attention out 2, gradient 2: 22 B x
     # hidden, less the final norm's 8, freed by then; k and v 4 B x their heads, not repeated (no mask: trainer.py).
@@ -153,17 +157,18 @@ class Run:
     shapes: list  # parameters(config)
     formed: tuple | None
     text_tokens: int
+    parts: list  # of the model that train; LoRA: all
 
     def __post_init__(self):
-        self.sharded = self.method != "qlora"  # ZeRO-3; else the whole base on each GPU
+        self.sharded = self.method not in ("qlora", "ddp")  # ZeRO-3; else the whole base on each GPU
         self.offload_param &= self.sharded
         self.ranks = self.num_gpus if self.sharded else 1  # that share one copy
         self.sizes = [(name, math.prod(shape)) for name, shape, _ in self.shapes]
         self.total = sum(size for _, size in self.sizes)
         self.head = next(size for name, size in self.sizes if name == HEAD)
         self.layers = [size for name, size in self.sizes if "embed_tokens" not in name and name != HEAD]
-        self.trained = self.sizes
-        if self.method != "full":  # peft LoraLayer: A (r x in) and B (out x r) beside each of lora.py's LORA_TARGETS
+        self.trained = [(name, size) for name, size in self.sizes if trains(name, self.parts, self.config)]
+        if "lora" in self.method:  # peft LoraLayer: A (r x in) and B (out x r) beside each of lora.py's LORA_TARGETS
             linear = [(name, sum(shape)) for name, shape, is_linear in self.shapes if is_linear and LANGUAGE in name]
             self.trained = [(name, self.lora_r * size) for name, size in linear]
         self.groups = self.sub_groups()
@@ -189,7 +194,7 @@ class Run:
 
         A group is closed by the parameter that reaches the limit, so it may be larger.
         """
-        groups, limit = [], self.setting("sub_group_size", 1e9, 1e9)
+        groups, limit = [], self.setting("sub_group_size", 1e9, 1e9) if self.sharded else 1
         for decayed in (True, False):
             current = 0
             for name, size in self.trained:
@@ -206,11 +211,13 @@ class Run:
         batch = self.micro_batch, self.tokens[which == "largest"]
         if self.formed and which == "largest":
             batch = self.formed
-        return activations(self.config, *batch, self.method, self.text_tokens)
+        return activations(self.config, *batch, self.method, self.text_tokens, "vision" in self.parts)
 
 
 def base_bytes(run) -> tuple[int, int]:
     """Bytes of the model's own weights on each (GPU, rank's pinned host memory)."""
+    if run.method == "ddp":
+        return 2 * run.total, 0
     if run.method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64; the rest is bf16
         packed = sum(math.prod(shape) for name, shape, linear in run.shapes if linear and LANGUAGE in name)
         return 2 * run.total - (2 - 0.5 - 4 / 64) * packed, 0
@@ -223,26 +230,32 @@ def base_bytes(run) -> tuple[int, int]:
 
 def gpu_items(run) -> dict:
     """Bytes on each GPU, by item."""
-    adapters = 0 if run.method == "full" else 2 * run.own
+    added = 2 * run.own * (run.method != "full")  # adapters; DDP: float32 instead of bf16
     largest = max(run.layers)
+    head = any(name == HEAD for name, _ in run.trained)
+    ddp = 4 * run.own * (run.method == "ddp")  # bytes of the trained weights, float32
+    weights = [size for name, size in run.trained if "embed_tokens" not in name and name != HEAD]
+    buckets = 2 * run.bucket + 2 * max(weights) * (run.method == "full")
     items = {
-        "parameters": base_bytes(run)[0] + adapters,  # Stage3 defragment: bf16
-        "gradients": run.gradient * run.own,  # Stage3 _setup_for_real_optimizer: grad_partitions_flat_buffer
+        "parameters": base_bytes(run)[0] + added,  # Stage3 defragment: bf16
+        "gradients": ddp or run.gradient * run.own,  # Stage3 _setup_for_real_optimizer: grad_partitions_flat_buffer
         "fp32 master": 4 * run.own * run.sharded,  # Stage3 _create_fp32_partitions
         # bitsandbytes Optimizer2State.init_state: uint8 m and v and a fp32 absmax per 256; fp32 below 4,096 elements
         "8-bit states": sum(8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256) for n in run.groups),
         # PartitionedParameterCoordinator._fetch_sub_module_impl: every module call prefetches more, until max_live
         # is reached, past it by one parameter at most; __params_to_release holds back what is needed again within the
         # reuse distance, and since the backward meets weights in the opposite order that is what was used in the last
-        # half of it. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight.
-        "live layers": 2 * min(run.total, max(run.max_live, run.reuse // 2) * run.sharded + largest),
-        # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced)
-        "buckets": 2 * run.bucket * run.sharded + 2 * largest * (run.method == "full"),
+        # half of it. (The embedding is larger, but gathered before there are activations.) QLoRA: one bf16 weight. DDP:
+        # the bf16 copies of the trained weights that autocast keeps.
+        "live layers": ddp // 2 or 2 * min(run.total, max(run.max_live, run.reuse // 2) * run.sharded + largest),
+        # Stage3 ipg_buckets, and the gradient of one more weight in flight (overlap_comm, reduce_scatter_coalesced);
+        # DDP's Reducer copies the gradients
+        "buckets": buckets * run.sharded + ddp,
         # Stage3 _prepare_fp32_grad_for_sub_group: flatten in the gradients' type, then a fp32 cast
         "optimizer step": (run.gradient + 4) * max(run.groups) * run.sharded,
         # trl _ChunkedLogProbFunction.backward: fp32 gradient of the whole head, its bf16 cast, the gathered head, which
         # goes before the layers' backward (trainer.py). Logits are those of the answer tokens only: about 1 MB.
-        "LM-head backward": {"full": 4 + 2 + 2, "lora": 2, "qlora": 0}[run.method] * run.head,
+        "LM-head backward": ((4 + 2) * (head and run.method in ("full", "ddp")) + 2 * run.sharded) * run.head,
     }
     for which in ("median", "largest"):
         found = run.activations(which)  # transformers _activation_checkpointing_enable: save_on_cpu takes what is kept
@@ -294,7 +307,7 @@ def traffic_gb(run) -> dict:
     layer = [n for name, n in run.sizes if ".layers.0." in name and "vision" not in name and n > run.threshold]
     passes = 2 if run.reuse >= 2 * sum(layer[1:]) else 3
     gathers = (passes * sum(run.layers) + 3 * run.head) * run.sharded
-    reduced = sum(size for _, size in run.trained) * (1 if run.sharded else 2)
+    reduced = sum(size for _, size in run.trained) * (1 if run.sharded else 4 if run.method == "ddp" else 2)
     share = (run.num_gpus - 1) / run.num_gpus
     link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + reduced)
     kept = run.offload_activations * activations(run.config, run.micro_batch, run.tokens[0])["kept"]
@@ -308,12 +321,15 @@ def plan(
     tokens: tuple[int, int] = (TYPICAL_TOKENS, LARGEST_TOKENS), *, offload_param: bool | None = None,
     offload_activations: bool = False, method: str = "full", lora_r: int = 16, save_total_limit: int = 5,
     shapes: list | None = None, formed: tuple[int, int] | None = None, text_tokens: int = TEXT_TOKENS,
+    parts: list[str] = tuple(PARTS),
 ) -> dict:  # fmt: skip
     """The plan of one run as a dict (keys: module docstring).
 
     config: LlavaNextConfig. zero3: the parsed DeepSpeed file, "auto" as transformers fills it. tokens: image tokens of
     the (median, largest) picture; text_tokens: those around it. offload_param: None = as zero3 says. method: "full",
-    "lora" (bf16 base, partitioned) or "qlora" (NF4 base, whole on each GPU: DDP). shapes: parameters(config), to build
+    "lora" (bf16 base, partitioned), "qlora" (NF4 base, whole on each GPU: DDP) or "ddp" (bf16, whole on each GPU, but
+    for float32 in what trains; for parts.py's vision and projector, beside which the residual stream stays bf16).
+    parts: those that train. shapes: parameters(config), to build
     the model once for many plans. formed: (pictures, tokens of the longest) of the largest micro-batch that
     batch_rebalance forms (batches.py); None for other samplers, which may put micro_batch of the largest together.
     """
@@ -322,12 +338,13 @@ def plan(
     shapes = shapes or parameters(config)
     run = Run(
         config, zero3, num_gpus, micro_batch, accumulation, tokens, offload_param, offload_activations, method, lora_r,
-        shapes, formed, text_tokens,
+        shapes, formed, text_tokens, parts,
     )  # fmt: skip
     items = gpu_items(run)
     peaks = {which: gpu_peak(run, items, which) for which in ("median", "largest")}
     trained = sum(size for _, size in run.trained)
-    checkpoint, final = trained * (CHECKPOINT_BYTES + WEIGHT_BYTES) / 1e9, trained * WEIGHT_BYTES / 1e9
+    final = (trained if "lora" in method else run.total) * WEIGHT_BYTES / 1e9
+    checkpoint = trained * CHECKPOINT_BYTES / 1e9 + final
     kept = save_total_limit + 2
     return {
         "method": method, "num_gpus": num_gpus, "micro_batch": micro_batch, "accumulation": accumulation,
@@ -354,7 +371,9 @@ def check_host(plan: dict, ranks: int) -> None:
         )
 
 
-def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r, counts=None) -> list[dict]:
+def rows(
+    config, zero3, num_gpus, effective_batch, tokens, method, lora_r, counts=None, parts=tuple(PARTS)
+) -> list[dict]:
     """A plan for each micro-batch (1, 2, 4, 8) of the same effective batch: no offload, parameters, activations.
 
     counts: image tokens of every picture, for --train_sampling_strategy batch_rebalance.
@@ -381,8 +400,9 @@ def rows(config, zero3, num_gpus, effective_batch, tokens, method, lora_r, count
             lora_r=lora_r,
             shapes=shapes,
             formed=formed.get(micro),
+            parts=parts,
         )  # fmt: skip
-        for params, acts in ((False, False), (True, False), (False, True))[: 1 if method == "qlora" else 3]
+        for params, acts in ((False, False), (True, False), (False, True))[: 1 if method in ("qlora", "ddp") else 3]
         for micro in sizes
     ]
 
@@ -403,6 +423,7 @@ def recommend(plans: list[dict], limit: float) -> tuple[dict | None, str]:
             "full": "more GPUs, --use_peft (LoRA) or --use_peft --load_in_4bit (QLoRA)",
             "lora": "--use_peft --load_in_4bit (QLoRA)",
             "qlora": "a larger GPU",
+            "ddp": "ZeRO-3, which divides the weights, or --use_peft --load_in_4bit (QLoRA)",
         }[plans[0]["method"]]
         return None, f"no line stays under {limit:g} GiB at the largest picture, the least is {least:.1f}; use {remedy}"
     best = min(fit, key=lambda p: (round(traffic(p), 1), p["offload_param"], -p["micro_batch"]))

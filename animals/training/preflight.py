@@ -18,6 +18,7 @@ from animals.command import UserError
 from animals.compat import whole_models
 from animals.training.batches import TEXT_TOKENS, largest_micro_batch, shuffle_seed
 from animals.training.describe import count_saves, count_steps
+from animals.training.parts import PARTS, check_parts, read_parts
 
 GIB = 2**30
 SERVED_ATTENTION = ("sdpa", "eager")  # take the scorer's 4-D mask; flash_attention_* and flex_attention do not
@@ -108,12 +109,14 @@ def check_run(config, args, model_args):
     summary = findings.attempt(check_setup, config, path, ("train", "validation"), False, args.output_dir)
     findings.attempt(check_attention, model_args)
     findings.attempt(check_gpus, args)
+    findings.attempt(check_parts, config, args, model_args)
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
     if holds_model(path) and summary:
         plan = findings.attempt(make_plan, config, args, model_args, scorer.text_tokens if scorer else TEXT_TOKENS)
         shapes, _ = read_shards(base_of(path))
-        findings.attempt(check_disk, args, model_args, shapes, summary["train"]["n"])
+        trained = plan["trained"] if plan and not model_args.use_peft else None
+        findings.attempt(check_disk, args, model_args, shapes, summary["train"]["n"], trained)
         findings.attempt(check_memory, args, plan, free_memory(args.use_cpu))
         if plan and not args.use_cpu:
             from animals.training.memory import check_host
@@ -127,10 +130,10 @@ def check_checkpoint(path, config):
     """Weights, tokenizer, processor and answers of a checkpoint are usable. -> its scorer."""
     from animals.scoring.scorer import Scorer
 
-    if problems := check_weights(base_of(path)):
+    if problems := check_weights(base_of(path), config.image_view):
         raise UserError("\n".join(problems))
     try:
-        processor = load_processor(path)
+        processor = load_processor(path, config.image_view)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -179,13 +182,15 @@ def missing_for_triton() -> list[str]:
 
 
 def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
-    """The memory plan for these flags, or None where it models nothing of the kind (no ZeRO-3)."""
+    """The memory plan for these flags, or None where it models nothing of the kind (adapters without ZeRO-3)."""
     from animals.training import memory as memory_plan
 
     file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
-    if file.get("zero_optimization", {}).get("stage") != 3:
+    zero3 = file.get("zero_optimization", {}).get("stage") == 3
+    if not zero3 and model_args.use_peft:
         return None
-    model = memory_plan.load_config(base_of(model_args.model_name_or_path))
+    file = file if zero3 else {"zero_optimization": {}}
+    model = memory_plan.load_config(base_of(model_args.model_name_or_path), config.image_view)
     tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
     if args.train_sampling_strategy == "batch_rebalance":
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -201,11 +206,12 @@ def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
             args.gradient_accumulation_steps,
             (tokens["median"], tokens["largest"]),
             offload_activations=bool((args.activation_checkpointing_kwargs or {}).get("offload")),
-            method=("qlora" if model_args.load_in_4bit else "lora") if model_args.use_peft else "full",
+            method="lora" if model_args.use_peft else "full" if zero3 else "ddp",
             lora_r=model_args.lora_r,
             save_total_limit=args.save_total_limit or 1,
             formed=formed,
             text_tokens=text_tokens,
+            parts=list(PARTS) if model_args.use_peft else read_parts(config.train_parts),
         )
 
 
@@ -229,7 +235,7 @@ def check_memory(args, plan, free):
         )
 
 
-def disk_needed(args, model_args, shapes, pictures) -> tuple[int, float, float, float]:
+def disk_needed(args, model_args, shapes, pictures, trained=None) -> tuple[int, float, float, float]:
     """(checkpoints at once, bytes of one, bytes of the final model, bytes in all) of a whole run at its fullest.
 
     One checkpoint is written while those that --save_total_limit keeps still stand; the final model, after the oldest
@@ -237,7 +243,7 @@ def disk_needed(args, model_args, shapes, pictures) -> tuple[int, float, float, 
     """
     parameters = saved_parameters(model_args, shapes)
     final = parameters * (4 if model_args.dtype == "float32" else 2)
-    checkpoint = final + (0 if args.save_only_model else 6.03 * parameters)
+    checkpoint = final + (0 if args.save_only_model else 6.03 * (trained or parameters))
     kept = count_saves(args, pictures)
     if (args.save_total_limit or 0) > 0:
         kept = min(kept, max(args.save_total_limit, 1 + args.load_best_model_at_end))  # the best one stays as well
@@ -254,9 +260,9 @@ def saved_parameters(model_args, shapes) -> int:
     return adapters + sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in whole))
 
 
-def check_disk(args, model_args, shapes, pictures):
+def check_disk(args, model_args, shapes, pictures, trained=None):
     """Room in --output_dir for what the run will save; what lies there already is its own and counts as room."""
-    at_once, checkpoint, final, needed = disk_needed(args, model_args, shapes, pictures)
+    at_once, checkpoint, final, needed = disk_needed(args, model_args, shapes, pictures, trained)
     parent = os.path.abspath(args.output_dir)
     already = 0
     if os.path.isdir(parent):
@@ -282,6 +288,8 @@ MUST_MATCH = {
     "training.seed": "the order of the pictures would be another",
     "training.data_seed": "the order of the pictures would be another",
     "model.dtype": "the weights would be rounded otherwise",
+    "config.image_view": "the pictures would be seen otherwise",
+    "config.train_parts": "the optimizer's states are of other weights",
     "labels": "the answers would be others",
     "question": "the prompt would be another",
     "data": "the training pictures changed",

@@ -26,6 +26,7 @@ from animals.ranks import barrier, main_process
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import fill_up, level, shuffle_seed
+from animals.training.parts import in_type, load_trained, save_trained
 
 
 class StopOnSignal(TrainerCallback):
@@ -152,14 +153,15 @@ class AnimalTrainer(SFTTrainer):
         self.model.eval()
         # The scorer's 4-D mask is for SDPA: eager attention adds it as a number, flash attention reads it as 2-D.
         self.base.set_attn_implementation("sdpa")
-        log_p = score_pictures(
-            self.model_wrapped if self.is_deepspeed_enabled else self.model,  # DDP's wrapper is for gradients
-            self.scorer,
-            pictures,
-            self.args.per_device_eval_batch_size,
-            list(data["image_tokens"]),
-            in_step=self.is_deepspeed_enabled,
-        )
+        with self.autocast_smart_context_manager():  # as in training
+            log_p = score_pictures(
+                self.model_wrapped if self.is_deepspeed_enabled else self.model,  # DDP's wrapper is for gradients
+                self.scorer,
+                pictures,
+                self.args.per_device_eval_batch_size,
+                list(data["image_tokens"]),
+                in_step=self.is_deepspeed_enabled,
+            )
         self.base.set_attn_implementation(self.record["model"]["attn_implementation"] or "sdpa")
         seconds = time.perf_counter() - started
         report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
@@ -182,8 +184,21 @@ class AnimalTrainer(SFTTrainer):
         """The weights, and what makes them a checkpoint like the one that was trained. Of checkpoint-N and the end."""
         if self.args.should_save:
             folder, processor = output_dir or self.args.output_dir, self.scorer.processor
+            dtype = self.record["model"]["dtype"]
+            if self.parts_in_float32():
+                state_dict = in_type(self.model, dtype)
             self.model.save_pretrained(folder, state_dict=state_dict)
-            complete(folder, self.model.config.name_or_path, processor, task_of(self.scorer.config))
+            complete(folder, self.model.config.name_or_path, processor, task_of(self.scorer.config), dtype)
+
+    def parts_in_float32(self):
+        """Whether the weights are their own masters: no ZeRO-3, no LoRA (parts.py)."""
+        return not self.is_deepspeed_enabled and not hasattr(self.model, "peft_config")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.parts_in_float32():
+            load_trained(self.model, resume_from_checkpoint)  # the others are as the model was loaded
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial):
         return self.run_dir
@@ -228,6 +243,8 @@ class AnimalTrainer(SFTTrainer):
             self.state.best_model_checkpoint = final
         barrier()
         if main_process():
+            if self.parts_in_float32():
+                save_trained(self.model, os.path.join(saving, name))
             self.state.save_to_json(os.path.join(saving, name, "trainer_state.json"))  # without .saving in its paths
             with open(os.path.join(saving, name, "run.json"), "w", encoding="utf-8") as file:
                 json.dump(self.record, file, indent=1, ensure_ascii=False)
