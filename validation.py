@@ -73,6 +73,7 @@ def validate(args):
     report = measure(scorer.labels, truth, predicted, probability, groups) | {
         "leaks": without_leaks(pictures, right, known),
         "model": args.model_name_or_path,
+        "image_view": config.image_view,
         "question": config.question,
         "step": global_step(args.model_name_or_path),
         "held_out": len(load_split(config, "validation")),  # more than n with --on_eval_pictures

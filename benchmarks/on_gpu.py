@@ -185,8 +185,7 @@ def main():
             draw_pictures(args.input_dir, args.pictures)
     text = "\n\n".join(
         [
-            "# Measured "
-            + ("on GPUs" if count_gpus() else "on CPU ranks: a try of the benchmark, no figures for GPUs"),
+            "# Measured on GPUs" if count_gpus() else "# A try on CPU ranks: no figures for GPUs",
             f"{time.strftime('%Y-%m-%d')}: `python benchmarks/on_gpu.py {' '.join(sys.argv[1:])}`\n{machine()}",
             training_table(args),
             validation_table(args),

@@ -127,6 +127,7 @@ def test_commands_take_the_view_from_the_checkpoint(trained, hub, data, run, oth
     score = f"sh validation.sh {data} --report_dir {tmp_path}/report --model_name_or_path"
     done = run(f"{score} {out}")
     assert done.code == 0 and json.loads(done.output.strip().splitlines()[-1])["n"] > 0, done.output[-3000:]
+    assert json.loads((tmp_path / "report" / "sft" / "report.json").read_text())["image_view"] == "whole"
     cats = f"{others_pictures}/validation_data/cat"
     done = run(f"python test.py {cats} --model_name_or_path {out} --output {tmp_path}/names.csv")
     assert done.code == 0, done.output[-3000:]
