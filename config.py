@@ -29,6 +29,20 @@ FOLDER_TO_LABEL = {
     "squirrel": "squirrel",
 }
 
+# How a page in Chinese calls a label; one that is not here stands there as it is. The model never sees these.
+LABELS_IN_CHINESE = {
+    "butterfly": "蝴蝶",
+    "cat": "猫",
+    "chicken": "鸡",
+    "cow": "牛",
+    "dog": "狗",
+    "elephant": "大象",
+    "horse": "马",
+    "spider": "蜘蛛",
+    "sheep": "羊",
+    "squirrel": "松鼠",
+}
+
 PROMPT = "What animal is in this picture? Answer with one of these words: {labels}."
 ANSWER = "{label}"
 IMAGE_VIEW = "tiles"
@@ -68,6 +82,12 @@ TRAINING_DEFAULTS = {
 }
 
 
+def locale_language() -> str:
+    """`zh` in a Chinese environment, else `en`: the language of the pages unless --language says otherwise."""
+    locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return "zh" if locale.startswith("zh") else "en"
+
+
 def setting(default, text):
     """A field of Config: its default and the line `--help` shows for it."""
     return field(default=default, metadata={"help": text})
@@ -105,6 +125,7 @@ class Config:
         "vision,projector,language",
         "which parts of the model training changes; the others are frozen (training/parts.py)",
     )
+    language: str = setting(locale_language(), "of the pages (report, contact sheet, audit, --serve): en or zh")
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's, else the one above
 
@@ -120,6 +141,8 @@ class Config:
             raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
         if self.image_view not in ("tiles", "whole"):
             raise UserError(f"--image_view: found {self.image_view}; expected tiles or whole")
+        if self.language not in ("en", "zh"):
+            raise UserError(f"--language: found {self.language}; expected en or zh")
         if "{label}" not in self.answer:
             raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
 

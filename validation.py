@@ -85,13 +85,14 @@ def validate(args):
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "excluded": read_excluded(config, "validation"),
+        "suspects": read_suspects(config),
         "comparison": None,
     }
     if args.compare_with:
         changed = [
             {"image": image, "prediction": scorer.labels[p], "other_prediction": row["prediction"]}
-            for image, p, ok, row in zip(pictures, predicted, right, other_rows, strict=True)
-            if ok != row["correct"]
+            for image, p, row in zip(pictures, predicted, other_rows, strict=True)
+            if scorer.labels[p] != row["prediction"]
         ]
         where = {"model": other["model"], "where": args.compare_with, "changed": changed}
         report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | where
@@ -124,6 +125,16 @@ def read_excluded(config, split):
     return [{"image": row["image"], "reason": row["reason"]} for row in rows]
 
 
+def read_suspects(config):
+    """[{image, label, likely_label}] of the held-out pictures whose label the audit doubts; [] without an audit."""
+    try:
+        with open(os.path.join(config.temp_dir, "audit.csv"), newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if (row["split"], row["reason"]) == ("validation", "label")]
+    except FileNotFoundError:
+        return []
+    return [{key: row[key] for key in ("image", "label", "likely_label")} for row in rows]
+
+
 def add_flags(parser):
     """The flags of validation.py."""
     add_inference_flags(parser)
@@ -153,7 +164,7 @@ def main():
         report, rows = validate(argparse.Namespace(**{**vars(args), "model_name_or_path": path, **other}))
         folder = os.path.join(args.report_dir, checkpoint_name(path))
         if main_process():
-            write_report(report, rows, folder)
+            write_report(report, rows, folder, config.language)
             log_tensorboard(report, rows, os.path.join(config.logging_dir, run_name(path), "validation"))
         return report, rows, folder
 

@@ -1,16 +1,25 @@
-"""A real headless Chromium, driven over the DevTools protocol's pipe: nothing to install but Chromium itself."""
+"""A real headless Chromium, driven over the DevTools protocol's pipe: nothing to install but Chromium itself.
 
+    python tests/browser.py temp/demo/logs/validation/sft-llava-demo/report.html demo/report.png
+
+takes the first screen of a page, 1280 x 800: the picture in the README is made by this line.
+"""
+
+import argparse
 import base64
 import json
 import os
 import select
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",  # a camera that shows a test picture
     "--remote-debugging-pipe",
 )  # fmt: skip
 
@@ -114,6 +123,12 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
 
+    def drop(self, path, x, y):
+        """A file from the desktop."""
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
     def screenshot(self, path, whole=True):
         data = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")["data"]
         with open(path, "wb") as file:
@@ -128,3 +143,21 @@ class Browser:
             str(p["args"]) for method, p in self.events
             if method == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert")
         ]  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("page", help="an HTML file")
+    parser.add_argument("png", help="where its picture goes")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--dark", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as profile, Browser(profile) as browser:
+        browser.view(args.width, args.height, args.dark)
+        browser.open(Path(args.page).resolve().as_uri())
+        browser.screenshot(args.png, whole=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,16 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from markupsafe import escape
 from PIL import Image
 
 from animals.command import UserError
-from animals.scoring import report as page_maker
-from animals.scoring.metrics import calibration, compare, measure, paired, wilson_interval, without_leaks
+from animals.scoring import page as page_maker
+from animals.scoring.metrics import compare, measure, wilson_interval
+from animals.scoring.page import contact_sheet, report_page
 from animals.scoring.plots import log_tensorboard
-from animals.scoring.report import contact_sheet, read_report, write_report
+from animals.scoring.report import read_report, write_report
+from animals.scoring.texts import TEXTS
 from tests.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
@@ -63,18 +66,29 @@ def made(tmp_path_factory):
     number = {label: k for k, label in enumerate(LABELS)}
     truth, predicted = [[number[row[key]] for row in rows] for key in ("label", "prediction")]
     right, other_right = [row["correct"] for row in rows], [row["correct"] for row in other]
+    versus = compare(right, other_right)
+    rival = {"name": "probe", "accuracy": sum(other_right) / 50, "accuracy_ci95": wilson_interval(sum(other_right), 50)}
+    rival |= {key: versus[key] for key in ("difference", "difference_ci95", "mcnemar_p")}
+    leaks = {
+        "checked": True,
+        "identical": 3,
+        "look_alikes": 2,
+        "n_without": 45,
+        "accuracy_without": sum(right[5:]) / 45,
+    }
+    leaks |= {"accuracy_without_ci95": wilson_interval(sum(right[5:]), 45), "groups": 40}
     changed = [
         {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
         for row, before in zip(rows, other, strict=True)
-        if row["correct"] != before["correct"]
+        if row["prediction"] != before["prediction"]
     ]
     report = measure(LABELS, truth, predicted, [[row[label] for label in LABELS] for row in rows]) | {
         "model": "some/model", "step": 1200, "date": "2030-01-01 12:00", "seconds": 12.5, "images_per_second": 4.0,
         "held_out": 60, "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": compare(right, other_right) | {"model": "m2", "where": "there", "changed": changed},
-        "leaks": without_leaks([row["image"] for row in rows], right, None),
-        "rivals": [{"name": "probe", "accuracy": 0.5}],
+        "rivals": [rival], "leaks": leaks,
+        "suspects": [{"image": rows[4]["image"], "label": "cat", "likely_label": "rare"}],
     }  # fmt: skip
     folder = root / "logs" / "a report"
     write_report(report, rows, str(folder))
@@ -103,7 +117,7 @@ def expected_numbers(folder, report, other_right):
     """What scikit-learn and scipy say of predictions.csv, by the page's keys."""
     with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    labels = list(rows[0])[6:]
+    labels = report["labels"]
     y, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
     p = np.array([[float(row[label]) for label in labels] for row in rows])
     right = [a == b for a, b in zip(y, said, strict=True)]
@@ -111,7 +125,7 @@ def expected_numbers(folder, report, other_right):
     low, high = wilson_interval(sum(right), len(y))
     want = {
         "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "n": len(y), "chance": 1 / len(labels),
-        "correct": sk.accuracy_score(y, said, normalize=False), "mistakes": sk.zero_one_loss(y, said, normalize=False),
+        "wrong": sk.zero_one_loss(y, said, normalize=False),
         "macro_f1": sk.f1_score(y, said, average="macro", zero_division=0),
         "macro_precision": sk.precision_score(y, said, average="macro", zero_division=0),
         "macro_recall": sk.recall_score(y, said, average="macro", zero_division=0),
@@ -124,17 +138,46 @@ def expected_numbers(folder, report, other_right):
         if label in labels:
             keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
             want |= {f"per_class.{label}.{ours}": values[theirs] for ours, theirs in keys.items()}
-    confidence = p.max(axis=1)
-    certainty = calibration(confidence, right)  # held against scikit-learn in test_metrics.py
-    want["ece"] = certainty["ece"]
-    for b, row in enumerate(certainty["bins"]):
-        want |= {f"calibration.{b}.{key}": row[key] for key in ("n", "accuracy", "confidence")}
+    confidence, found, ece = p.max(axis=1), report["calibration"], 0
+    for b, row in enumerate(found["bins"]):
+        inside = (confidence <= row["high"]) & ((confidence > row["low"]) | (b == 0))
+        want[f"calibration.{b}.n"] = inside.sum()
+        want[f"calibration.{b}.accuracy"] = np.mean(np.array(right)[inside])
+        want[f"calibration.{b}.confidence"] = confidence[inside].mean()
+        ece += inside.mean() * abs(want[f"calibration.{b}.accuracy"] - want[f"calibration.{b}.confidence"])
+    want["ece"] = ece
+    want["majority"] = max(map(y.count, labels)) / len(y)
+    want |= {f"ece_if_calibrated.{key}": value for key, value in found["ece_if_calibrated"].items()}
+    for label, row in report["per_class"].items():
+        want[f"per_class.{label}.recall_low"], want[f"per_class.{label}.recall_high"] = row["recall_ci95"]
+    for least in (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99):
+        said_at_all = confidence >= least
+        if said_at_all.any():
+            key = f"answered.{least if least else 0.0}."
+            want |= {f"{key}share": said_at_all.mean(), f"{key}accuracy": np.mean(np.array(right)[said_at_all])}
     if other_right:
         table = sk.confusion_matrix(right, other_right, labels=[True, False]).ravel().tolist()
         want |= {f"comparison.{name}": n for name, n in zip(SIDES, table, strict=True)}
         c = compare(right, other_right)  # held against scipy and statsmodels in test_metrics.py
-        want |= {f"comparison.{key}": c[key] for key in ("n", "accuracy", "other_accuracy", "difference", "mcnemar_p")}
-        want |= {"comparison.low": c["difference_ci95"][0], "comparison.high": c["difference_ci95"][1]}
+        want |= {f"comparison.{name}": c[name] for name in ("n", "accuracy", "other_accuracy", "difference")}
+        want["comparison.mcnemar_p"] = want["rivals.probe.mcnemar_p"] = c["mcnemar_p"]
+        for key, name in (("comparison.", ""), ("rivals.probe.", "difference_")):
+            want[f"{key}{name}low"], want[f"{key}{name}high"] = c["difference_ci95"]
+        want |= {"rivals.probe.difference": c["difference"], "rivals.probe.accuracy": sum(other_right) / len(y)}
+        want["rivals.probe.low"], want["rivals.probe.high"] = wilson_interval(sum(other_right), len(y))
+        low, high = wilson_interval(sum(right[5:]), 45)
+        want |= {"leaks.leaked": 5, "leaks.identical": 3, "leaks.look_alikes": 2, "leaks.n_without": 45}
+        want |= {
+            "leaks.accuracy_without": sum(right[5:]) / 45,
+            "leaks.low": low,
+            "leaks.high": high,
+            "leaks.groups": 40,
+        }
+    for row in report["rivals"] if not other_right else ():
+        key = f"rivals.{row['name']}."
+        want |= {key + name: row[name] for name in ("accuracy", "difference", "mcnemar_p")}
+        want[f"{key}low"], want[f"{key}high"] = row["accuracy_ci95"]
+        want[f"{key}difference_low"], want[f"{key}difference_high"] = row["difference_ci95"]
     matrix = sk.confusion_matrix(y, said, labels=labels)
     return want, matrix, labels
 
@@ -148,9 +191,8 @@ def check_numbers(folder, other_right=None):
     for key, places in found.items():
         for value, text in places:
             assert value == pytest.approx(want[key], abs=1e-9), key
-            shown = float(re.sub(r"[\s%,+]|below", "", text)) / (
-                100 if "%" in text or re.search("diff|low$|high$", key) else 1
-            )
+            points = re.search("difference|comparison.(low|high)$", key)
+            shown = float(re.sub(r"[\s%,+<=]", "", text)) / (100 if "%" in text or points else 1)
             assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
     cells = {
         (int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)
@@ -191,25 +233,40 @@ OVERFLOW = """
 """
 
 
+FIRST_SCREEN = """
+[...document.querySelectorAll('.score, .wrong-of, .score-strip, .worst figure:nth-child(-n+6) .file')]
+  .map(e => Math.round(e.getBoundingClientRect().bottom))
+"""
+
+
 @pytest.mark.parametrize("which", ["made", "demo"])
-def test_in_chromium(which, browser, made, demo):
+def test_in_chromium(which, browser, made, demo, tmp_path):
     folder = made.folder if which == "made" else demo_report(demo)
-    url = (folder / "report.html").resolve().as_uri()
-    paper = []
-    for width in (390, 1280):
-        for dark in (False, True):
-            browser.view(width, dark=dark)
-            browser.open(url)
-            assert browser.js(OVERFLOW) == []
-            assert browser.js("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
-            whole = "[...document.querySelectorAll('data')].every(e => e.getClientRects().length <= 1)"
-            assert browser.js(whole), "a number broken over two lines"
-            paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
+    chinese, paper = tmp_path / "report.html", []
+    report, rows = read_report(str(folder))
+    chinese.write_text(report_page(report, rows, str(tmp_path), "zh"), encoding="utf-8")
+    english = tmp_path / "en.html"
+    english.write_text(report_page(report, rows, str(tmp_path), "en"), encoding="utf-8")
+    for path, language in ((chinese, "zh-CN"), (english, "en")):
+        url = path.resolve().as_uri()
+        for width in (390, 1280):
+            for dark in (False, True):
+                browser.view(width, dark=dark)
+                browser.open(url)
+                assert browser.js("document.documentElement.lang") == language
+                assert browser.js(OVERFLOW) == []
+                narrow = "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
+                assert browser.js(narrow)
+                whole = "[...document.querySelectorAll('data')].every(e => e.getClientRects().length <= 1)"
+                assert browser.js(whole), "a number broken over two lines"
+                paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
+                assert {request.split("#")[0] for request in browser.requests() if request[:5] != "data:"} == {url}
+        first = browser.js(FIRST_SCREEN)
+        assert len(first) == 9 and max(first) < 800, "accuracy, interval and six mistakes with their names"
     assert len(set(paper)) == 2, "light and dark"
-    assert browser.js("document.querySelectorAll('script').length") == 0
+    assert browser.js("[...document.scripts].filter(s => s.src).length") == 0
     assert browser.js("[...document.images].filter(i => !i.alt).length") == 0
-    _, rows = read_report(str(folder))
-    labels = list(rows[0])[6:]
+    labels = report["labels"]
     cells = browser.js("[...document.querySelectorAll('.confusion a')].map(a => [a.hash, a.textContent])")
     for how, (hash_, count) in enumerate(cells):
         link = f"document.querySelector('.confusion a[href=\"{hash_}\"]')"
@@ -230,13 +287,20 @@ def test_in_chromium(which, browser, made, demo):
     browser.wait_for("[...document.querySelectorAll('.cell:target img')].every(i => i.complete && i.naturalWidth)", 10)
     fetched = [request for request in browser.requests() if not request.startswith("data:")]
     assert {request.split("#")[0] for request in fetched} == {url}
+    browser.js("document.querySelector('.worst .file').focus()")
+    browser.press_enter()
+    browser.wait_for("document.querySelector('.worst .file').textContent == 'path copied'", 5)
+    worst = max((row for row in rows if not row["correct"]), key=lambda row: row["probability"])
+    assert browser.js("document.querySelector('.worst .file').dataset.path") == worst["image"]
     assert browser.complaints() == []
 
 
 def test_a_picture_that_is_gone_stands_there_by_name(made):
     html = (made.folder / "report.html").read_text(encoding="utf-8")
     assert 'class="name">0 &#34;ä&lt;i&gt;&#39; 3#%20.jpg</span>' in html
-    assert "<i>" not in re.sub(r'<i( style="--share:[\d.]+")?></i>', "", html)
+    suspects = re.search(r'id="suspects".*?</section>', html, re.S)[0]
+    assert "cat → <b>rare</b>" in suspects and "4#%20.jpg" in suspects
+    assert "ä<i>" not in html and "<b>&<" not in html
     assert "truncated &amp; short" in html
 
 
@@ -257,7 +321,7 @@ def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
         report = measure(["a", "b"], [0] * len(rows), answers, [[row["a"], row["b"]] for row in rows])
         report |= dict.fromkeys(("comparison", "step")) | {"excluded": [], "versions": {}, "date": ""}
         report |= {"model": "m", "held_out": 0, "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
-        html = page_maker.page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path))
+        html = report_page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path), "en")
         assert all(f'"{i % 20}%20{i}.png" title' in html for i in range(len(rows))), "embedded or named"
         return html, set(re.findall(r'<a href="([^"]+)" [^>]*><span class="name"', html))
 
@@ -281,7 +345,7 @@ def test_an_interrupted_write_leaves_the_old_report(made, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     write_report(made.report | {"date": "now"}, made.rows, str(folder))
     assert json.loads((folder / "report.json").read_text())["date"] == "now"
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "report"]
 
 
 def test_the_page_can_be_made_again_from_its_files(made, tmp_path):
@@ -289,20 +353,29 @@ def test_the_page_can_be_made_again_from_its_files(made, tmp_path):
     assert (report, rows) == (made.report, made.rows)
     with pytest.raises(UserError, match=f"{tmp_path}: found no readable report.*make it with validation.sh"):
         read_report(str(tmp_path))
-    assert [row["image"] for row in paired([(r["image"], r["sha256"], r["label"]) for r in rows], rows, "")]
 
 
 def test_contact_sheet(made, tmp_path, browser):
     rows = [row | {"error": "", "label": None} for row in made.rows]
     rows[5]["prediction"] = "unsure"
     rows.append({"image": "broken.jpg", "prediction": "", "error": "not a <picture>"})
-    html = contact_sheet(rows, LABELS, "a/model", str(tmp_path), 0.4)
+    html = contact_sheet(rows, LABELS, "a/model", str(tmp_path), "en", 0.4)
     (tmp_path / "sheet.html").write_text(html, encoding="utf-8")
     headings = re.findall(r"<h2>(.*?) <span", html)
-    assert headings == ["cat", "dog", "rare", "&lt;b&gt;&amp;", "unsure"]  # nobody was called by the label never said
+    assert headings == [
+        "cat",
+        "dog",
+        "rare",
+        "&lt;b&gt;&amp;",
+        "unsure",
+        "unreadable",
+    ]  # nobody was called by the label never said
     cat = re.search(r'id="name-1".*?</section>', html, re.S)[0]
     certainty = [float(x) for x in re.findall(r"</a>([\d.]+)", cat)]
-    assert len(certainty) == sum(row["prediction"] == "cat" for row in rows) and certainty == sorted(certainty)[::-1]
+    assert len(certainty) == sum(row["prediction"] == "cat" for row in rows) and certainty == sorted(certainty)
+    first = re.search(r'id="first".*?</section>', html, re.S)[0]
+    order = sorted((row for row in rows if not row["error"]), key=lambda row: row["probability"])
+    assert re.findall(r'data-path="(.*?)"', first) == [str(escape(row["image"])) for row in order][:60]
     assert "not a &lt;picture&gt;" in html
     for width in (390, 1280):
         browser.view(width)
@@ -321,7 +394,7 @@ def test_tensorboard_has_each_step_once_and_in_order(made, tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
     points = [(point.step, point.value) for point in events.Scalars("validation/accuracy")]
     assert points == [(0, 0.125), (100, 0.25), (200, 0.75)]
-    assert {"validation/macro_f1", "validation/ece", "validation/rival_probe"} < set(events.Tags()["scalars"])
+    assert {"validation/macro_f1", "validation/ece"} < set(events.Tags()["scalars"])
     for tag in ("validation/confusion_matrix", "validation/mistakes"):
         assert [image.step for image in events.Images(tag)] == [0, 100, 200]
         with Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)) as image:
@@ -351,3 +424,45 @@ def test_tensorboard_shows_scalars_and_images(demo, browser):
     finally:
         server.terminate()
         server.wait()
+
+
+def test_index_of_two_runs(made, tmp_path, browser):
+    """Three validations of two runs; one that is damaged since is named and does no harm."""
+    for name, step, accuracy in (("a/checkpoint-100", 100, 0.5), ("a", 200, 0.75), ("b", None, 0.25)):
+        folder = tmp_path / name.replace("/", "-")
+        write_report(made.report | {"model": f"out/{name}", "step": step, "accuracy": accuracy}, made.rows, str(folder))
+    for width in (390, 1280):
+        browser.view(width)
+        browser.open((tmp_path / "index.html").as_uri())
+        assert browser.js(OVERFLOW) == [] and browser.complaints() == []
+    runs = browser.js("[...document.querySelectorAll('section')].map(s => s.innerText)")
+    assert len(runs) == 2 and browser.js("document.querySelectorAll('svg').length") == 1, "b has one point only"
+    [a] = [text for text in runs if text.startswith("a\n")]
+    assert a.index("50.0") < a.index("75.0") and "n\u00a0=\u00a050" in a
+    for link in browser.js("[...document.querySelectorAll('section a')].map(a => a.href)"):
+        assert Path(unquote(link.removeprefix("file://"))).is_file()
+    (tmp_path / "b" / "report.json").write_text("{")
+    write_report(made.report | {"model": "out/a", "step": 200}, made.rows, str(tmp_path / "a"), "zh")
+    index = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "报告读不了" in index and 'lang="zh-CN"' in index and index.count("report.html") == 2
+
+
+def test_every_text_in_both_languages():
+    """None is missing, none is unused, both fill the same places, and no template says anything by itself."""
+    pages = Path(page_maker.__file__).parent
+    templates = {path.name: path.read_text(encoding="utf-8") for path in (pages / "pages").glob("*.html")}
+    source = "".join(templates.values()) + "".join((pages / name).read_text() for name in ("serve.py", "texts.py"))
+    used = set(re.findall(r'"([\w ]+)"', source.replace(page_maker.__doc__, "")))
+    for key, (english, chinese) in TEXTS.items():
+        assert english and chinese, key
+        places = [set(re.findall(r"{(\w+)}", text)) for text in (english, chinese)]
+        assert places[0] == places[1], key
+        assert re.search(r"[\u4e00-\u9fff，。]", chinese) or key == "lang", key
+    assert set(re.findall(r'\bt\("(\w+)"[,)]', source)) <= set(TEXTS)
+    assert {key for key in TEXTS if not key.startswith(("reason_", "rival_", "serve_", "audit_"))} <= used
+    for name, text in templates.items():
+        for inside in (r"{#.*?#}", r"<style>.*?</style>", r"<script>.*?</script>", r"{{.*?}}", r"{%.*?%}"):
+            text = re.sub(inside, "", text, flags=re.S)
+        bare = re.sub(r"<[^>]*>|&nbsp;|macro-F1|ECE|F1|--min_probability|\b[np]\b", "", text)
+        assert not re.search("[A-Za-z]{2}", bare), (name, re.findall("[A-Za-z ]{2,}", bare))
+        assert not re.search(r'(aria-label|title|alt)="[^"{]*[A-Za-z]', text), name

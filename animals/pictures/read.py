@@ -43,13 +43,20 @@ class PictureError(ValueError):
 
 
 def load_picture(path) -> Image.Image:
-    """The picture as 8-bit RGB, upright, without metadata. Raises PictureError, and nothing else, if it is unusable."""
+    """The picture as 8-bit RGB, upright, without metadata. Raises PictureError, and nothing else, if it is unusable.
+
+    path: of a file, or a file's content as bytes.
+    """
     return _load(path, enough=ENOUGH)[0]
 
 
 def _load(path, digest=False, enough=None) -> tuple[Image.Image, bytes]:
     """The picture and, if asked for, the sha256 of the file."""
     try:
+        if isinstance(path, bytes):  # an upload, which never is a file
+            if not path:
+                raise PictureError("empty file")
+            return _decode(io.BytesIO(path), enough), hashlib.sha256(path).digest() if digest else b""
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise PictureError("is a directory")

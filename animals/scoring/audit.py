@@ -18,7 +18,7 @@ from animals.pictures.cache import SPLITS, csv_file
 from animals.pictures.leaks import groups, load_pictures
 from animals.pictures.prepare import load_split
 from animals.scoring.features import features, load_tower
-from animals.scoring.report import embed, render
+from animals.scoring.page import embed, render
 from animals.scoring.rivals import classifier
 
 FOLDS = 5
@@ -105,14 +105,15 @@ def find_suspects(known, rows, group):
 
 
 def write_page(config, suspects, n, model):
-    """<temp_dir>/audit.html: one file, pictures within it, nothing fetched, no script."""
+    """<temp_dir>/audit.html: one file, pictures within it, nothing fetched."""
     parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
     shown = [row for part in parts.values() for row in part[:SHOWN]]
     twins = [other["image"] for row in shown for other in row["neighbours"]] + [row["nearest"] for row in shown]
     small, large, dropped = embed(twins, [row["image"] for row in shown])
     html = render(
-        config.temp_dir,
         "audit.html",
+        config.temp_dir,
+        config.language,
         parts=parts,
         shown=SHOWN,
         n=n,
