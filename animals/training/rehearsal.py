@@ -193,7 +193,7 @@ class RehearsalTrainer(AnimalTrainer):
         return gather_object([mine | {"reserved_gib": torch.cuda.max_memory_reserved() / GIB}])
 
     def measure_checkpoint(self, seconds):
-        """Leaves self.checkpoint and self.weights_gb, and nothing of it in the page cache: no resumed run finds it there."""
+        """Leaves self.checkpoint and self.weights_gb, and no page of it cached: a resumed run finds none."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
         sizes = {file: os.path.getsize(file) / 1e9 for file in files}
