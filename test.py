@@ -48,16 +48,11 @@ def find_pictures(paths):
 
 
 def identity(args, config):
-    """Twelve digits that change with what answers: the checkpoint's files (name, size, time), dtype, prompt, labels."""
+    """Twelve digits that change with what answers: the checkpoint's files (name, size, time), dtype, view and words."""
     with os.scandir(args.model_name_or_path) as entries:
         files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-    about = [
-        files,
-        args.dtype,
-        config.chat_template,
-        config.question,
-        [config.answer_for(label) for label in config.labels],
-    ]
+    about = [files, args.dtype, config.image_view, config.chat_template, config.question]
+    about += [config.answer_for(label) for label in config.labels]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
 
 
@@ -136,8 +131,8 @@ def load(args, config):
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
     PartialState(cpu=on_cpu)  # the first one decides
-    path, view = args.model_name_or_path, config.image_view
-    return Scorer(load_processor(path, view), config), load_model(path, dtype, view)
+    scorer = Scorer(load_processor(args.model_name_or_path, config.image_view), config)
+    return scorer, load_model(args.model_name_or_path, dtype, config.image_view)
 
 
 def serve_page(args, config, paths):

@@ -163,7 +163,7 @@ def curve(rows):
 
 def scale(low, high):
     """Ticks of the part of 0 to 1 on which an interval can be seen: round numbers around it, six parts at most."""
-    margin = (high - low) / 4
+    margin = max((high - low) / 4, 0.005)  # a single value is a part, too
     for step in (0.01, 0.02, 0.05, 0.1, 0.2):  # the last one always fits
         start, end = max(0, floor((low - margin) / step)), min(round(1 / step), ceil((high + margin) / step))
         if end - start <= 6:
