@@ -176,7 +176,7 @@ def test_the_users_flags_fit_24_gib_up_to_the_largest_picture(hub):
     planned = memory_plan.plan(config, ZERO3, 4, 4, 4, (1368, 2928), shapes=shapes)
     assert planned["effective_batch"] == 64 and planned["parameters"] == 7_566_747_648
     assert planned["peaks"]["largest"] < 22.5
-    assert planned["resident"] == pytest.approx(17.67 - 3.52, abs=0.02)
+    assert planned["resident"] == pytest.approx(17.67 - 3.52 - 0.02, abs=0.01)  # CLIP's unread end does not train
 
 
 def test_deepspeed_defaults_do_not_fit(hub):

@@ -17,7 +17,13 @@ from animals.scoring.scorer import load_scorer
 from config import ANSWER, CHAT_TEMPLATE, FOLDER_TO_LABEL, PROMPT, Config
 
 TABLE = {"cat": "kitty", "ragno": "spider"}
-TASK = {"folder_to_label": TABLE, "prompt": "Who? {labels}", "answer": "A {label}.", "chat_template": "its own"}
+TASK = {
+    "image_view": "tiles",
+    "folder_to_label": TABLE,
+    "prompt": "Who? {labels}",
+    "answer": "A {label}.",
+    "chat_template": "its own",
+}
 
 
 @pytest.fixture
@@ -35,6 +41,7 @@ def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
         "folder_to_label": FOLDER_TO_LABEL,
         "prompt": PROMPT,
         "answer": ANSWER,
+        "image_view": "tiles",
         "chat_template": CHAT_TEMPLATE,
     }
     assert task_of(settings_for(Config(), tuned)) == TASK
@@ -151,6 +158,7 @@ def test_every_saved_folder_says_what_it_was_trained_on(trained):
             "prompt": "Zorx or what? {labels}",
             "answer": "It is {label}.",
             "chat_template": CHAT_TEMPLATE,
+            "image_view": "tiles",
         }
         config = json.loads((folder / "config.json").read_text())
         assert config["id2label"] == dict(zip("012", labels, strict=True))

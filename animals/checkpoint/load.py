@@ -48,7 +48,7 @@ def load_processor(path, view="tiles"):
     return whole_processor(processor) if view == "whole" and not is_whole(path) else processor
 
 
-def load_weights(path, view, **options):
+def load_weights(path, view="tiles", **options):
     """The model in `path`, seen in this view; raises UserError unless every parameter is there and fits."""
     problems = check_weights(path, view)
     if problems:

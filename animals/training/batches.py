@@ -13,7 +13,6 @@ those repetitions are fillers: they take part in the forward pass and teach noth
 import itertools
 
 import config as settings
-from animals.pictures.read import load_picture
 
 TEXT_TOKENS = 60  # prompt, answer and </s> around the picture, where nobody has counted them
 
@@ -34,6 +33,8 @@ class PictureCollator:
         )
 
     def __call__(self, examples):
+        from animals.pictures.read import load_picture  # Pillow: the launcher comes by here before `pip install`
+
         batch = self.collate([{**row, "images": [load_picture(path) for path in row["images"]]} for row in examples])
         for labels, row in zip(batch["labels"], examples, strict=True):
             if row.get("label", "") is None:
