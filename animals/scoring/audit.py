@@ -15,7 +15,7 @@ import os
 
 from animals.command import UserError
 from animals.pictures.cache import SPLITS, csv_file
-from animals.pictures.leaks import groups, load_pictures
+from animals.pictures.leaks import find_leaks, load_pictures
 from animals.pictures.prepare import load_split
 from animals.scoring.features import features, load_tower
 from animals.scoring.page import embed, render
@@ -45,14 +45,15 @@ def audit(config, model):
     ]
     if len(rows) < FEWEST:
         raise UserError(f"--audit: found {len(rows)} pictures in {config.input_dir}; expected at least {FEWEST}")
-    pictures, _ = load_pictures(config, SPLITS)  # in the same order
-    group, _ = groups(pictures, config.near_duplicate_distance)
+    pictures = load_pictures(config, SPLITS)
+    group = find_leaks(pictures, config.near_duplicate_distance, config.look_alike_limit)[1]
+    group_of = dict(zip(pictures.image, group.tolist(), strict=True))
     workers = 0 if state.device.type == "cpu" else config.data_processes or len(os.sched_getaffinity(0))
     folder = os.path.join(config.temp_dir, "features")
     known = features(
         load_tower(model), [row["image"] for row in rows], [row["sha256"] for row in rows], folder, workers=workers
     )
-    suspects = find_suspects(known, rows, group)
+    suspects = find_suspects(known, rows, [group_of[row["image"]] for row in rows])
     with csv_file(config, "audit.csv", COLUMNS) as out:
         out.writerows([row[column] for column in COLUMNS] for row in suspects)
     write_page(config, suspects, len(rows), model)
