@@ -2,6 +2,7 @@
 
     sh train.sh                                  # all GPUs it finds, every flag in train.sh
     sh train.sh --num_train_epochs 3             # the command line wins over train.sh
+    sh train.sh --rehearse                       # minutes of it, measured beside planned; rehearsal.json in logs/
     NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 CPU ranks on a machine without a GPU
 
 Takes every flag of config.Config, trl.SFTConfig and trl.ModelConfig, and three that today's libraries dropped:
@@ -14,6 +15,7 @@ Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 40
 import argparse
 import ctypes
 import difflib
+import functools
 import json
 import os
 import re
@@ -22,13 +24,13 @@ import sys
 
 import config as settings
 from animals.checkpoint.load import load_for_training
-from animals.checkpoint.steps import find_checkpoint, publish, read_state
+from animals.checkpoint.steps import find_checkpoint, publish, read_state, sweep
 from animals.checkpoint.task import other_words, settings_for
 from animals.checkpoint.tokens import read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.pictures.prepare import load_split
-from animals.ranks import choose_arithmetic, cpu_bf16_speed, main_process
+from animals.ranks import barrier, choose_arithmetic, cpu_bf16_speed, main_process
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, describe_cost, record_run
 from animals.training.lora import describe_trainable, lora_config
@@ -41,7 +43,7 @@ os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def parse(argv):
-    """argv -> (Config, SFTConfig, ModelConfig, whether this is a dry run). Unknown and shortened flags raise UserError.
+    """argv -> (Config, SFTConfig, ModelConfig, .dry_run and .rehearse). Unknown and shortened flags raise UserError.
 
     SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
     a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
@@ -53,6 +55,7 @@ def parse(argv):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
     parser.add_argument("--dry_run", action="store_true", help="stop before the weights load; say what would run")
+    parser.add_argument("--rehearse", action="store_true", help="measure a few steps and a checkpoint; keep nothing")
     parser.set_defaults(**settings.TRAINING_DEFAULTS)
 
     def fail(message):
@@ -77,7 +80,7 @@ def parse(argv):
         config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         fail(str(error))
-    return settings_for(config, model_args.model_name_or_path, training=True), args, model_args, more.dry_run
+    return settings_for(config, model_args.model_name_or_path, training=True), args, model_args, more
 
 
 def end_with_launcher():
@@ -101,11 +104,14 @@ def main():
     end_with_launcher()
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
-    config, args, model_args, dry_run = parse(sys.argv[1:])
+    config, args, model_args, more = parse(sys.argv[1:])
     speaks = main_process()  # one rank speaks for all
     for line in other_words(config, model_args.model_name_or_path) if speaks else ():
         print(f"{line}: trained with the new words from here on", flush=True)
 
+    if speaks:
+        sweep(args.output_dir)
+    barrier()
     # Before the weights load: everything that can be known to go wrong, in one message.
     summary, scorer, plan = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summary)
@@ -114,6 +120,8 @@ def main():
         resume = args.resume_from_checkpoint
     elif resume:
         check_resume(record, resume)
+    if more.rehearse:
+        resume = None  # from the first step, whatever is there
 
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data = load_split(config, "train")
@@ -121,7 +129,7 @@ def main():
         describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
         tiles = read_geometry(model_args.model_name_or_path)
         print(whole_view_gain(zip(train_data["width"], train_data["height"], strict=True), tiles), flush=True)
-    if dry_run:
+    if more.dry_run:
         if speaks:
             describe_cost(config, args, model_args, train_data, plan)
         return
@@ -135,13 +143,19 @@ def main():
 
     from animals.training.trainer import AnimalTrainer, StopOnSignal
 
+    if more.rehearse:
+        from animals.training.rehearsal import RehearsalTrainer, begin
+
+        make_trainer = functools.partial(RehearsalTrainer, ram=begin(args), plan=plan)
+    else:
+        stop = StopOnSignal()
+        make_trainer = functools.partial(AnimalTrainer, callbacks=[stop])
     model = load_for_training(model_args, args, config.image_view)
     choose_parts(model, config, args, model_args)
     args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
     name = os.path.basename(os.path.normpath(args.output_dir))
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)
-    stop = StopOnSignal()
-    trainer = AnimalTrainer(
+    trainer = make_trainer(
         model=model,
         args=args,
         train_dataset=train_data,
@@ -149,12 +163,15 @@ def main():
         data_collator=collator,
         processing_class=scorer.processor,
         peft_config=lora_config(model_args, args),
-        callbacks=[stop],
         scorer=scorer,
         eval_pictures=config.eval_pictures,
         record=record,
     )
     trains = describe_trainable(trainer.model)  # raises where anything beside LoRA's adapters would train
+    if more.rehearse:
+        trainer.rehearse(os.environ["TENSORBOARD_LOGGING_DIR"], record["versions"])
+        trainer.accelerator.end_training()
+        leave(0)
     if speaks:
         print(f"trains          {trains}")
         os.makedirs(args.output_dir, exist_ok=True)

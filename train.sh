@@ -4,6 +4,7 @@
 #   sh train.sh --num_train_epochs 3         the command line wins
 #   sh train.sh --use_peft --learning_rate 2e-4             LoRA: small adapters; see animals/training/lora.py, also for QLoRA on one GPU
 #   sh train.sh --train_parts projector --learning_rate 1e-3 --config_file scripts/ddp.yaml    the projector alone; training/parts.py
+#   sh train.sh --rehearse                   minutes of it first: memory, disk and hours as measured here, beside the plan
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two CPU ranks)
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh

@@ -61,3 +61,18 @@ def ignoring(model_class, name):
         yield
     finally:
         model_class._keys_to_ignore_on_load_unexpected = kept
+
+
+def load_as_resumed(trainer, folder):
+    """Load a checkpoint into a Trainer that stands, as train(resume_from_checkpoint=folder) does. All ranks.
+
+    Trainer does it only at the start of train(), which would build the engine once more (tests/test_rehearsal.py).
+    """
+    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+    if trainer.is_deepspeed_enabled:
+        whole = not hasattr(trainer.model, "peft_config")  # an adapter's checkpoint lacks the base
+        deepspeed_load_checkpoint(trainer.model_wrapped, folder, load_module_strict=whole)
+    else:
+        trainer._load_from_checkpoint(folder)
+    trainer._load_optimizer_and_scheduler(folder)

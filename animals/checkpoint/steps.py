@@ -75,6 +75,19 @@ FOR_RESUMING = re.compile(
 )
 
 
+def rehearsal_folder(output_dir):
+    """Where `train.sh --rehearse` writes its checkpoint."""
+    return f"{os.path.normpath(output_dir)}.rehearsal"
+
+
+def sweep(output_dir):
+    """Delete what a rehearsal left, if it was killed; a folder that holds anything else is not ours. Main process."""
+    folder = rehearsal_folder(output_dir)
+    names = os.listdir(folder) if os.path.isdir(folder) else ["nothing to sweep"]
+    if all(name in (SAVING, "README.md") or name.startswith("checkpoint-") for name in names):
+        shutil.rmtree(folder)
+
+
 def publish(checkpoint, output_dir):
     """Copy the model of a complete checkpoint into output_dir, without what only resuming needs. Main process only."""
     saving = os.path.join(output_dir, SAVING)

@@ -83,20 +83,27 @@ def level(sampler, seed, text_tokens=TEXT_TOKENS):
     return sampler
 
 
-def largest_micro_batch(
+def heaviest_micro_batch(
     image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS
-) -> tuple[int, int]:
-    """(pictures, image tokens of the longest) of the micro-batch with the most tokens that so many epochs form."""
+) -> tuple[list[int], list[int]]:
+    """(indices, image tokens) of the pictures in the micro-batch with the most tokens that so many epochs form."""
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
     extra = fillers(image_tokens, micro_batch, accumulation, ranks, balanced=True)
     lengths = [*image_tokens, *(image_tokens[i] for i in extra)]
-    effective, worst = micro_batch * accumulation * ranks, (0, 0)
+    effective, worst, most = micro_batch * accumulation * ranks, [], 0
     sampler = BatchRebalanceSampler(lengths, effective, ranks, accumulation, drop_last=False)
     level(sampler, seed, text_tokens)
     for epoch, sampler.rank in itertools.product(range(epochs), range(ranks)):
         sampler.set_epoch(epoch)
         for batch in sampler:
-            found = len(batch), max(lengths[i] for i in batch)
-            worst = max(worst, found, key=lambda b: b[0] * (b[1] + text_tokens))
-    return worst
+            tokens = len(batch) * (max(lengths[i] for i in batch) + text_tokens)
+            if tokens > most:
+                worst, most = batch, tokens
+    return worst, [lengths[i] for i in worst]
+
+
+def largest_micro_batch(*run, **more) -> tuple[int, int]:
+    """(pictures, image tokens of the longest) of heaviest_micro_batch()."""
+    tokens = heaviest_micro_batch(*run, **more)[1]
+    return len(tokens), max(tokens)

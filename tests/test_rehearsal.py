@@ -1,0 +1,133 @@
+"""`sh train.sh --rehearse`: figures, nothing else; the run after it is what it would have been."""
+
+import json
+import re
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from animals.checkpoint.steps import sweep
+from animals.command import UserError
+from animals.training.batches import largest_micro_batch
+from tests.conftest import start
+
+KEYS = {
+    "seconds_a_step", "waiting_for_data", "hours", "gpus", "host_gib", "planned_host_gib", "checkpoint", "versions",
+}  # fmt: skip
+
+
+def command(demo, out, *more):
+    return (
+        f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
+        f"--output_dir {out} --logging_dir {out}-logs --max_steps 3 --save_steps 2 --eval_steps 2 --eval_pictures 20 "
+        f"--logging_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 "
+        f"{' '.join(more)}"
+    )
+
+
+def figures(out):
+    """rehearsal.json; nothing else was left."""
+    assert not out.exists() and not out.with_name("sft.rehearsal").exists()
+    assert sorted(path.name for path in out.with_name("sft-logs").rglob("*")) == ["rehearsal.json", "sft"]
+    found = json.loads((out.with_name("sft-logs") / "sft" / "rehearsal.json").read_text())
+    assert found.keys() == KEYS and found["gpus"] == [] and found["hours"] > 0 < found["seconds_a_step"]
+    assert 0 <= found["waiting_for_data"] < 1 and found["versions"]["torch"].startswith(torch.__version__[:4])
+    return found
+
+
+def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
+    outs = tmp_path / "rehearsed" / "sft", tmp_path / "plain" / "sft"
+    done = run(command(demo, outs[0], "--rehearse"), NUM_PROCESSES=2)
+    assert done.code == 0, done.output[-3000:]
+    found = figures(outs[0])
+    for name in ("host_gib", "planned_host_gib"):
+        assert found[name].keys() == {"start", "training", "resume"} and min(found[name].values()) > 0
+    assert found["host_gib"]["training"] > found["host_gib"]["start"]
+    counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
+    heavy = "heaviest micro-batch of the run: {} pictures, the longest of {} image tokens"
+    assert heavy.format(*largest_micro_batch(counts, 4, 2, 2)) in done.output
+    evaluations, checkpoints = re.search(r"3 steps, (\d+) evaluations, (\d+) checkpoints in all", done.output).groups()
+
+    for out in outs:
+        done = run(command(demo, out), NUM_PROCESSES=2)
+        assert done.code == 0, done.output[-3000:]
+    assert done.output.count("'eval_accuracy'") == int(evaluations)
+    saved = list(outs[0].glob("checkpoint-*"))
+    assert len(saved) == int(checkpoints)
+    size = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file()) / 1e9
+    assert found["checkpoint"]["gb"] == pytest.approx(size, rel=0.05)
+    assert min(found["checkpoint"][key] for key in ("seconds_to_write", "seconds_to_read")) > 0
+    ours, theirs = (load_file(out / "model.safetensors") for out in outs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
+    flags = "--rehearse --use_peft --config_file scripts/ddp.yaml --train_sampling_strategy random"
+    done = run(command(demo, tmp_path / "sft", flags))
+    assert done.code == 0, done.output[-3000:]
+    found = figures(tmp_path / "sft")
+    assert set(found["planned_host_gib"].values()) == {None} and found["checkpoint"]["seconds_to_read"] > 0
+    counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
+    assert f"4 pictures, the longest of {max(counts)} image tokens" in done.output
+
+
+def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
+    done = run(command(demo, tmp_path / "sft", "--rehearse --save_strategy no --eval_strategy no --max_steps 1"))
+    assert done.code == 0, done.output[-3000:]
+    found = figures(tmp_path / "sft")
+    assert found["checkpoint"] is None and found["host_gib"]["resume"] is None
+    assert found["hours"] == pytest.approx(found["seconds_a_step"] / 3600)
+
+
+def test_killed_while_it_writes_the_next_start_sweeps(demo, run, tmp_path):
+    folder = tmp_path / "sft.rehearsal"
+    process = start(command(demo, tmp_path / "sft", "--rehearse"))
+    limit = time.monotonic() + 900
+    while process.poll() is None and not list(folder.glob(".saving/*")) and time.monotonic() < limit:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and folder.exists()
+    done = run(command(demo, tmp_path / "sft", "--dry_run"))
+    assert done.code == 0, done.output[-3000:]
+    assert not folder.exists() and not (tmp_path / "sft").exists()
+
+
+def test_a_folder_of_that_name_is_left_alone(demo, run, tmp_path):
+    folder = tmp_path / "sft.rehearsal"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    done = run(command(demo, tmp_path / "sft", "--rehearse"))
+    assert done.code == 2 and f"{folder}: found checkpoint-3, run.json in it; expected no such folder" in done.output
+    assert len(list(folder.iterdir())) == 2
+    (folder / "run.json").unlink()
+    sweep(str(tmp_path / "sft/"))
+    assert not folder.exists()
+    sweep(str(tmp_path / "sft"))
+
+
+def test_what_would_not_fit_is_said(tmp_path):
+    from animals.training.rehearsal import RehearsalTrainer
+
+    ram = SimpleNamespace(swapped=2**60, phase="training")  # whatever this machine swaps now is no more than that
+    run = SimpleNamespace(
+        checkpoint={"gb": 60.0}, weights_gb=15.0, saves=9, run_output=str(tmp_path), passed=0, ram=ram,
+        args=SimpleNamespace(save_total_limit=5), heavy="4 pictures", plan={"peaks": {"largest": 22.5}},
+    )  # fmt: skip
+    (line,) = RehearsalTrainer.would_not_fit(run, 300e9)
+    assert (
+        "found 300.0 GB free; expected 360.0 GB for 6 checkpoints of 60.0 GB" in line and "--save_total_limit" in line
+    )
+    assert not RehearsalTrainer.would_not_fit(run, 361e9)
+    run.saves, run.args.save_total_limit = 1, None
+    assert RehearsalTrainer.would_not_fit(run, 74e9) and not RehearsalTrainer.would_not_fit(run, 76e9)
+    run.checkpoint, ram.swapped = None, -5 * 2**30
+    (line,) = RehearsalTrainer.would_not_fit(run, 0)
+    assert line.startswith("host RAM: found ") and "swapped out" in line and "--use_peft" in line
+    line = RehearsalTrainer.out_of_memory(run, UserError("CUDA out of memory. Tried\nmore"))
+    assert "(CUDA out of memory. Tried)" in line and "planned 22.5 GiB; ended with it" in line
+    assert "halve --per_device_train_batch_size" in line
