@@ -36,6 +36,8 @@ def test_what_they_name_is_there(name):
         "report.html",
         "report.json",
         "run.json",
+        "task.json",
+        "temp/audit.html",
         "temp/train.json",
         "temp/validation.json",
     }
