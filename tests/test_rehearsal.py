@@ -76,7 +76,8 @@ def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
 
 
 def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
-    done = run(command(demo, tmp_path / "sft", "--rehearse --save_strategy no --eval_strategy no --max_steps 1"))
+    flags = "--rehearse --save_strategy no --eval_strategy no --eval_on_start False --max_steps 1"
+    done = run(command(demo, tmp_path / "sft", flags))
     assert done.code == 0, done.output[-3000:]
     found = figures(tmp_path / "sft")
     assert found["checkpoint"] is None and found["host_gib"]["resume"] is None
