@@ -92,7 +92,7 @@ def end_with_launcher():
 def leave(code):
     """End this rank without the interpreter's shutdown, in which a thread of torch's aborts a finished run.
 
-    Seen once in 24 runs on two ranks, with the process group destroyed.
+    Seen once in about 22 runs on two ranks, with the process group destroyed.
     """
     run_exit_functions()
     sys.stdout.flush()
