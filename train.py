@@ -24,7 +24,7 @@ import sys
 
 import config as settings
 from animals.checkpoint.load import load_for_training
-from animals.checkpoint.steps import find_checkpoint, publish, read_state, sweep
+from animals.checkpoint.steps import newest_complete, publish, read_state, sweep
 from animals.checkpoint.task import other_words, settings_for
 from animals.checkpoint.tokens import read_geometry, whole_view_gain
 from animals.command import UserError, run
@@ -115,7 +115,7 @@ def main():
     # Before the weights load: everything that can be known to go wrong, in one message.
     summary, scorer, plan = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summary)
-    resume, passed_over = find_checkpoint(args.output_dir)
+    resume, passed_over = newest_complete(args.output_dir)
     if args.resume_from_checkpoint:  # the user's word is taken as it is
         resume = args.resume_from_checkpoint
     elif resume:

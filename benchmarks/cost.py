@@ -190,7 +190,7 @@ def check_tokens(threads, repeats=3):
     import torch
     from transformers import LlavaNextForConditionalGeneration
 
-    config = copy.deepcopy(memory_plan.load_config(ROOT / "tests" / "hub_config.json"))
+    config = copy.deepcopy(memory_plan.load_config(ROOT / "tests" / "helpers" / "hub_config.json"))
     config.text_config.update({"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4,
                                "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128})  # fmt: skip
     config.vision_config.update({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
@@ -268,7 +268,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_name_or_path", default=str(ROOT / "tests" / "hub_config.json"), help="config.json (the hub's)")
+    add(
+        "--model_name_or_path",
+        default=str(ROOT / "tests" / "helpers" / "hub_config.json"),
+        help="config.json (the hub's)",
+    )
     add("--pictures", type=int, default=14308, help="pictures an epoch (default: 14308, the data set's)")
     add("--effective_batch", type=int, default=64, help="pictures a step (default: 64 = the README's 4 x 4 x 4)")
     for name, value, source in ASSUMPTIONS:

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.checkpoint.view import VIEWS

@@ -17,7 +17,7 @@ All: the demo's half-trained checkpoint, 64 pictures a step, 2-rank ZeRO-3 over 
 drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and the mix of lengths
 are the 7B's. DeepSpeed's size limits are scaled by the decoder layer, and stock's, which would keep most of so small a
 model, to two layers: a weight is gathered as often (column gathers) as in a model of full depth, where
-tests/engine_probe.py counted 1.96 with zero3.json and 1.87 with stock's.
+tests/helpers/engine_probe.py counted 1.96 with zero3.json and 1.87 with stock's.
 Leaves results/{training,levers}.md and training.json (which cost.py --check reads).
 """
 

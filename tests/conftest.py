@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often test_survive.py kills a run (tests/soak.sh: 10)")
+    parser.addoption(
+        "--kills", type=int, default=2, help="how often test_survive.py kills a run (tests/helpers/soak.sh: 10)"
+    )
     parser.addoption("--reuse-demo", action="store_true", help="use temp/demo as it is instead of running demo/run.sh")
 
 

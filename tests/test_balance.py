@@ -74,7 +74,7 @@ def test_a_levelled_step_learns_what_a_step_in_random_order_does(demo, run, tmp_
 
 
 def test_the_plan_knows_the_largest_micro_batch(tokens):
-    config = memory_plan.load_config(ROOT / "tests" / "hub_config.json")
+    config = memory_plan.load_config(ROOT / "tests" / "helpers" / "hub_config.json")
     zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
     shapes = memory_plan.parameters(config)
     formed = largest_micro_batch(tokens, 4, 4, 4, seed=1, epochs=3)

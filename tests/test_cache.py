@@ -11,7 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.pictures import (
+
+from animals.checkpoint.tokens import image_token_count, read_geometry
+from animals.pictures import cache, check, read
+from animals.pictures import prepare as data
+from config import Config
+from tests.helpers.pictures import (
     JPEG,
     PNG,
     ROOT,
@@ -30,11 +35,6 @@ from helpers.pictures import (
     train,
     with_root,
 )
-
-from animals.checkpoint.tokens import image_token_count, read_geometry
-from animals.pictures import cache, check, read
-from animals.pictures import prepare as data
-from config import Config
 
 
 @pytest.fixture

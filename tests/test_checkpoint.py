@@ -1,8 +1,7 @@
-"""The real checkpoint's layout, on a narrow replica of it (tests/replica.py): read, checked, trained, saved, read.
+"""The real checkpoint's layout, on a narrow replica of it (replica.py): read, checked, trained, saved, read.
 
-The slow half is in scripts: tests/variants.sh trains every variant, tests/second_reader.sh reads what is saved with
-transformers of the past. With transformers 4.46.0, 4.47.1, 4.48.0, 4.49.0, 4.50.0 and 4.57.6 the fp32 logits equalled
-5.23.0's bit for bit.
+The slow half is in tests/helpers: variants.py trains every variant, second_reader.sh reads what is saved with
+transformers of the past.
 """
 
 import json

@@ -14,13 +14,17 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def args():
     values = {name: value for name, value, _ in cost.ASSUMPTIONS}
-    values |= {"model_name_or_path": str(ROOT / "tests" / "hub_config.json"), "pictures": 14308, "effective_batch": 64}
+    values |= {
+        "model_name_or_path": str(ROOT / "tests" / "helpers" / "hub_config.json"),
+        "pictures": 14308,
+        "effective_batch": 64,
+    }
     return argparse.Namespace(**values)
 
 
 @pytest.fixture(scope="module")
 def small():
-    config = copy.deepcopy(memory_plan.load_config(ROOT / "tests" / "hub_config.json"))
+    config = copy.deepcopy(memory_plan.load_config(ROOT / "tests" / "helpers" / "hub_config.json"))
     config.text_config.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5})
     config.text_config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99})
     config.vision_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6})
@@ -59,7 +63,7 @@ def test_hours_follow_pictures_and_gpus(args):
 
 
 def test_twice_the_micro_batch_moves_half():
-    config = memory_plan.load_config(ROOT / "tests" / "hub_config.json")
+    config = memory_plan.load_config(ROOT / "tests" / "helpers" / "hub_config.json")
     zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
     shapes = memory_plan.parameters(config)
     four, eight = (memory_plan.plan(config, zero3, 4, m, 16 // m, shapes=shapes) for m in (4, 8))

@@ -9,7 +9,6 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
-from helpers.pictures import command, drawn, held, make_tree, problems, train
 from PIL import Image, ImageOps
 
 from animals.command import UserError, yes_or_no
@@ -17,6 +16,7 @@ from animals.pictures import check, read
 from animals.pictures import leaks as search
 from animals.pictures import prepare as data
 from config import Config
+from tests.helpers.pictures import command, drawn, held, make_tree, problems, train
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from animals.command import UserError  # noqa: E402
 from animals.training import memory as memory_plan  # noqa: E402
 from scripts import memory_plan as command_module  # noqa: E402
 
-HUB = ROOT / "tests" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
+HUB = ROOT / "tests" / "helpers" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
 ZERO3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
 GIB = 2**30
 
@@ -39,7 +39,7 @@ def live_engine(folder, demo, changes=None, ranks=2, **shape):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, copy)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), "--num_processes"]
-    command += [str(ranks), "--main_process_port", "0", "tests/engine_probe.py", str(folder / "held.json")]
+    command += [str(ranks), "--main_process_port", "0", "tests/helpers/engine_probe.py", str(folder / "held.json")]
     command += ["--model_name_or_path", str(model), "--input_dir", str(folder / "input"), "--output_dir"]
     command += [str(folder / "sft"), "--temp_dir", str(folder / "temp"), "--logging_dir", str(folder / "logs")]
     flags = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --logging_steps 1 "

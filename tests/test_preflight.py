@@ -89,7 +89,7 @@ def test_more_ranks_than_gpus(run):
 
 
 def test_a_plan_over_the_gpus_memory():
-    with open(os.path.join(os.path.dirname(__file__), "hub_config.json")) as file:
+    with open(os.path.join(os.path.dirname(__file__), "helpers", "hub_config.json")) as file:
         config = LlavaNextConfig(**json.load(file))
     zero3 = memory_plan.load_zero3("scripts/zero3.json")
     plan = memory_plan.plan(config, zero3, 4, 4, 4)

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.pictures import (
+from PIL import Image, ImageSequence
+
+from animals.checkpoint.tokens import image_token_count
+from animals.pictures import check, read
+from animals.pictures import prepare as data
+from config import Config
+from tests.helpers.pictures import (
     CLASSES,
     JPEG,
     LOSSLESS,
@@ -29,12 +35,6 @@ from helpers.pictures import (
     train,
     with_root,
 )
-from PIL import Image, ImageSequence
-
-from animals.checkpoint.tokens import image_token_count
-from animals.pictures import check, read
-from animals.pictures import prepare as data
-from config import Config
 
 
 @pytest.fixture

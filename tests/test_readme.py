@@ -28,7 +28,7 @@ def test_both_name_the_same_commands():
 def test_what_they_name_is_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
-    scripts = re.findall(r"(?:sh|python) ((?:\w+/)?\w+\.(?:sh|py))", text)
+    scripts = re.findall(r"(?:sh|python) ((?:\w+/)*\w+\.(?:sh|py))", text)
     files = re.findall(r"`((?:\w+/)?[\w-]+\.(?:py|sh|html|txt|json|yaml))`", text)
     made = {
         "zero_to_fp32.py",

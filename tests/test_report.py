@@ -25,7 +25,7 @@ from animals.scoring.page import contact_sheet, report_page
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import read_report, write_report
 from animals.scoring.texts import TEXTS
-from tests.browser import Browser, find_chromium
+from tests.helpers.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
 SIDES = ("both_right", "only_this", "only_other", "both_wrong")

@@ -20,7 +20,7 @@ from PIL import Image
 from animals.pictures.read import list_pictures
 from animals.scoring.serve import MAX_UPLOAD
 from config import Config
-from tests.browser import Browser, find_chromium
+from tests.helpers.browser import Browser, find_chromium
 
 LABELS = Config().labels
 

@@ -1,6 +1,6 @@
 """Kill a run, cut its files short, give it a bad loss: nothing is lost, and what happened is said.
 
-`sh tests/soak.sh` does the killing ten times, on 1 and 2 ranks.
+`sh tests/helpers/soak.sh` does the killing ten times, on 1 and 2 ranks.
 """
 
 import functools
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from animals.checkpoint.steps import find_checkpoint
+from animals.checkpoint.steps import newest_complete
 from animals.command import UserError
 from animals.training.preflight import check_resume
 from tests.conftest import start
@@ -90,7 +90,7 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ra
         if number == signal.SIGTERM:
             assert code == 143, output[-3000:]
             steps = output.count("{'loss'")
-            resumed = find_checkpoint(str(out))[0]
+            resumed = newest_complete(str(out))[0]
             assert f"stopped after step {resumed.rsplit('-', 1)[1]}" in output and steps > 0
         else:
             assert code == -9
@@ -130,7 +130,7 @@ def test_levelled_micro_batches_resume_to_the_bit(demo, run, tmp_path):
 
 def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted, tmp_path):
     """Every file of the newest checkpoint in turn: cut short, then gone."""
-    newest, _ = find_checkpoint(str(uninterrupted))
+    newest, _ = newest_complete(str(uninterrupted))
     assert newest.endswith(f"checkpoint-{STEPS}")
     files = [os.path.relpath(os.path.join(d, f), newest) for d, _, names in os.walk(newest) for f in names]
     assert len(files) > 10 and any("global_step" in name for name in files)
@@ -145,14 +145,14 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
             victim.unlink()
             if harm == "cut":
                 victim.write_bytes(content[:-1])
-            found, passed_over = find_checkpoint(str(copy))
+            found, passed_over = newest_complete(str(copy))
             assert found == str(copy / older.name), (name, harm)
             assert len(passed_over) == 1 and f"checkpoint-{STEPS}" in passed_over[0]
             shutil.rmtree(copy)
 
 
 def test_changed_essentials_are_named(uninterrupted):
-    newest, _ = find_checkpoint(str(uninterrupted))
+    newest, _ = newest_complete(str(uninterrupted))
     with open(os.path.join(newest, "run.json")) as file:
         record = json.load(file)
     check_resume(record, newest)

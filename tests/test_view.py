@@ -153,7 +153,7 @@ def test_the_user_is_told_what_the_whole_view_holds_and_saves(demo, run):
 def test_plan_at_the_hubs_size():
     """8 x 2 on 4 x 24 GiB without activation offload; the projector alone, whole on a card of 24 GiB."""
     zero3 = memory.load_zero3(ROOT / "scripts" / "zero3.json")
-    config = memory.load_config(ROOT / "tests" / "hub_config.json", "whole")
+    config = memory.load_config(ROOT / "tests" / "helpers" / "hub_config.json", "whole")
     sizes = 4, 8, 2, (576, 576)
     assert memory.plan(config, zero3, *sizes)["peaks"]["largest"] < 22.5
     projector = memory.plan(config, zero3, *sizes, method="ddp", parts=["projector"])

@@ -42,7 +42,7 @@ def missing_files(folder) -> list[str]:
     return [n for n, path in found.items() if not os.path.isfile(path) or os.path.getsize(path) != sizes[n]]
 
 
-def find_checkpoint(output_dir) -> tuple[str | None, list[str]]:
+def newest_complete(output_dir) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint, and a line for each newer one that is passed over."""
     passed_over = []
     if os.path.isdir(os.path.join(output_dir, SAVING)):

@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from animals.checkpoint.save import complete
-from animals.checkpoint.steps import SAVING, find_checkpoint, write_manifest
+from animals.checkpoint.steps import SAVING, newest_complete, write_manifest
 from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
 from animals.ranks import barrier, main_process
@@ -278,7 +278,7 @@ class AnimalTrainer(SFTTrainer):
         barrier()
 
     def _not_saved(self, error):
-        last, _ = find_checkpoint(self.args.output_dir)
+        last, _ = newest_complete(self.args.output_dir)
         free = shutil.disk_usage(self.args.output_dir).free / 2**30
         return UserError(
             f"step {self.state.global_step}: could not save ({error}); {free:.1f} GiB free in {self.args.output_dir}; "

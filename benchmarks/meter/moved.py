@@ -1,4 +1,4 @@
-"""Counts what ZeRO-3 moves between the ranks: for sitecustomize.py here and tests/engine_probe.py."""
+"""Counts what ZeRO-3 moves between the ranks: for sitecustomize.py here and tests/helpers/engine_probe.py."""
 
 
 def count_moved():

@@ -1,7 +1,7 @@
 """Read a checkpoint with whatever transformers is installed, and nothing of ours; leave what it saw.
 
-python tests/second_reader.py CHECKPOINT OUT.npz                 # tokens, pixels and fp32 logits of one picture
-python tests/second_reader.py --compare ONE.npz OTHER.npz        # equal? logits to 1e-5
+python tests/helpers/second_reader.py CHECKPOINT OUT.npz                 # tokens, pixels and fp32 logits of one picture
+python tests/helpers/second_reader.py --compare ONE.npz OTHER.npz        # equal? logits to 1e-5
 """
 
 import json

@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def build(folder, demo, hidden=72, layers=32, vision_layers=24, seed=0):

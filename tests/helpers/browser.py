@@ -1,6 +1,6 @@
 """A real headless Chromium, driven over the DevTools protocol's pipe: nothing to install but Chromium itself.
 
-    python tests/browser.py temp/demo/logs/validation/sft-llava-demo/report.html demo/report.png
+    python tests/helpers/browser.py temp/demo/logs/validation/sft-llava-demo/report.html demo/report.png
 
 takes the first screen of a page, 1280 x 800: the picture in the README is made by this line.
 """

@@ -1,7 +1,7 @@
 """A checkpoint folder like llava-hf/llava-v1.6-mistral-7b-hf as it is downloaded, at any depth and width.
 
-    python tests/replica.py FOLDER                                     # 2 layers, 64 wide: 8 MB
-    python tests/replica.py FOLDER --layers 1 --vision_layers 2 --full_width    # 0.6 B parameters: 1.2 GB
+    python tests/helpers/replica.py FOLDER                                     # 2 layers, 64 wide: 8 MB
+    python tests/helpers/replica.py FOLDER --layers 1 --vision_layers 2 --full_width    # 0.6 B parameters: 1.2 GB
 
 The hub repository's file names, config fields, parameter names, fp16 and shards, the real tokenizer (mistral-common
 ships Mistral's), the real 336 px tiles and five grid shapes; only the values of the weights are drawn at random.
@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 HUB_CONFIG = json.loads((Path(__file__).parent / "hub_config.json").read_text())
 HIDDEN_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}  # MistralConfig's

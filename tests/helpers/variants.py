@@ -1,6 +1,6 @@
 """Every look-alike of the hub's folder through 2-rank ZeRO-3, the save, bare transformers and validation. Slow.
 
-python tests/variants.py [FOLDER]      # a line a variant; exit code 1 if one fails. About 1.5 minutes each on 2 cores
+python tests/helpers/variants.py [FOLDER]    # a line a variant; exit code 1 if one fails. 1.5 minutes each on 2 cores
 """
 
 import json
@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import replica  # noqa: E402
 
