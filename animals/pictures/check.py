@@ -5,7 +5,7 @@ import os
 from collections import deque
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageStat
 
 from animals.pictures.read import PictureError, _load
 
@@ -51,9 +51,8 @@ def look(picture: Image.Image) -> tuple[int, int, bytes]:
 def perceptual_hash(thumb: Image.Image) -> int:
     """imagehash.phash as a number: 32 of 64 bits are set, so distances are even. 0: too flat to have a shape."""
     import imagehash
-    import numpy as np
 
-    return int(str(imagehash.phash(thumb)), 16) if np.std(thumb) >= 2 else 0
+    return int(str(imagehash.phash(thumb)), 16) if ImageStat.Stat(thumb).stddev[0] >= 2 else 0
 
 
 def cores(processes: int) -> int:
