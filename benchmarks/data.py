@@ -1,7 +1,7 @@
 """What the check of the pictures costs, beside merely decoding them and beside datasets' imagefolder.
 
     python benchmarks/data.py                          # pairs: about 5 minutes on 2 cores
-    python benchmarks/data.py --scale                  # 10,000 and 100,000 entries
+    python benchmarks/data.py --scale                  # 10,000 and 100,000 entries: about 2 minutes
     python benchmarks/data.py --pictures 2000          # a quick look
 
 Draws its pictures in a temporary folder that it removes. Rounds are interleaved (decode, cold, warm, decode,

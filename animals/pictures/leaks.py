@@ -125,9 +125,11 @@ def find_leaks(pictures: Pictures, distance: int, limit: int) -> tuple[list[Leak
     equals = np.array([first.setdefault(pixels, row) for row, pixels in enumerate(pictures.pixels)], np.int64)
     leaks = same_leaks(pictures, equals)
     listed = {(leak.problem, leak.row) for leak in leaks}
-    group = join(np.arange(n), np.arange(n), equals)
+    group, links = np.arange(n), [(np.arange(n), equals)]
     for row, other, bits in near_pairs(pictures, distance) if n <= limit else ():
-        group = join(group, row, other)
+        links.append((row, other))
+        if sum(len(rows) for rows, _ in links) > BLOCK:  # before they fill the memory
+            group, links = join(group, links), []
         splits, labels = problem_of(pictures, row, other)
         for problem, wanted in (("both splits", splits), ("two labels", labels), ("one split", ~splits & ~labels)):
             order = np.lexsort((other[wanted], bits[wanted], row[wanted]))
@@ -136,7 +138,7 @@ def find_leaks(pictures: Pictures, distance: int, limit: int) -> tuple[list[Leak
             for k in nearest:
                 if (problem, int(r[k])) not in listed:
                     leaks.append(Leak(problem, "near", int(b[k]), int(r[k]), int(o[k])))
-    return leaks, group
+    return leaks, join(group, links)
 
 
 def same_leaks(pictures: Pictures, equals: np.ndarray) -> list[Leak]:
@@ -150,13 +152,13 @@ def same_leaks(pictures: Pictures, equals: np.ndarray) -> list[Leak]:
     return leaks
 
 
-def join(group: np.ndarray, row: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The groups after row[k] and other[k] have come together, numbered from 0 in the order of their first row."""
+def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The groups after the rows of each link have come together, numbered from 0 in the order of their first row."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     n = len(group)  # each picture is linked to a node for its group, and to what it resembles
-    i, j = np.concatenate([np.arange(n), row]), np.concatenate([n + group, other])
+    i, j = (np.concatenate(side) for side in zip((np.arange(n), n + group), *links, strict=True))
     return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(2 * n, 2 * n)), False)[1][:n]
 
 
