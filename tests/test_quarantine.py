@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_split import ROOT, call, contents, cut, fingerprint, held_out, original, picture, tree, undo  # noqa: F401
 
 from animals.pictures import moves
+from tests.test_split import ROOT, call, contents, cut, fingerprint, held_out, original, picture, tree, undo  # noqa: F401
 
 
 def write_list(path, columns, rows) -> Path:
