@@ -122,7 +122,7 @@ def expected_numbers(folder, report, other_right):
     p = np.array([[float(row[label]) for label in labels] for row in rows])
     right = [a == b for a, b in zip(y, said, strict=True)]
     accuracy = sk.accuracy_score(y, said)
-    low, high = wilson_interval(sum(right), len(y))
+    low, high = wilson_interval(sum(right), len(y), report.get("design_effect", 1))
     want = {
         "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "n": len(y), "chance": 1 / len(labels),
         "wrong": sk.zero_one_loss(y, said, normalize=False),
@@ -173,6 +173,19 @@ def expected_numbers(folder, report, other_right):
             "leaks.high": high,
             "leaks.groups": 40,
         }
+    elif report["leaks"]["checked"]:
+        with open(folder.parents[2] / "cache" / "leaks.csv", newline="", encoding="utf-8") as file:
+            across = [row for row in csv.DictReader(file) if row["problem"] == "both splits"]
+        leaked = {row["image"] for row in across}
+        kept = [ok for row, ok in zip(rows, right, strict=True) if row["image"] not in leaked]
+        if leaked:
+            want |= {"leaks.leaked": len(leaked), "leaks.n_without": len(kept)}
+            want["leaks.accuracy_without"] = sum(kept) / len(kept)
+            want["leaks.low"], want["leaks.high"] = report["leaks"]["accuracy_without_ci95"]
+            for match, key in (("same pixels", "identical"), ("near", "look_alikes")):
+                want[f"leaks.{key}"] = len({row["image"] for row in across if row["match"] == match})
+        if report["leaks"]["groups"] < len(y):
+            want["leaks.groups"] = report["leaks"]["groups"]  # held against the pictures in test_leaks.py
     for row in report["rivals"] if not other_right else ():
         key = f"rivals.{row['name']}."
         want |= {key + name: row[name] for name in ("accuracy", "difference", "mcnemar_p")}

@@ -182,7 +182,7 @@ def test_accuracy_while_training_is_validations(demo, run, tmp_path):
     best = "--load_best_model_at_end --metric_for_best_model accuracy"
     done = run(command(demo, tmp_path / "sft", flags, best).replace("--eval_strategy no", ""), NUM_PROCESSES=2)
     assert done.code == 0, done.output[-3000:]
-    (line,) = [line for line in done.output.splitlines() if "'eval_accuracy'" in line]
+    *_, line = [line for line in done.output.splitlines() if "'eval_accuracy'" in line]  # before step 1 too
     logged = float(line.split("'eval_accuracy': '")[1].split("'")[0])
     done = run(
         f"sh validation.sh --model_name_or_path {tmp_path}/sft/checkpoint-2 --input_dir {demo.input} "
