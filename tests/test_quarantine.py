@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -110,7 +109,7 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
         "from animals.pictures import moves, quarantine\n"
         "from config import Config\n"
         "rename, replace = os.rename, os.replace\n"
-        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b))\n"
+        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b), print('moved', flush=True))\n"
         "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
         "tree, verb, path = sys.argv[1:]\n"
         "print('go', flush=True)\n"
@@ -123,8 +122,8 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
         process = subprocess.Popen(
             [sys.executable, "-c", script, tree, verb, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.16))
+        for _ in range(rng.randrange(1, 12)):  # "go", then a line a move: however slow the machine, among the moves
+            process.stdout.readline()
         process.kill()
         process.communicate()
         states[moves.unfinished(manifest)] += 1
