@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import difflib
 import functools
-import json
 import os
 import re
 import signal
@@ -29,6 +28,7 @@ from animals.checkpoint.task import other_words, settings_for
 from animals.checkpoint.tokens import read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
+from animals.files import write_json
 from animals.pictures.prepare import load_split
 from animals.ranks import barrier, choose_arithmetic, cpu_bf16_speed, main_process
 from animals.training.batches import PictureCollator
@@ -175,8 +175,7 @@ def main():
     if speaks:
         print(f"trains          {trains}")
         os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, "run.json"), "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
+        write_json(os.path.join(args.output_dir, "run.json"), record)
         for line in passed_over:
             print(line)
         if resume:

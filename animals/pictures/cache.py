@@ -25,7 +25,7 @@ from pathlib import Path
 import config as settings
 from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import UserError
-from animals.files import replacing
+from animals.files import replacing, subfolders
 from animals.pictures.check import Facts, inspect_all
 from animals.pictures.read import FORMATS, walk
 from config import Config
@@ -44,12 +44,6 @@ def split_folder(config: Config, split: str) -> str:
 
 def temp_path(config: Config, split: str, suffix: str) -> Path:
     return Path(config.temp_dir) / f"{split}.{suffix}"
-
-
-def class_folders(config: Config, split: str) -> list[str]:
-    """The class folders of a split, sorted. Hidden folders and stray files beside them are no classes."""
-    with os.scandir(split_folder(config, split)) as found:
-        return sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -85,7 +79,7 @@ def lock(config: Config):
 def listing(config: Config, split: str, strays: Counter):
     """(path below the split's folder as bytes, size, mtime, ctime) of every picture file, in a fixed order."""
     root = split_folder(config, split)
-    for folder in class_folders(config, split):
+    for folder in subfolders(split_folder(config, split)):
         if folder not in config.folder_to_label:
             continue
         try:
@@ -245,7 +239,7 @@ def read_checked(config: Config, split: str, columns: list[str] | None = None) -
 
 def write_rows(config: Config, split: str, geometry: Geometry, rows: list[dict]) -> dict:
     """Write <split>.json from the check, a picture a line, and count."""
-    folders = dict.fromkeys((f for f in class_folders(config, split) if f in config.folder_to_label), 0)
+    folders = dict.fromkeys((f for f in subfolders(split_folder(config, split)) if f in config.folder_to_label), 0)
     excluded, classes, tokens = Counter(), dict.fromkeys(config.labels, 0), []
     digest = hashlib.sha256(json.dumps([config.question, config.answer]).encode())
     count = functools.cache(lambda width, height: image_token_count(width, height, geometry))

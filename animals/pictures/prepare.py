@@ -7,12 +7,12 @@ from pathlib import Path
 
 from animals.checkpoint.tokens import Geometry, read_geometry
 from animals.command import UserError
+from animals.files import subfolders
 from animals.pictures import moves
 from animals.pictures.cache import (
     SPLITS,
     build,
     cannot_list,
-    class_folders,
     fresh_meta,
     fresh_summary,
     load_split,
@@ -118,7 +118,7 @@ def folder_problems(config: Config, splits) -> list[str]:
             problems.append(f"{root}: not found ({found}); expected {expected}; {do}")
             continue
         try:
-            folders = class_folders(config, split)
+            folders = subfolders(root)
         except OSError as error:
             problems.append(cannot_list(error, root))
             continue

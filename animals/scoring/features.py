@@ -15,6 +15,7 @@ from animals.checkpoint.view import is_whole
 from animals.command import UserError
 from animals.files import read_json, replacing
 from animals.pictures.read import PictureError, load_picture
+from animals.ranks import main_process
 
 BLOCK = 4096  # pictures a file
 
@@ -106,13 +107,13 @@ def features(encoder, pictures, sha256, folder, batch_size=32, workers=0):
 
     state, folder = PartialState(), os.path.join(folder, encoder.name)
     known, todo = {}, [None]
-    if state.is_main_process:
+    if main_process():
         for path in sorted(glob(os.path.join(escape(folder), "*.npz"))):
             with np.load(path) as kept:
                 known |= zip(kept["sha256"].tolist(), kept["features"], strict=True)
         todo = [[(s, p) for s, p in dict(zip(sha256, pictures, strict=True)).items() if s not in known]]
     todo = broadcast_object_list(todo)[0]
-    quiet = not (state.is_main_process and sys.stderr.isatty())
+    quiet = not (main_process() and sys.stderr.isatty())
     with tqdm(total=len(todo), unit="image", desc="features", disable=quiet) as bar:
         for start in range(0, len(todo), BLOCK):
             block = todo[start : start + BLOCK]
@@ -127,14 +128,14 @@ def features(encoder, pictures, sha256, folder, batch_size=32, workers=0):
             if problems := [text for text in gather_object([problem]) if text]:
                 raise UserError(problems[0])
             done = gather_object(done)
-            if not state.is_main_process:
+            if not main_process():
                 continue
             keys, rows = [key for keys, _ in done for key in keys], np.concatenate([rows for _, rows in done])
             os.makedirs(folder, exist_ok=True)
             with replacing(os.path.join(folder, f"{min(keys)}.npz")) as file:
                 np.savez(file, sha256=np.array(keys), features=rows)
             known |= zip(keys, rows, strict=True)
-    return np.stack([known[s] for s in sha256]) if state.is_main_process else None
+    return np.stack([known[s] for s in sha256]) if main_process() else None
 
 
 def encode_all(encoder, items, batch_size, workers):

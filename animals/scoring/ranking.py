@@ -6,6 +6,7 @@ import os
 import sys
 
 from animals.command import UserError
+from animals.ranks import main_process
 from animals.scoring.metrics import compare
 
 COLUMNS = (
@@ -20,9 +21,8 @@ def rank_checkpoints(paths, run_one, table):
     checkpoint that cannot be read is a row with the error. All ranks; only the main one prints and writes. Raises
     UserError if none could be read.
     """
-    from accelerate import PartialState
 
-    main, done, failed = PartialState().is_main_process, [], []
+    main, done, failed = main_process(), [], []
     for i, path in enumerate(paths, 1):
         if main:
             print(f"{i} of {len(paths)}: {path}", file=sys.stderr)

@@ -15,6 +15,7 @@ from animals.checkpoint.steps import checkpoint_name
 from animals.command import UserError
 from animals.files import read_json
 from animals.pictures.prepare import load_split
+from animals.ranks import main_process
 from animals.scoring.features import Encoder, features, identity, load_tower, precision
 from animals.scoring.metrics import compare, paired, wilson_interval
 from animals.scoring.report import read_report
@@ -83,7 +84,6 @@ def rivals(config, args, data, right):
 
     data: the held-out pictures as load_split() has them; right: for each whether the model named it right.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     truth = [config.labels.index(label) for label in data["label"]]
@@ -91,7 +91,7 @@ def rivals(config, args, data, right):
     for name in wanted(args):
         answers[name] = {"untuned": untuned, "probe": probe, "clip": clip}[name](config, args, data)
     table = [None]
-    if PartialState().is_main_process:
+    if main_process():
         table = [[row(name, truth, said, right) | more for name, (said, more) in answers.items()]]
     return broadcast_object_list(table)[0]
 
@@ -116,9 +116,8 @@ def triples(data):
 
 
 def untuned(config, args, data):
-    from accelerate import PartialState
 
-    rows = untuned_rows(config, args, data) if PartialState().is_main_process else []
+    rows = untuned_rows(config, args, data) if main_process() else []
     return [config.labels.index(row["prediction"]) for row in rows], {"model": args.untuned_model}
 
 

@@ -22,6 +22,7 @@ from animals.checkpoint.save import complete
 from animals.checkpoint.steps import SAVING, newest_complete, write_manifest
 from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
+from animals.files import write_json
 from animals.ranks import barrier, main_process
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
@@ -246,8 +247,7 @@ class AnimalTrainer(SFTTrainer):
             if self.parts_in_float32():
                 save_trained(self.model, os.path.join(saving, name))
             self.state.save_to_json(os.path.join(saving, name, "trainer_state.json"))  # without .saving in its paths
-            with open(os.path.join(saving, name, "run.json"), "w", encoding="utf-8") as file:
-                json.dump(self.record, file, indent=1, ensure_ascii=False)
+            write_json(os.path.join(saving, name, "run.json"), self.record)
             write_manifest(os.path.join(saving, name))
             shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
             os.rename(os.path.join(saving, name), final)
