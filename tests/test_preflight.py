@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import LlavaNextConfig
@@ -19,6 +21,7 @@ from animals.command import UserError
 from animals.ranks import choose_arithmetic, cpu_bf16_speed, why_cpu
 from animals.training import describe
 from animals.training import memory as memory_plan
+from animals.training.memory import usable_ram
 from animals.training.preflight import (
     Findings,
     check_attention,
@@ -28,6 +31,7 @@ from animals.training.preflight import (
     check_output_dir,
     disk_needed,
     missing_for_triton,
+    saved_bytes,
 )
 from config import Config
 from scripts.launch import usable_gpus
@@ -119,8 +123,10 @@ SEVEN = {"all": (7_566_747_648,)}  # parameters of the 7B
 def arguments(output_dir="somewhere", **changed):
     """179 steps of 64 pictures on 4 GPUs, with train.sh's flags for saving."""
     args = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "world_size": 4, "max_steps": -1}
-    args |= {"num_train_epochs": 1, "dataloader_drop_last": False, "eval_steps": 100, "output_dir": str(output_dir)}
+    args |= {"num_train_epochs": 1, "dataloader_drop_last": False, "output_dir": str(output_dir)}
     args |= {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 5, "save_only_model": False}
+    args |= {"eval_strategy": "steps", "eval_steps": 100, "eval_delay": 0, "eval_on_start": True}
+    args |= {"logging_strategy": "steps", "logging_steps": 10, "logging_first_step": False}
     return SimpleNamespace(**{**args, "load_best_model_at_end": False, **changed})
 
 
@@ -141,10 +147,13 @@ def model_arguments(**changed):
         ({"save_strategy": "epoch", "num_train_epochs": 3}, 3, 197.42),
         ({"save_only_model": True}, 2, 45.40),
         ({"max_steps": 100}, 1, 75.89),
+        ({"save_strategy": "best", "save_total_limit": None}, 2, 136.66),  # at most: of all but the untuned
     ],
 )
 def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
-    kept, checkpoint, final, needed = disk_needed(arguments(**changed), model_arguments(), SEVEN, 11_446)
+    args = arguments(**changed)
+    checkpoint, final = saved_bytes(args, model_arguments(), SEVEN)
+    kept, needed = disk_needed(args, 11_446, checkpoint, final)
     assert (kept, round(needed / 1e9, 2)) == (at_once, gigabytes)
     assert final == 2 * 7_566_747_648
 
@@ -152,18 +161,18 @@ def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
 def test_disk_for_adapters_and_for_float32():
     shapes = {"q_proj.weight": (4096, 4096), "v_proj.weight": (1024, 4096), "norm.weight": (4096,)}
     lora = model_arguments(use_peft=True)
-    (_, _, final, _), adapters = disk_needed(arguments(), lora, shapes, 11_446), 16 * (8192 + 5120)
-    assert final == 2 * adapters
+    adapters = 16 * (8192 + 5120)
+    assert saved_bytes(arguments(), lora, shapes) == (pytest.approx(8.03 * adapters), 2 * adapters)
     lora.lora_modules_to_save = ["norm"]
-    assert disk_needed(arguments(), lora, shapes, 11_446)[2] == 2 * (adapters + 4096)
-    assert disk_needed(arguments(), model_arguments(dtype="float32"), SEVEN, 11_446)[2] == 4 * 7_566_747_648
+    assert saved_bytes(arguments(), lora, shapes)[1] == 2 * (adapters + 4096)
+    assert saved_bytes(arguments(), model_arguments(dtype="float32"), SEVEN)[1] == 4 * 7_566_747_648
 
 
 def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
     (tmp_path / "beach.jpg").touch()
     findings = Findings()
     findings.attempt(check_output_dir, str(tmp_path))
-    findings.attempt(check_disk, arguments(tmp_path), model_arguments(), {"all": (10**13,)}, 11_446)
+    findings.attempt(check_disk, arguments(tmp_path), 11_446, 8.03e13, 2e13)
     with pytest.raises(UserError) as caught:
         findings.report()
     foreign, small = str(caught.value).splitlines()
@@ -177,12 +186,12 @@ def test_a_small_disk(tmp_path):
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         args = arguments(tmp_path / "sft")
-        check_disk(args, model_arguments(), {"all": (440_000,)}, 11_446)  # 2 checkpoints of 3.5 MB and 0.9 MB
+        check_disk(args, 11_446, 3.5e6, 0.9e6)  # 2 of these checkpoints
         with pytest.raises(UserError, match=r"found 0.0 GiB free; expected 0.0 GiB for 2 checkpoints"):
-            check_disk(args, model_arguments(), {"all": (480_000,)}, 11_446)
+            check_disk(args, 11_446, 3.9e6, 0.9e6)
         (tmp_path / "sft").mkdir()
         (tmp_path / "sft" / "model.safetensors").write_bytes(bytes(4_000_000))  # an earlier run's, which goes
-        check_disk(args, model_arguments(), {"all": (440_000,)}, 11_446)
+        check_disk(args, 11_446, 3.5e6, 0.9e6)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -240,6 +249,49 @@ def test_bf16_on_a_cpu_only_where_it_is_as_fast(monkeypatch, capsys):
     assert cpu_bf16_speed() > 0
 
 
+def test_a_container_has_less_ram_than_its_machine(tmp_path):
+    """Version 2 within its own root, version 1 beside a version 2 without memory; the tightest group counts."""
+    machine, own = psutil.virtual_memory().total, tmp_path / "cgroup"
+    own.write_text("0::/a/b\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert usable_ram(own, tmp_path) == machine
+    (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
+    assert usable_ram(own, tmp_path) == machine
+    (tmp_path / "a" / "memory.max").write_text("2000000\n")
+    assert usable_ram(own, tmp_path) == 2_000_000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    own.write_text("0::/\n")
+    assert usable_ram(own, tmp_path) == 1_000_000
+    own.write_text("5:cpu,cpuacct:/\n4:memory:/docker/elsewhere\n")
+    assert usable_ram(own, tmp_path) == machine
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3000000\n")
+    assert usable_ram(own, tmp_path) == 3_000_000
+    assert usable_ram(tmp_path / "none", tmp_path) == machine
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a control group needs root")
+def test_a_real_container(tmp_path):
+    root, name = Path("/sys/fs/cgroup"), f"animals-{os.getpid()}"
+    version_1 = (root / "memory" / "memory.limit_in_bytes").exists()
+    group = root / "memory" / name if version_1 else root / name
+    limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
+    try:
+        group.mkdir()
+        limit.write_text(str(3 * 2**30))
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"this machine lets root make no control group with a limit: {error}")
+    code = "from animals.training.memory import usable_ram; print(usable_ram())"
+    enter = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -c '{code}'"
+    try:
+        done = subprocess.run(["sh", "-c", enter], capture_output=True, text=True, cwd=ROOT)
+    finally:
+        group.rmdir()
+    assert done.stdout == f"{3 * 2**30}\n", done.stderr
+
+
 def test_what_triton_builds_with(monkeypatch, tmp_path):
     assert not [name for name in missing_for_triton() if "compiler" in name] or not shutil.which("gcc")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -251,10 +303,10 @@ def test_what_triton_builds_with(monkeypatch, tmp_path):
 
 
 def test_attention_that_the_scorer_cannot_use():
-    for good in (None, "sdpa", "eager"):
+    for good in (None, "sdpa"):
         check_attention(SimpleNamespace(attn_implementation=good))
-    for bad in ("flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
-        with pytest.raises(UserError, match=f"found {bad}; expected sdpa or eager"):
+    for bad in ("eager", "flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
+        with pytest.raises(UserError, match=f"found {bad}; expected sdpa"):
             check_attention(SimpleNamespace(attn_implementation=bad))
 
 

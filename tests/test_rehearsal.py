@@ -1,6 +1,7 @@
 """`sh train.sh --rehearse`: figures, nothing else; the run after it is what it would have been."""
 
 import json
+import random
 import re
 import signal
 import time
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from animals.checkpoint.steps import sweep
 from animals.command import UserError
 from animals.training.batches import largest_micro_batch
-from tests.conftest import start
+from tests.test_preflight import arguments
+from tests.test_survive import run_until
 
 KEYS = {
     "seconds_a_step", "waiting_for_data", "hours", "gpus", "host_gib", "planned_host_gib", "checkpoint", "versions",
@@ -39,10 +41,17 @@ def figures(out):
     return found
 
 
+PHASES = (  # beginnings of lines, in order
+    "effective batch", "rehearsal: evaluation", "rehearsal: a step on the heaviest", "rehearsal: the run's own",
+    "rehearsal: a checkpoint is written", "rehearsal: the checkpoint is read", "median of",
+)  # fmt: skip
+
+
 def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     outs = tmp_path / "rehearsed" / "sft", tmp_path / "plain" / "sft"
     done = run(command(demo, outs[0], "--rehearse"), NUM_PROCESSES=2)
     assert done.code == 0, done.output[-3000:]
+    assert re.search(".*\\n".join(PHASES), done.output, re.DOTALL), done.output[-3000:]
     found = figures(outs[0])
     for name in ("host_gib", "planned_host_gib"):
         assert found[name].keys() == {"start", "training", "resume"} and min(found[name].values()) > 0
@@ -84,18 +93,24 @@ def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
     assert found["hours"] == pytest.approx(found["seconds_a_step"] / 3600)
 
 
-def test_killed_while_it_writes_the_next_start_sweeps(demo, run, tmp_path):
-    folder = tmp_path / "sft.rehearsal"
-    process = start(command(demo, tmp_path / "sft", "--rehearse"))
-    limit = time.monotonic() + 900
-    while process.poll() is None and not list(folder.glob(".saving/*")) and time.monotonic() < limit:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and folder.exists()
-    done = run(command(demo, tmp_path / "sft", "--dry_run"))
+@pytest.mark.parametrize(("ranks", "first"), [(1, 4), (2, 5)])
+def test_killed_in_any_phase_the_next_start_is_clean(demo, run, tmp_path, request, ranks, first):
+    """kill -9 and SIGTERM in turn; the first while the checkpoint is written or read, the others phase by phase."""
+    out, folder, rng = tmp_path / "sft", tmp_path / "sft.rehearsal", random.Random(ranks)
+    for kill in range(request.config.getoption("--kills")):
+        number = (signal.SIGKILL, signal.SIGTERM)[kill % 2]
+
+        def end(process, number=number, most=0.02 if kill == 0 else 2):
+            time.sleep(rng.uniform(0, most))
+            process.send_signal(number)
+
+        phase = PHASES[(first + kill) % len(PHASES)]
+        code, output = run_until(phase, command(demo, out, "--rehearse"), end, NUM_PROCESSES=ranks)
+        assert code in ((-9, 0) if number == signal.SIGKILL else (143, 0)), output[-3000:]
+        assert not out.exists() and not (code == 0 and folder.exists())
+    done = run(command(demo, out, "--dry_run"))
     assert done.code == 0, done.output[-3000:]
-    assert not folder.exists() and not (tmp_path / "sft").exists()
+    assert not folder.exists() and not out.exists()
 
 
 def test_a_folder_of_that_name_is_left_alone(demo, run, tmp_path):
@@ -116,18 +131,15 @@ def test_what_would_not_fit_is_said(tmp_path):
 
     ram = SimpleNamespace(swapped=2**60, phase="training")  # whatever this machine swaps now is no more than that
     run = SimpleNamespace(
-        checkpoint={"gb": 60.0}, weights_gb=15.0, saves=9, run_output=str(tmp_path), passed=0, ram=ram,
-        args=SimpleNamespace(save_total_limit=5), heavy="4 pictures", plan={"peaks": {"largest": 22.5}},
+        checkpoint={"gb": 60e3}, weights_gb=15e3, pictures=11_446, run_args=arguments(tmp_path / "sft"), passed=0,
+        ram=ram, heavy="4 pictures", plan={"peaks": {"largest": 22.5}},
     )  # fmt: skip
-    (line,) = RehearsalTrainer.would_not_fit(run, 300e9)
-    assert (
-        "found 300.0 GB free; expected 360.0 GB for 6 checkpoints of 60.0 GB" in line and "--save_total_limit" in line
-    )
-    assert not RehearsalTrainer.would_not_fit(run, 361e9)
-    run.saves, run.args.save_total_limit = 1, None
-    assert RehearsalTrainer.would_not_fit(run, 74e9) and not RehearsalTrainer.would_not_fit(run, 76e9)
+    (line,) = RehearsalTrainer.would_not_fit(run)
+    assert "expected 125728.5 GiB for 2 checkpoints of 55879.4 GiB at once (measured; --save_steps 100" in line
+    run.checkpoint["gb"] = run.weights_gb = 1e-9
+    assert not RehearsalTrainer.would_not_fit(run)
     run.checkpoint, ram.swapped = None, -5 * 2**30
-    (line,) = RehearsalTrainer.would_not_fit(run, 0)
+    (line,) = RehearsalTrainer.would_not_fit(run)
     assert line.startswith("host RAM: found ") and "swapped out" in line and "--use_peft" in line
     line = RehearsalTrainer.out_of_memory(run, UserError("CUDA out of memory. Tried\nmore"))
     assert "(CUDA out of memory. Tried)" in line and "planned 22.5 GiB; ended with it" in line

@@ -138,12 +138,12 @@ def test_out_of_memory_in_step_is_one_line_and_no_halves(demo, rows, collator):
 
 
 FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_device_train_batch_size 2 "
-FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20 --attn_implementation eager"
+FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20"
 
 
 @pytest.mark.parametrize("recipe", ["--config_file scripts/ddp.yaml --use_peft", "", "--use_peft"])
 def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
-    """DDP and ZeRO-3 on two ranks, eager attention; what is measured first is the untuned model."""
+    """DDP and ZeRO-3 on two ranks; what is measured first is the untuned model."""
     where = f"--model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "
     where += f"--logging_dir {tmp_path}/logs --output_dir {tmp_path}/sft"
     done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2)

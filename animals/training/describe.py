@@ -19,17 +19,25 @@ def count_steps(args, pictures) -> tuple[int, int]:
     return an_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
 
 
-def count_saves(args, pictures) -> int:
-    """The checkpoints that transformers.DefaultFlowCallback writes in a whole run: the last step is one of them."""
+def count_events(args, pictures) -> tuple[int, int]:
+    """(evaluations, checkpoints) of a whole run, by asking the library's own callback about each of its steps."""
+    from transformers import TrainerControl
+    from transformers.trainer_callback import DefaultFlowCallback, TrainerState
+
     an_epoch, steps = count_steps(args, pictures)
-    if args.save_strategy == "no":
-        return 0
-    if args.save_strategy == "steps":
-        every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
-        return math.ceil(steps / every)
-    if args.save_strategy == "epoch":
-        return math.ceil(steps / an_epoch)
-    return steps  # "best": after an evaluation that is better than all before
+    flow, state = DefaultFlowCallback(), TrainerState(max_steps=steps)
+    state.compute_steps(args, steps)
+    evaluations = saves = 0
+    for step in range(1, steps + 1):
+        state.global_step, state.epoch = step, step / an_epoch
+        said = [flow.on_step_end(args, state, TrainerControl())]
+        if step % an_epoch == 0 or step == steps:
+            said.append(flow.on_epoch_end(args, state, TrainerControl()))
+        evaluations += sum(control.should_evaluate for control in said)
+        saves += sum(control.should_save for control in said)
+    if args.save_strategy == "best":
+        saves = evaluations  # at most: where each is better than all before
+    return evaluations + args.eval_on_start, saves
 
 
 def describe(args, model_args, data, collator, summary):

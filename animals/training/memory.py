@@ -12,6 +12,7 @@ A plan is what plan() returns:
   disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -359,9 +360,28 @@ def plan(
     }  # fmt: skip
 
 
+def usable_ram(own="/proc/self/cgroup", cgroups="/sys/fs/cgroup") -> int:
+    """Bytes of this machine's RAM, or fewer where a container is limited, of which psutil knows nothing.
+
+    A limit on any group around this process counts. Within a container its own group may be the root that it sees.
+    """
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):  # no cgroups: not Linux
+        for line in Path(own).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")  # version 1, 2
+            inside = Path(group.strip("/"))
+            for folder in (inside, *inside.parents):
+                with contextlib.suppress(OSError, ValueError):  # not there; "max"
+                    limits.append(int(Path(cgroups, root, folder, name).read_text()))
+    return min(limits)
+
+
 def check_host(plan: dict, ranks: int) -> None:
     """This machine's RAM is enough for its `ranks`' share of the plan in every phase."""
-    found = psutil.virtual_memory().total / GIB
+    found = usable_ram() / GIB
     share = ranks / plan["num_gpus"]
     if short := {phase: gib * share for phase, gib in plan["host_gib"].items() if gib * share > found}:
         phases = ", ".join(f"{gib:.0f} GiB for {phase}" for phase, gib in short.items())

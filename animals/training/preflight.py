@@ -17,11 +17,10 @@ from animals.checkpoint.steps import find_checkpoints
 from animals.command import UserError
 from animals.compat import whole_models
 from animals.training.batches import TEXT_TOKENS, largest_micro_batch, shuffle_seed
-from animals.training.describe import count_saves, count_steps
+from animals.training.describe import count_events, count_steps
 from animals.training.parts import PARTS, check_parts, read_parts
 
 GIB = 2**30
-SERVED_ATTENTION = ("sdpa", "eager")  # take the scorer's 4-D mask; flash_attention_* and flex_attention do not
 
 
 class Findings(list):
@@ -116,7 +115,7 @@ def check_run(config, args, model_args):
         plan = findings.attempt(make_plan, config, args, model_args, scorer.text_tokens if scorer else TEXT_TOKENS)
         shapes, _ = read_shards(base_of(path))
         trained = plan["trained"] if plan and not model_args.use_peft else None
-        findings.attempt(check_disk, args, model_args, shapes, summary["train"]["n"], trained)
+        findings.attempt(check_disk, args, summary["train"]["n"], *saved_bytes(args, model_args, shapes, trained))
         findings.attempt(check_memory, args, plan, free_memory(args.use_cpu))
         if plan and not args.use_cpu:
             from animals.training.memory import check_host
@@ -145,12 +144,11 @@ def check_checkpoint(path, config):
 
 
 def check_attention(model_args):
-    """Evaluation scores all labels in one pass, by a mask that not every implementation reads."""
-    chosen = model_args.attn_implementation
-    if chosen is not None and chosen not in SERVED_ATTENTION:
+    """Evaluation scores all labels in one pass, by a 4-D mask that only SDPA reads: eager attention adds it up."""
+    if model_args.attn_implementation not in (None, "sdpa"):
         raise UserError(
-            f"--attn_implementation: found {chosen}; expected {' or '.join(SERVED_ATTENTION)} (default sdpa, which has "
-            "flash kernels of its own): the others do not take the mask by which labels are scored"
+            f"--attn_implementation: found {model_args.attn_implementation}; expected sdpa, the default, which has "
+            "flash kernels of its own: no other takes the mask by which labels are scored; leave the flag out"
         )
 
 
@@ -235,34 +233,36 @@ def check_memory(args, plan, free):
         )
 
 
-def disk_needed(args, model_args, shapes, pictures, trained=None) -> tuple[int, float, float, float]:
-    """(checkpoints at once, bytes of one, bytes of the final model, bytes in all) of a whole run at its fullest.
+def saved_bytes(args, model_args, shapes, trained=None) -> tuple[float, float]:
+    """Bytes of (a checkpoint, the final model) with weights of {name: shape}; LoRA: at most, adapters to all of them.
+
+    2 or 4 a parameter in safetensors and, for resuming, 4 of fp32 master and 2.03 of 8-bit states of each trained one.
+    """
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    if model_args.use_peft:
+        whole = tuple(model_args.lora_modules_to_save or ())
+        parameters = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
+        parameters += sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in whole))
+    final = parameters * (4 if model_args.dtype == "float32" else 2)
+    return final + (0 if args.save_only_model else 6.03 * (trained or parameters)), final
+
+
+def disk_needed(args, pictures, checkpoint, final) -> tuple[int, float]:
+    """(checkpoints at once, bytes) of a whole run at its fullest.
 
     One checkpoint is written while those that --save_total_limit keeps still stand; the final model, after the oldest
-    has gone. Bytes a parameter: 2 or 4 in safetensors and, for resuming, 4 of fp32 master and 2.03 of 8-bit states.
+    has gone.
     """
-    parameters = saved_parameters(model_args, shapes)
-    final = parameters * (4 if model_args.dtype == "float32" else 2)
-    checkpoint = final + (0 if args.save_only_model else 6.03 * (trained or parameters))
-    kept = count_saves(args, pictures)
+    kept = saves = count_events(args, pictures)[1]
     if (args.save_total_limit or 0) > 0:
-        kept = min(kept, max(args.save_total_limit, 1 + args.load_best_model_at_end))  # the best one stays as well
-    at_once = min(count_saves(args, pictures), kept + 1)
-    return at_once, checkpoint, final, max(at_once * checkpoint, kept * checkpoint + final)
+        kept = min(saves, max(args.save_total_limit, 1 + args.load_best_model_at_end))  # the best one stays as well
+    at_once = min(saves, kept + 1)
+    return at_once, max(at_once * checkpoint, kept * checkpoint + final)
 
 
-def saved_parameters(model_args, shapes) -> int:
-    """Parameters in what a run saves: all of {name: shape} or, at most, those of LoRA's adapters to them."""
-    if not model_args.use_peft:
-        return sum(math.prod(shape) for shape in shapes.values())
-    whole = tuple(model_args.lora_modules_to_save or ())
-    adapters = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
-    return adapters + sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in whole))
-
-
-def check_disk(args, model_args, shapes, pictures, trained=None):
+def check_disk(args, pictures, checkpoint, final, how="computed"):
     """Room in --output_dir for what the run will save; what lies there already is its own and counts as room."""
-    at_once, checkpoint, final, needed = disk_needed(args, model_args, shapes, pictures, trained)
+    at_once, needed = disk_needed(args, pictures, checkpoint, final)
     parent = os.path.abspath(args.output_dir)
     already = 0
     if os.path.isdir(parent):
@@ -273,7 +273,7 @@ def check_disk(args, model_args, shapes, pictures, trained=None):
     if room < needed:
         raise UserError(
             f"--output_dir {args.output_dir}: found {room / GIB:.1f} GiB free; expected {needed / GIB:.1f} GiB for "
-            f"{at_once} checkpoints of {checkpoint / GIB:.1f} GiB at once (--save_steps {args.save_steps:g}, "
+            f"{at_once} checkpoints of {checkpoint / GIB:.1f} GiB at once ({how}; --save_steps {args.save_steps:g}, "
             f"--save_total_limit {args.save_total_limit}) and the model of {final / GIB:.1f} GiB; lower "
             "--save_total_limit, or choose another disk"
         )

@@ -1,8 +1,8 @@
 """`sh train.sh --rehearse`: minutes of the run, with its weights and pictures on its machine, before the hours.
 
-Takes one step on the heaviest micro-batch that the run will form (memory, warm-up), evaluates a few pictures, then
-takes the run's own first steps, at least three and about a minute; writes a checkpoint to <output_dir>.rehearsal, reads
-it again on all ranks and deletes it. Prints what was measured beside what was planned, and leaves
+Evaluates a few pictures, takes one step on the heaviest micro-batch that the run will form (memory, warm-up), then the
+run's own first steps, at least three and about a minute; writes a checkpoint to <output_dir>.rehearsal, reads it again
+on all ranks and deletes it. Says which of these it is at. Prints what was measured beside what was planned, and leaves
 <logging_dir>/<run name>/rehearsal.json, nothing else:
   seconds_a_step (the median) · waiting_for_data (share of the steps' time) · hours (of the whole run, evaluations and
   checkpoints included) · gpus [{name, planned_gib, allocated_gib, reserved_gib}, a rank each] · host_gib and
@@ -11,8 +11,8 @@ planned_* are null where there is no plan (memory.py: ZeRO-3 only), host_gib's r
 """
 
 import contextlib
+import copy
 import os
-import shutil
 import socket
 import statistics
 import threading
@@ -22,18 +22,17 @@ from itertools import chain, islice
 import psutil
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerControl
-from transformers.trainer_callback import DefaultFlowCallback, TrainerState
 
 from animals.checkpoint.steps import rehearsal_folder, sweep
 from animals.command import UserError
 from animals.compat import load_as_resumed
 from animals.files import write_json
-from animals.ranks import barrier, main_process
+from animals.ranks import barrier, main_process, say
 from animals.scoring.scorer import stratified_sample
 from animals.training.batches import heaviest_micro_batch, shuffle_seed
-from animals.training.describe import count_steps
-from animals.training.memory import RANK_RAM, RESERVE
+from animals.training.describe import count_events, count_steps
+from animals.training.memory import RANK_RAM, RESERVE, usable_ram
+from animals.training.preflight import Findings, check_disk
 from animals.training.trainer import AnimalTrainer
 
 GIB = 2**30
@@ -92,31 +91,17 @@ def begin(args) -> HostRam:
     return HostRam(args.use_cpu)
 
 
-def count_events(args, an_epoch, steps) -> tuple[int, int]:
-    """(evaluations, checkpoints) of a run of so many steps, by asking the library's own callback about each of them."""
-    flow, state = DefaultFlowCallback(), TrainerState(max_steps=steps)
-    state.compute_steps(args, steps)
-    evaluations, saves = int(args.eval_on_start), 0
-    for step in range(1, steps + 1):
-        state.global_step, state.epoch = step, step / an_epoch
-        said = [flow.on_step_end(args, state, TrainerControl())]
-        if step % an_epoch == 0 or step == steps:
-            said.append(flow.on_epoch_end(args, state, TrainerControl()))
-        evaluations += sum(control.should_evaluate for control in said)
-        saves += sum(control.should_save for control in said)
-    return evaluations, evaluations if args.save_strategy == "best" else saves  # best: at most
-
-
 class RehearsalTrainer(AnimalTrainer):
-    """AnimalTrainer that takes the heaviest step first, times the next ones, writes one checkpoint and stops."""
+    """AnimalTrainer that evaluates, takes the heaviest step, times the next ones, writes one checkpoint and stops."""
 
     def __init__(self, *, args, train_dataset, ram, plan, **kwargs):
-        self.an_epoch, self.steps = count_steps(args, len(train_dataset))  # of the run
-        self.evaluations, self.saves = count_events(args, self.an_epoch, self.steps)
-        self.run_output, self.ram, self.plan = args.output_dir, ram, plan
+        self.run_args, self.pictures = copy.copy(args), len(train_dataset)  # of the run
+        self.an_epoch, self.steps = count_steps(args, self.pictures)
+        self.evaluations, self.saves = count_events(args, self.pictures)
+        self.ram, self.plan = ram, plan
         self.timed, self.passed = [], 0  # timed: (seconds, of these waiting for data) of each step
         args.output_dir, args.max_steps = rehearsal_folder(args.output_dir), self.steps + 1
-        args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, False
+        args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, True
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
 
     def log(self, *args, **kwargs):
@@ -139,7 +124,7 @@ class RehearsalTrainer(AnimalTrainer):
         """The library's, and how long it waited; at first the heaviest micro-batch, on all ranks, each time."""
         self.started = time.perf_counter()
         if self.state.global_step == 0:
-            self.ram.enter("training")
+            say(f"rehearsal: a step on the heaviest micro-batch: {self.heavy}")
             self.ahead = list(islice(epoch_iterator, 1))  # data workers start now, not in a timed step
             batch = self.data_collator([self.train_dataset[i] for i in self.chosen])
             found = [dict(batch) for _ in range(num_batches)]  # training_step() takes from it
@@ -157,7 +142,7 @@ class RehearsalTrainer(AnimalTrainer):
         if not self.args.use_cpu:
             torch.accelerator.synchronize()
         if self.passed == 1:
-            self.evaluate_some()
+            say("rehearsal: the run's own first steps")
             self.first = time.perf_counter()
             return
         self.timed.append((time.perf_counter() - self.started, self.waited))
@@ -166,14 +151,17 @@ class RehearsalTrainer(AnimalTrainer):
             self.control.should_training_stop = True
         if self.control.should_training_stop:
             self.gpus, self.checkpoint = self.measure_gpus(), None
-            self.control.should_evaluate, self.control.should_save = False, self.args.save_strategy != "no"
-            started = time.perf_counter()
-            super()._maybe_log_save_evaluate(*args, **kwargs)
             if self.args.save_strategy != "no":
+                say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
+                started = time.perf_counter()
+                self._save_checkpoint(self.model, None)
                 self.measure_checkpoint(time.perf_counter() - started)
 
-    def evaluate_some(self):
-        """Two batches a rank of the run's evaluation, its longest and a middling one. Leaves seconds_an_evaluation."""
+    def _evaluate(self, *args, **kwargs):
+        """What the library asks for before step 1: two batches a rank of the run's evaluation, the longest and a
+        middling one. Leaves seconds_an_evaluation.
+        """
+        self.ram.enter("training")
         data = self.eval_dataset.select(stratified_sample(self.eval_dataset["label"], self.eval_pictures))
         tokens = list(data["image_tokens"])
         order = sorted(range(len(data)), key=lambda i: -tokens[i])
@@ -181,6 +169,7 @@ class RehearsalTrainer(AnimalTrainer):
         middle = max(each, (len(order) - each) // 2)
         chosen = order[:each] + order[middle : middle + each]
         self.eval_pictures = 0  # all of what it is given
+        say(f"rehearsal: evaluation of {len(chosen)} pictures")
         seconds = self.evaluate(data.select(chosen))["eval_runtime"]
         self.seconds_an_evaluation = seconds * sum(tokens) / sum(tokens[i] for i in chosen)
 
@@ -194,8 +183,8 @@ class RehearsalTrainer(AnimalTrainer):
 
     def measure_checkpoint(self, seconds):
         """Leaves self.checkpoint and self.weights_gb, and no page of it cached: a resumed run finds none."""
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        self.folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        files = [os.path.join(parent, name) for parent, _, names in os.walk(self.folder) for name in names]
         sizes = {file: os.path.getsize(file) / 1e9 for file in files}
         self.weights_gb = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
         self.checkpoint = {"gb": sum(sizes.values()), "seconds_to_write": seconds, "seconds_to_read": None}
@@ -210,10 +199,10 @@ class RehearsalTrainer(AnimalTrainer):
         if not self.args.use_cpu:
             torch.accelerator.empty_host_cache()  # a resumed run has not trained yet
         self.ram.enter("resume")
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        say("rehearsal: the checkpoint is read again")
         barrier()
         started = time.perf_counter()
-        load_as_resumed(self, folder)
+        load_as_resumed(self, self.folder)
         barrier()
         self.checkpoint["seconds_to_read"] = time.perf_counter() - started
 
@@ -228,7 +217,7 @@ class RehearsalTrainer(AnimalTrainer):
         finally:
             self.ram.enter(None)
             if main_process():
-                sweep(self.run_output)
+                sweep(self.run_args.output_dir)
         each = gather_object([self.timed])  # [ranks][steps]
         waited = max(sum(wait for _, wait in timed) / sum(seconds for seconds, _ in timed) for timed in each)
         if not main_process():
@@ -250,8 +239,7 @@ class RehearsalTrainer(AnimalTrainer):
         write_json(file, found)
         self.show(found)
         print(f"{file} holds these figures. Next: the run itself, the same command without --rehearse", flush=True)
-        if problems := self.would_not_fit(shutil.disk_usage(os.path.dirname(os.path.abspath(self.run_output))).free):
-            raise UserError("\n".join(problems))
+        self.would_not_fit().report()
 
     def hours(self, seconds_a_step):
         """Of the whole run: its steps, evaluations, checkpoints, and the model at the end."""
@@ -290,27 +278,17 @@ class RehearsalTrainer(AnimalTrainer):
             "double --gradient_accumulation_steps, or see what fits: python scripts/memory_plan.py"
         )
 
-    def would_not_fit(self, free):
-        """Lines for the user: RAM that had to be swapped, and a disk of `free` bytes too small for all checkpoints."""
-        problems = []
-        swapped = (psutil.swap_memory().used - self.ram.swapped) / GIB
+    def would_not_fit(self) -> Findings:
+        """RAM that had to be swapped, and a disk too small for all checkpoints of the run, as large as this one."""
+        problems, swapped = Findings(), (psutil.swap_memory().used - self.ram.swapped) / GIB
         if swapped > 1:
             problems.append(
                 f"host RAM: found {swapped:.1f} GiB swapped out during the rehearsal; expected the peaks above to fit "
-                f"{psutil.virtual_memory().total / GIB:.0f} GiB; end other programs, add RAM, or use --use_peft"
+                f"{usable_ram() / GIB:.0f} GiB; end other programs, add RAM, or use --use_peft"
             )
-        if self.checkpoint and self.saves:
-            kept = min(self.args.save_total_limit or self.saves, self.saves)
-            at_once = min(kept + 1, self.saves)  # the newest is written before the oldest is deleted
-            needed = max(at_once * self.checkpoint["gb"], kept * self.checkpoint["gb"] + self.weights_gb)
-            held = [os.path.join(parent, name) for parent, _, names in os.walk(self.run_output) for name in names]
-            room = (free + sum(map(os.path.getsize, held))) / 1e9
-            if room < needed:
-                problems.append(
-                    f"--output_dir {self.run_output}: found {room:.1f} GB free; expected {needed:.1f} GB for {at_once} "
-                    f"checkpoints of {self.checkpoint['gb']:.1f} GB, as measured, and the model; lower "
-                    "--save_total_limit, or choose another disk"
-                )
+        if self.checkpoint:
+            sizes = self.checkpoint["gb"] * 1e9, self.weights_gb * 1e9
+            problems.attempt(check_disk, self.run_args, self.pictures, *sizes, "measured")
         return problems
 
 

@@ -112,7 +112,6 @@ class AnimalTrainer(SFTTrainer):
         self.scorer, self.eval_pictures, self.record = scorer, eval_pictures, record
         self.run_dir = self.args.output_dir
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's wrapper
-        self.base = base
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             release_head_early(self.model, base)
@@ -152,8 +151,6 @@ class AnimalTrainer(SFTTrainer):
         truth = [self.scorer.labels.index(label) for label in data["label"]]
         started = time.perf_counter()
         self.model.eval()
-        # The scorer's 4-D mask is for SDPA: eager attention adds it as a number, flash attention reads it as 2-D.
-        self.base.set_attn_implementation("sdpa")
         with self.autocast_smart_context_manager():  # as in training
             log_p = score_pictures(
                 self.model_wrapped if self.is_deepspeed_enabled else self.model,  # DDP's wrapper is for gradients
@@ -163,7 +160,6 @@ class AnimalTrainer(SFTTrainer):
                 list(data["image_tokens"]),
                 in_step=self.is_deepspeed_enabled,
             )
-        self.base.set_attn_implementation(self.record["model"]["attn_implementation"] or "sdpa")
         seconds = time.perf_counter() - started
         report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
         tokens = sum(len(self.scorer.answers[t]) for t in truth)
