@@ -124,7 +124,7 @@ class RehearsalTrainer(AnimalTrainer):
         """The library's, and how long it waited; at first the heaviest micro-batch, on all ranks, each time."""
         self.started = time.perf_counter()
         if self.state.global_step == 0:
-            say(f"rehearsal: a step on the heaviest micro-batch: {self.heavy}")
+            say(f"rehearsal: a step on the heaviest micro-batch of the run: {self.heavy}")
             self.ahead = list(islice(epoch_iterator, 1))  # data workers start now, not in a timed step
             batch = self.data_collator([self.train_dataset[i] for i in self.chosen])
             found = [dict(batch) for _ in range(num_batches)]  # training_step() takes from it
@@ -158,8 +158,9 @@ class RehearsalTrainer(AnimalTrainer):
                 self.measure_checkpoint(time.perf_counter() - started)
 
     def _evaluate(self, *args, **kwargs):
-        """What the library asks for before step 1: two batches a rank of the run's evaluation, the longest and a
-        middling one. Leaves seconds_an_evaluation.
+        """Before step 1: two batches a rank of the run's evaluation, the longest and a middling one.
+
+        Leaves seconds_an_evaluation.
         """
         self.ram.enter("training")
         data = self.eval_dataset.select(stratified_sample(self.eval_dataset["label"], self.eval_pictures))
@@ -267,7 +268,6 @@ class RehearsalTrainer(AnimalTrainer):
             print(f"{name:28}{cell(measured)}{cell(plan)}")
         saved = f"{self.saves} checkpoints" if disk else "without the time for checkpoints"
         print(f"median of {len(self.timed)} steps; {self.steps} steps, {self.evaluations} evaluations, {saved} in all")
-        print(f"heaviest micro-batch of the run: {self.heavy}")
 
     def out_of_memory(self, error):
         at = "before" if self.ram.phase == "start" else "after" if self.passed else "with"
