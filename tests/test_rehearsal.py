@@ -106,7 +106,8 @@ def test_killed_in_any_phase_the_next_start_is_clean(demo, run, tmp_path, reques
 
         phase = PHASES[(first + kill) % len(PHASES)]
         code, output = run_until(phase, command(demo, out, "--rehearse"), end, NUM_PROCESSES=ranks)
-        assert code in ((-9, 0) if number == signal.SIGKILL else (143, 0)), output[-3000:]
+        # 0: it was faster than the signal; negative: the launcher had no ranks any more
+        assert code in (0, 128 + number, -number), output[-3000:]
         assert not out.exists() and not (code == 0 and folder.exists())
     done = run(command(demo, out, "--dry_run"))
     assert done.code == 0, done.output[-3000:]
