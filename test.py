@@ -22,13 +22,13 @@ import sys
 
 import config as settings
 from animals.checkpoint.check import require_checkpoint
-from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
+from animals.files import replacing
 from animals.pictures.read import list_pictures
 from animals.ranks import choose_arithmetic
 from animals.scoring.page import contact_sheet
-from animals.scoring.scorer import Scorer, add_inference_flags, score_batches
+from animals.scoring.scorer import add_inference_flags, load_scorer, score_batches
 from animals.scoring.serve import Server, listen, serve
 from animals.scoring.sort import sort_into
 
@@ -107,9 +107,8 @@ def write_sheet(output, labels, model, language, min_probability):
         if not row["error"]:
             row |= {key: float(row[key]) for key in ("probability", *labels)}
     path = f"{os.path.splitext(output)[0]}.html"
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write(contact_sheet(rows, labels, model, os.path.dirname(path), language, min_probability))
-    os.replace(f"{path}.new", path)
     return path
 
 
@@ -131,8 +130,7 @@ def load(args, config):
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
     PartialState(cpu=on_cpu)  # the first one decides
-    scorer = Scorer(load_processor(args.model_name_or_path, config.image_view), config)
-    return scorer, load_model(args.model_name_or_path, dtype, config.image_view)
+    return load_scorer(args.model_name_or_path, config, dtype)
 
 
 def serve_page(args, config, paths):
@@ -194,9 +192,8 @@ def main():
         size = args.per_device_eval_batch_size
         batches = [list(range(i, min(i + size, len(pictures)))) for i in range(0, len(pictures), size)]
         results = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
-    with open(f"{args.output}.new", "w", newline="", encoding="utf-8") as file:
+    with replacing(args.output, newline="") as file:
         csv.writer(file).writerows([header, *finished])
-    os.replace(f"{args.output}.new", args.output)
     with open(args.output, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for indices, log_p, errors in results:

@@ -84,8 +84,8 @@ def validate(args):
         "per_device_eval_batch_size": batch_size,
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": read_excluded(config, "validation"),
-        "suspects": read_suspects(config),
+        "excluded": read_held_out(config, "excluded.csv", ("image", "reason")),
+        "suspects": read_held_out(config, "audit.csv", ("image", "label", "likely_label"), reason="label"),
         "comparison": None,
     }
     if args.compare_with:
@@ -115,24 +115,15 @@ def validate(args):
     return report, rows
 
 
-def read_excluded(config, split):
-    """[{image, reason}] of the pictures that the check left out of a split."""
+def read_held_out(config, name, columns, **wanted):
+    """The rows of a CSV in temp_dir about held-out pictures with these values, less other columns; [] without it."""
+    wanted["split"] = "validation"
     try:
-        with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+        with open(os.path.join(config.temp_dir, name), newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
     except FileNotFoundError:
         return []
-    return [{"image": row["image"], "reason": row["reason"]} for row in rows]
-
-
-def read_suspects(config):
-    """[{image, label, likely_label}] of the held-out pictures whose label the audit doubts; [] without an audit."""
-    try:
-        with open(os.path.join(config.temp_dir, "audit.csv"), newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if (row["split"], row["reason"]) == ("validation", "label")]
-    except FileNotFoundError:
-        return []
-    return [{key: row[key] for key in ("image", "label", "likely_label")} for row in rows]
+    return [{key: row[key] for key in columns} for row in rows]
 
 
 def add_flags(parser):

@@ -1,5 +1,6 @@
 """Whole files or none: what is written appears by a rename, what is read says what is wrong with it."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,22 +8,16 @@ from pathlib import Path
 from animals.command import UserError
 
 
-class replacing:
-    """with replacing(path) as file: the path holds the old bytes or all the new ones, never a part."""
-
-    def __init__(self, path):
-        self.path, self.part = path, Path(f"{path}.part")
-
-    def __enter__(self):
-        self.file = open(self.part, "wb")
-        return self.file
-
-    def __exit__(self, kind, *rest):
-        self.file.close()
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink()
+@contextlib.contextmanager
+def replacing(path, mode="w", **options):
+    """with replacing(path) as file: the path holds the old content or all the new one, never a part. Text is UTF-8."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8", **options) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_json(file):
@@ -34,11 +29,9 @@ def read_json(file):
 
 
 def write_json(file, content):
-    part = f"{file}.part"
-    with open(part, "w", encoding="utf-8") as opened:
+    with replacing(file) as opened:
         json.dump(content, opened, indent=2, ensure_ascii=False)
         opened.write("\n")
-    os.replace(part, file)
 
 
 def subfolders(path) -> list[str]:

@@ -50,13 +50,7 @@ def newest_complete(output_dir) -> tuple[str | None, list[str]]:
             f"{output_dir}/{SAVING}/{name}: was being written when the run ended; passed over"
             for name in sorted(os.listdir(os.path.join(output_dir, SAVING)))
         ]
-    steps = [
-        int(name.removeprefix("checkpoint-"))
-        for name in (os.listdir(output_dir) if os.path.isdir(output_dir) else [])
-        if name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdigit()
-    ]
-    for step in sorted(steps, reverse=True):
-        path = os.path.join(output_dir, f"checkpoint-{step}")
+    for path in reversed(saved_steps(output_dir).values()):
         lacking = missing_files(path)
         if not lacking:
             return path, passed_over
@@ -111,17 +105,16 @@ def run_name(path):
 
 
 def saved_steps(path):
-    """{N: folder} of the checkpoint-N in a run's folder, in order."""
-    found = {int(name[11:]): name for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)}
+    """{N: folder} of the checkpoint-N in a run's folder, in order; {} for a folder that is not there."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    found = {int(name[11:]): name for name in names if re.fullmatch(r"checkpoint-\d+", name)}
     return {step: os.path.join(path, found[step]) for step in sorted(found)}
 
 
 def global_step(path):
     """After how many optimizer steps it was saved: trainer_state.json, else its name, else the run's last; or None."""
-    state = os.path.join(path, "trainer_state.json")
-    if os.path.isfile(state):
-        with open(state, encoding="utf-8") as file:
-            return json.load(file)["global_step"]
+    if os.path.isfile(os.path.join(path, "trainer_state.json")):
+        return read_state(path)["global_step"]
     named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
     return int(named[1]) if named else max(saved_steps(path), default=None)
 
@@ -131,7 +124,7 @@ def find_checkpoints(path):
 
     Raises UserError if there is none.
     """
-    found = list(saved_steps(path).values()) if os.path.isdir(path) else []
+    found = list(saved_steps(path).values())
     if holds_model(path):
         found.append(path)
     if not found:

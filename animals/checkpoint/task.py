@@ -31,7 +31,7 @@ def write_task(folder, task: dict):
 def read_task(path) -> dict | None:
     """task.json of a checkpoint; of an adapter without one its base's; of a folder of checkpoint-N the newest's."""
     places = [path, base_of(path)]
-    if os.path.isdir(path) and not holds_model(path):
+    if not holds_model(path):
         places += reversed(saved_steps(path).values())
     file = next((f for f in (os.path.join(place, FILE) for place in places) if os.path.isfile(f)), None)
     if file is None:

@@ -1,12 +1,11 @@
 """How many tokens a picture costs, from a checkpoint's files alone: no picture is opened, no torch imported."""
 
-import json
 import math
+import os
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
-from animals.command import UserError
+from animals.files import read_json
 
 
 class Geometry(NamedTuple):
@@ -32,13 +31,8 @@ def read_geometry(model_name_or_path, view="tiles") -> Geometry:
     """
 
     def read(name):
-        path = Path(model_name_or_path) / name
-        if not path.is_file():
-            return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: found {error}; expected JSON; download the file again") from None
+        file = os.path.join(model_name_or_path, name)
+        content = read_json(file) if os.path.isfile(file) else {}
         return content if isinstance(content, dict) else {}
 
     model, processor = read("config.json"), read("processor_config.json")
@@ -88,13 +82,11 @@ def whole_view_gain(sizes, geometry: Geometry) -> str:
 
     geometry: of tiles; of a checkpoint that sees whole already, the line is only about what is held.
     """
-    alone = Geometry(geometry.image_size, geometry.patch_size, (), geometry.extra_tokens, geometry.strategy)
-    pixels, whole = geometry.image_size**2, image_token_count(1, 1, alone)
+    side, whole = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
     counts = Counter(sizes)
-    n = sum(counts.values())
-    held = sum(count for (width, height), count in counts.items() if width * height <= pixels)
+    n = counts.total()
+    held = sum(count for (width, height), count in counts.items() if width * height <= side**2)
     tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items())
-    side = geometry.image_size
     said = f"{held:,} of {n:,} pictures ({held / n:.0%}) have no more pixels than the whole view, {side} x {side}"
     if not geometry.pinpoints:
         return said

@@ -12,11 +12,9 @@ Every file is written beside its place and renamed.
 import csv
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -52,12 +50,10 @@ def temp_path(config: Config, split: str, suffix: str) -> Path:
 @contextmanager
 def csv_file(config: Config, name: str, columns: list[str]):
     """A csv.writer on a file of temp_dir; a name that is no UTF-8 is written with backslashes."""
-    with replacing(Path(config.temp_dir) / name) as binary:
-        file = io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
+    with replacing(Path(config.temp_dir) / name, errors="backslashreplace", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
         yield rows
-        file.detach()
 
 
 def lock(config: Config):
@@ -181,11 +177,8 @@ def build(config: Config, split: str, geometry: Geometry) -> dict:
     summary["decoded"] = decoded
     summary["seconds"] = round(time.perf_counter() - start, 2)
     missing = [folder for folder in config.folder_to_label if folder not in summary["folders"]]
-    summary["warnings"] = []
-    if missing:
-        summary["warnings"].append(
-            f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
-        )
+    line = f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
+    summary["warnings"] = [line] if missing else []
     meta = {
         "decoder": decoder(),
         "wording": wording(config, geometry),
@@ -194,7 +187,7 @@ def build(config: Config, split: str, geometry: Geometry) -> dict:
         "summary": summary,
     }
     with replacing(temp_path(config, split, "meta.json")) as file:
-        file.write(json.dumps(meta, indent=1).encode())
+        json.dump(meta, file, indent=1)  # in ASCII: a stray file's name may be no UTF-8
     write_excluded(config)
     return meta
 
@@ -212,17 +205,16 @@ def check(config: Config, split: str, files: list[tuple]) -> tuple[list[dict], i
     paths = {file: os.path.join(root, os.fsdecode(file[0])) for file in files}
     new = [file for file in files if file not in known and is_utf8(paths[file])]
     facts = inspect_all([paths[file] for file in new], config.data_processes)
-    facts = tqdm(facts, f"checking {split}", len(new), unit=" pictures", disable=not sys.stderr.isatty())
+    facts = tqdm(facts, f"checking {split}", len(new), unit=" pictures", disable=None)
     found = dict(zip(new, facts, strict=True))
-    rows = []
-    for file in files:
-        row = known.get(file) or dict(zip(KEY, file, strict=True)) | found.get(file, NOT_UTF8)._asdict()
-        rows.append(row)
+    rows = [
+        known.get(file) or dict(zip(KEY, file, strict=True)) | found.get(file, NOT_UTF8)._asdict() for file in files
+    ]
     columns = {"path": pa.binary(), "size": pa.int64(), "mtime": pa.int64(), "ctime": pa.int64(), "reason": pa.string()}
     columns |= {"width": pa.int32(), "height": pa.int32(), "sha256": pa.string(), "pixels": pa.string()}
     columns |= {"phash": pa.uint64(), "mirrored": pa.uint64(), "thumbnail": pa.binary()}
     os.makedirs(config.temp_dir, exist_ok=True)
-    with replacing(temp_path(config, split, "checked.parquet")) as out:
+    with replacing(temp_path(config, split, "checked.parquet"), "wb") as out:
         parquet.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), out)
     return rows, len(new)
 
@@ -261,12 +253,12 @@ def write_rows(config: Config, split: str, geometry: Geometry, rows: list[dict])
                 "image_tokens": count(row["width"], row["height"]),
                 "sha256": row["sha256"],
             }
-            text.write(("[\n" if not tokens else ",\n").encode() + json.dumps(line, ensure_ascii=False).encode())
+            text.write((",\n" if tokens else "[\n") + json.dumps(line, ensure_ascii=False))
             folders[folder] += 1
             classes[label] += 1
             tokens.append(line["image_tokens"])
             digest.update(f"{name}\0{row['sha256']}\0{label}\n".encode())
-        text.write(b"\n]\n" if tokens else b"[]\n")
+        text.write("\n]\n" if tokens else "[]\n")
     shutil.rmtree(temp_path(config, split, "rows"), ignore_errors=True)  # of the JSON that was there before
     tokens = tokens or [0]
     return {

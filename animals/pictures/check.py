@@ -56,10 +56,10 @@ def perceptual_hash(thumb: Image.Image) -> int:
 
 
 def cores(processes: int) -> int:
-    """config.data_processes, where 0 means one a core."""
-    if processes >= 1:
-        return processes
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """config.data_processes, where 0 means one a core that this process may use."""
+    import joblib
+
+    return processes if processes >= 1 else joblib.cpu_count()
 
 
 def inspect_all(paths, processes: int):

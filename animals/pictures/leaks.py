@@ -13,7 +13,6 @@ others warn.
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +80,7 @@ def near_pairs(pictures: Pictures, distance: int):
     phash, mirrored, thumbnail = pictures.phash[hashed], pictures.mirrored[hashed], pictures.thumbnail[hashed]
     n = len(hashed)
     rows = max(1, BLOCK // max(n, 1))
-    with tqdm(total=n, desc="look-alikes", unit=" pictures", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=n, desc="look-alikes", unit=" pictures", disable=None) as bar:
         for start in range(0, n, rows):
             stop = min(start + rows, n)
             found = []
@@ -202,8 +201,9 @@ def search_leaks(config: Config, metas: dict[str, dict]) -> dict:
             ]
             values = [leak.problem, leak.match, leak.distance, *sides[0], *sides[1]]
             out.writerow(values)
-            kind = {"match": leak.match, "problem": leak.problem, "splits": sorted({sides[0][1], sides[1][1]})}
-            kind = kinds.setdefault(json.dumps(kind), {**kind, "n": 0, "examples": []})
+            splits = sorted({sides[0][1], sides[1][1]})
+            new = {"match": leak.match, "problem": leak.problem, "splits": splits, "n": 0, "examples": []}
+            kind = kinds.setdefault((leak.match, leak.problem, *splits), new)
             kind["n"] += 1
             if len(kind["examples"]) < 3:
                 kind["examples"].append(dict(zip(COLUMNS, values, strict=True)))
@@ -221,7 +221,7 @@ def search_leaks(config: Config, metas: dict[str, dict]) -> dict:
         "seconds": round(time.perf_counter() - start, 2),
     }
     with replacing(Path(config.temp_dir) / "leaks.meta.json") as file:
-        file.write(json.dumps(result, indent=1).encode())
+        json.dump(result, file, indent=1)
     return result
 
 
@@ -236,11 +236,7 @@ def known_leaks(config: Config) -> dict | None:
     found = read_leaks(config, metas) if all(metas.values()) else None
     if not found or not found["compared"]:
         return None
-    return {
-        "identical": set(found["identical"]),
-        "look_alikes": set(found["look_alikes"]),
-        "group": found["group"],
-    }
+    return found | {key: set(found[key]) for key in ("identical", "look_alikes")}
 
 
 def stopping(leaks: dict, splits) -> list[dict]:

@@ -14,6 +14,7 @@ import json
 import os
 
 from animals.command import UserError
+from animals.files import replacing
 
 
 def read(manifest: str) -> dict:
@@ -35,11 +36,10 @@ def unfinished(manifest: str) -> bool:
 
 
 def write(manifest: str, plan: dict) -> None:
-    with open(f"{manifest}.part", "w", encoding="utf-8") as file:
+    with replacing(manifest) as file:
         json.dump(plan, file, indent=0, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{manifest}.part", manifest)
 
 
 def start(manifest: str, moves: list[tuple[str, str]], about: dict) -> None:

@@ -48,11 +48,9 @@ def prepare(config: Config, splits=SPLITS, model_name_or_path="model") -> dict[s
     if leaks is None:
         with lock(config):
             summaries, metas = checked(config, splits, geometry)
-            problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
-            if not problems:
+            if not any(split_problems(config, split, summaries[split]) for split in splits):
                 leaks = read_leaks(config, metas) or search_leaks(config, metas)
-    else:
-        problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
+    problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
     for split, summary in summaries.items():
         if summary["built"]:
             print("\n".join(notes(config, split, summary)), file=sys.stderr, flush=True)

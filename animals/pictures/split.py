@@ -12,7 +12,6 @@ by --undo_split, which takes back one cut at a time, newest first.
 """
 
 import hashlib
-import math
 import os
 from collections import Counter, defaultdict
 
@@ -58,5 +57,5 @@ def cut(input_dir: str, names: list[str], about: dict) -> None:
 
 
 def check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1 or math.isnan(fraction):
+    if not 0 < fraction < 1:
         raise UserError(f"--validation_fraction: found {fraction}; expected a share between 0 and 1, e.g. 0.2")

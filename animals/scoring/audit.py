@@ -14,7 +14,9 @@ A suspect is a picture to look at, not a verdict. Nothing is moved or changed.
 import os
 
 from animals.command import UserError
+from animals.files import replacing
 from animals.pictures.cache import SPLITS, csv_file
+from animals.pictures.check import cores
 from animals.pictures.leaks import find_leaks, load_pictures
 from animals.pictures.prepare import load_split
 from animals.scoring.features import features, load_tower
@@ -48,7 +50,7 @@ def audit(config, model):
     pictures = load_pictures(config, SPLITS)
     group = find_leaks(pictures, config.near_duplicate_distance, config.look_alike_limit)[1]
     group_of = dict(zip(pictures.image, group.tolist(), strict=True))
-    workers = 0 if state.device.type == "cpu" else config.data_processes or len(os.sched_getaffinity(0))
+    workers = 0 if state.device.type == "cpu" else cores(config.data_processes)
     folder = os.path.join(config.temp_dir, "features")
     known = features(
         load_tower(model), [row["image"] for row in rows], [row["sha256"] for row in rows], folder, workers=workers
@@ -123,7 +125,5 @@ def write_page(config, suspects, n, model):
         large=large,
         dropped=dropped,
     )
-    path = os.path.join(config.temp_dir, "audit.html")
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with replacing(os.path.join(config.temp_dir, "audit.html")) as file:
         file.write(html)
-    os.replace(f"{path}.new", path)

@@ -6,7 +6,6 @@ a picture that moved or came twice.
 """
 
 import os
-import sys
 from glob import escape, glob
 from typing import Any, NamedTuple
 
@@ -113,8 +112,7 @@ def features(encoder, pictures, sha256, folder, batch_size=32, workers=0):
                 known |= zip(kept["sha256"].tolist(), kept["features"], strict=True)
         todo = [[(s, p) for s, p in dict(zip(sha256, pictures, strict=True)).items() if s not in known]]
     todo = broadcast_object_list(todo)[0]
-    quiet = not (main_process() and sys.stderr.isatty())
-    with tqdm(total=len(todo), unit="image", desc="features", disable=quiet) as bar:
+    with tqdm(total=len(todo), unit="image", desc="features", disable=not main_process() or None) as bar:
         for start in range(0, len(todo), BLOCK):
             block = todo[start : start + BLOCK]
             share = block[state.process_index :: state.num_processes]
@@ -132,7 +130,7 @@ def features(encoder, pictures, sha256, folder, batch_size=32, workers=0):
                 continue
             keys, rows = [key for keys, _ in done for key in keys], np.concatenate([rows for _, rows in done])
             os.makedirs(folder, exist_ok=True)
-            with replacing(os.path.join(folder, f"{min(keys)}.npz")) as file:
+            with replacing(os.path.join(folder, f"{min(keys)}.npz"), "wb") as file:
                 np.savez(file, sha256=np.array(keys), features=rows)
             known |= zip(keys, rows, strict=True)
     return np.stack([known[s] for s in sha256]) if main_process() else None

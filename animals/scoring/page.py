@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import os
-import sys
 import time
 from math import ceil, floor
 from pathlib import Path
@@ -143,7 +142,7 @@ def write_index(report_dir, language):
         broken=broken,
     )
     with replacing(os.path.join(report_dir, "index.html")) as file:
-        file.write(page.encode())
+        file.write(page)
 
 
 def curve(rows):
@@ -234,7 +233,7 @@ def embed(small, large, small_side=SMALL):
     result, used, dropped = ({}, {}), 0, 0
     order = list(dict.fromkeys([*large, *small]))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in tqdm(range(0, len(order), 256), desc="thumbnails", disable=not sys.stderr.isatty()):
+        for start in tqdm(range(0, len(order), 256), desc="thumbnails", disable=None):
             block = order[start : start + 256]
             if used > EMBEDDED:
                 dropped += len(block)

@@ -1,7 +1,6 @@
 """A report's pictures by matplotlib, and the TensorBoard events of a checkpoint: scalars and those pictures."""
 
 import glob
-import io
 import os
 import time
 
@@ -72,31 +71,26 @@ def log_tensorboard(report, rows, folder):
     TensorBoard drops what comes before a step that goes back.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from torch.utils.tensorboard import SummaryWriter
 
     step = report["step"] or 0
-    values = [
-        Summary.Value(tag=f"validation/{tag}", simple_value=report[tag]) for tag in ("accuracy", "macro_f1", "ece")
-    ]
-    for rival in report["rivals"]:
-        values.append(Summary.Value(tag=f"validation/rival_{rival['name']}", simple_value=rival["accuracy"]))
-    for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
-        if figure:
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=100)
-            width, height = figure.canvas.get_width_height()
-            image = Summary.Image(encoded_image_string=png.getvalue(), width=width, height=height, colorspace=3)
-            values.append(Summary.Value(tag=f"validation/{tag}", image=image))
     old = sorted(glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")))
     before = [event for path in old for event in LegacyEventFileLoader(path).Load() if event.HasField("summary")]
-    events = {(event.step, event.summary.value[0].tag): event for event in before if event.step != step}
-    for value in values:
-        events[step, value.tag] = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
-    writer = EventFileWriter(folder, filename_suffix=f".{time.time_ns()}")
-    for key in sorted(events):
-        writer.add_event(events[key])
-    writer.close()
+    before.sort(key=lambda event: event.step)
+    with SummaryWriter(folder, filename_suffix=f".{time.time_ns()}") as writer:
+
+        def keep(events):
+            for event in events:
+                writer.file_writer.add_event(event, walltime=event.wall_time)
+
+        keep(event for event in before if event.step < step)
+        for tag in ("accuracy", "macro_f1", "ece"):
+            writer.add_scalar(f"validation/{tag}", report[tag], step)
+        for rival in report["rivals"]:
+            writer.add_scalar(f"validation/rival_{rival['name']}", rival["accuracy"], step)
+        for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
+            if figure:
+                writer.add_figure(f"validation/{tag}", figure, step)
+        keep(event for event in before if event.step > step)
     for path in old:
         os.remove(path)

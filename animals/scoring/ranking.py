@@ -6,6 +6,7 @@ import os
 import sys
 
 from animals.command import UserError
+from animals.files import replacing
 from animals.ranks import main_process
 from animals.scoring.metrics import compare
 
@@ -21,7 +22,6 @@ def rank_checkpoints(paths, run_one, table):
     checkpoint that cannot be read is a row with the error. All ranks; only the main one prints and writes. Raises
     UserError if none could be read.
     """
-
     main, done, failed = main_process(), [], []
     for i, path in enumerate(paths, 1):
         if main:
@@ -45,11 +45,10 @@ def rank_checkpoints(paths, run_one, table):
     ]
     if not main:
         return
-    with open(f"{table}.new", "w", newline="", encoding="utf-8") as file:
+    with replacing(table, newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(ranked + failed)
-    os.replace(f"{table}.new", table)
     width = max(len(path) for path in paths)
     print(
         f"\n{'':>4} {'checkpoint':<{width}} {'step':>6} {'accuracy':>8}  95 % interval   {'macro-F1':>8} {'ECE':>6} "

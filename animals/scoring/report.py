@@ -28,11 +28,8 @@ def write_report(report, rows, folder, language="en"):
         writer.writerows(rows)
     with open(os.path.join(new, "report.json"), "w", encoding="utf-8") as file:
         json.dump(report, file, indent=2, ensure_ascii=False)
-    for name, figure in (
-        ("confusion_matrix.png", confusion_figure(report)),
-        ("reliability.png", reliability_figure(report)),
-    ):
-        figure.savefig(os.path.join(new, name), dpi=150)
+    confusion_figure(report).savefig(os.path.join(new, "confusion_matrix.png"), dpi=150)
+    reliability_figure(report).savefig(os.path.join(new, "reliability.png"), dpi=150)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
         file.write(report_page(report, rows, folder, language))
     for name in os.listdir(new):
@@ -76,8 +73,8 @@ def print_report(report, folder):
         f"{report['macro_f1']:.4f}"
     )
     print("\n".join([leaks_line(report), certainty_line(report), answered_line(report)]))
-    for c in filter(None, [report["comparison"]]):
-        print_comparison(c, c["model"])
+    if report["comparison"]:
+        print_comparison(report["comparison"])
     print(f"\n{'rival':<12} {'accuracy':>8}  95 % interval   {'this less it':>12}  95 % interval      {'p':>7}")
     for row in report["rivals"]:
         interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
@@ -128,8 +125,8 @@ def answered_line(report):
     return f"test.py --min_probability: {', '.join(said) or 'every answer is less certain than 0.5'}"
 
 
-def print_comparison(c, name):
-    low, high = c["difference_ci95"]
+def print_comparison(c):
+    (low, high), name = c["difference_ci95"], c["model"]
     print(
         f"against {name}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} (95 % interval "
         f"{low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, {c['only_other']} only the "

@@ -116,7 +116,6 @@ def triples(data):
 
 
 def untuned(config, args, data):
-
     rows = untuned_rows(config, args, data) if main_process() else []
     return [config.labels.index(row["prediction"]) for row in rows], {"model": args.untuned_model}
 

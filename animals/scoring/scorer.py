@@ -146,8 +146,7 @@ def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False
         return indices, list(opened), errors, scorer.collate(shown) if shown else None
 
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=num_workers)
-    quiet = not (main_process() and sys.stderr.isatty())
-    with tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar:
+    with tqdm(total=sum(map(len, batches)), unit="image", disable=not main_process() or None) as bar:
         for indices, readable, errors, batch in loader:
             log_p = torch.full((len(indices), len(scorer.labels)), float("nan"))
             if batch is not None:

@@ -18,13 +18,7 @@ from collections import Counter
 from animals.command import UserError
 
 MANIFEST = "manifest.csv"
-COLUMNS = [
-    "image",
-    "sha256",
-    "prediction",
-    "probability",
-    "file",
-]  # file: below DIR; empty where there was none to link
+COLUMNS = ["image", "sha256", "prediction", "probability", "file"]  # file: below DIR
 
 
 def sort_into(folder, rows):
@@ -39,7 +33,7 @@ def sort_into(folder, rows):
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
-        for row in tqdm(rows, desc="sorting", unit="image", disable=not sys.stderr.isatty()):
+        for row in tqdm(rows, desc="sorting", unit="image", disable=None):
             source = os.path.realpath(row["image"])
             into = "unreadable" if row["error"] else row["prediction"].replace("/", "_")
             new = {"image": source, "sha256": digest(source), "prediction": into, "probability": row["probability"]}
