@@ -43,18 +43,13 @@ def table(summaries: dict[str, dict]) -> str:
     """What a person wants to see before training: classes by splits, then what was left out."""
     labels = list(next(iter(summaries.values()))["classes"])
     width = max(map(len, [*labels, "image tokens"]))
-    lines = [f"{'':{width}}" + "".join(f"{split:>22}" for split in summaries)]
-    for label in labels:
-        lines.append(f"{label:{width}}" + "".join(f"{s['classes'][label]:>22,}" for s in summaries.values()))
-    lines.append(f"{'pictures':{width}}" + "".join(f"{s['n']:>22,}" for s in summaries.values()))
-    lines.append(f"{'excluded':{width}}" + "".join(f"{sum(s['excluded'].values()):>22,}" for s in summaries.values()))
-    cell = "{min:,} | {mean:,.0f} | {max:,}"
-    lines.append(
-        f"{'image tokens':{width}}"
-        + "".join(f"{cell.format(**s['image_tokens']):>22}" for s in summaries.values())
-        + "   (min | mean | max)"
-    )
-    return "\n".join(lines)
+    found, tokens = list(summaries.values()), "{min:,} | {mean:,.0f} | {max:,}".format
+    rows = [("", summaries), *((label, [f"{s['classes'][label]:,}" for s in found]) for label in labels)]
+    rows.append(("pictures", [f"{s['n']:,}" for s in found]))
+    rows.append(("excluded", [f"{sum(s['excluded'].values()):,}" for s in found]))
+    rows.append(("image tokens", [tokens(**s["image_tokens"]) for s in found]))
+    lines = [f"{name:{width}}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows]
+    return "\n".join(lines) + "   (min | mean | max)"
 
 
 def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometry) -> None:

@@ -93,3 +93,28 @@ def others_pictures(tmp_path_factory):
                     mode if mode != "RGB" else "RGB"
                 ).save(root / split / folder / f"Bild {i}.{kind}")
     return root
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A narrow replica of the hub repository's folder, of this file of tests alone."""
+    import replica
+
+    return replica.build(tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(others_pictures, tmp_path_factory):
+    """The flags of train.sh that name others_pictures, and folders for what is made of them."""
+    tmp = tmp_path_factory.mktemp("cache")
+    return (
+        f"--input_dir {others_pictures} --temp_dir {tmp}/cache --logging_dir {tmp}/logs --allow_leaks --max_excluded 1"
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small tree of pictures of this test alone, as the Config of who reads it."""
+    from tests.helpers.pictures import make_tree
+
+    return make_tree(tmp_path)

@@ -28,19 +28,12 @@ from tests.helpers.pictures import (
     half_transparent,
     held,
     images,
-    make_tree,
     problems,
     rotated,
     saved,
     train,
     with_root,
 )
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return make_tree(tmp_path)
-
 
 # --- problems and their wording ---------------------------------------------------------------------------------------
 

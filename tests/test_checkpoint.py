@@ -74,11 +74,6 @@ IMAGE_TOKENS = {
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    return replica.build(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture(scope="module")
 def picture():
     return Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (225, 300, 3), dtype=numpy.uint8))
 

@@ -16,12 +16,7 @@ from animals.pictures import check, read
 from animals.pictures import leaks as search
 from animals.pictures import prepare as data
 from config import Config
-from tests.helpers.pictures import command, drawn, held, make_tree, problems, train
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return make_tree(tmp_path)
+from tests.helpers.pictures import command, drawn, held, problems, train
 
 
 def leaks(config, image=None, problem=None):

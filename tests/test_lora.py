@@ -34,19 +34,6 @@ def adapter_size(layers=2, r=16, wide=64, kv=32, inner=96):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    return replica.build(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(others_pictures, tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("cache")
-    return (
-        f"--input_dir {others_pictures} --temp_dir {tmp}/cache --logging_dir {tmp}/logs --allow_leaks --max_excluded 1"
-    )
-
-
-@pytest.fixture(scope="module")
 def trained(hub, data, run, tmp_path_factory):
     """Two steps of 2-rank ZeRO-3, a checkpoint after each."""
     out = tmp_path_factory.mktemp("lora") / "sft"

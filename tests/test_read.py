@@ -29,18 +29,11 @@ from tests.helpers.pictures import (
     grey16,
     half_transparent,
     images,
-    make_tree,
     rotated,
     saved,
     train,
     with_root,
 )
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return make_tree(tmp_path)
-
 
 # --- single files: name, bytes, outcome -------------------------------------------------------------------------------
 

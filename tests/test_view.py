@@ -25,21 +25,8 @@ WHOLE = "--image_view whole"
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    return replica.build(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture(scope="module")
 def picture():
     return Image.effect_mandelbrot((300, 225), (-2, -1, 1, 1), 50).convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def data(others_pictures, tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("cache")
-    return (
-        f"--input_dir {others_pictures} --temp_dir {tmp}/cache --logging_dir {tmp}/logs --allow_leaks --max_excluded 1"
-    )
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,7 @@ def load_for_training(model_args, args, view="tiles"):
     from trl import get_quantization_config
 
     path, problems = model_args.model_name_or_path, []
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if model_args.dtype not in ("bfloat16", "float32"):
         problems.append(
             f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (nothing here scales the loss, which "
@@ -97,12 +98,11 @@ def load_for_training(model_args, args, view="tiles"):
     if model_args.load_in_4bit or model_args.load_in_8bit:
         if not model_args.use_peft:
             problems.append("--load_in_4bit, --load_in_8bit: quantized weights cannot be trained; add --use_peft")
-        if args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3:
+        if zero3:
             problems.append(
                 "--load_in_4bit, --load_in_8bit: ZeRO-3 cannot partition quantized weights; add --config_file "
                 "scripts/ddp.yaml"
             )
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if problems:
         raise UserError("\n".join(problems))
     quantization = get_quantization_config(model_args)

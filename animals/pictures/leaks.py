@@ -27,7 +27,6 @@ SURE = 4  # bits: so near is near, whatever the thumbnails say, unless one is mi
 CORRELATION = 0.87  # of the other pairs' thumbnails; 2 % crops of photographs: 0.873 and more
 BLOCK = 1 << 22  # hashes compared at once: 32 MB
 COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
-SERIOUS = ("both splits", "two labels")
 
 
 class Pictures(NamedTuple):
@@ -167,11 +166,8 @@ def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.nd
 def leak_key(config: Config, metas: dict[str, dict]) -> list:
     """What a search depends on. `metas`: fresh_meta() of each split, {} where there is none."""
     rules = [FORMAT, config.input_dir, config.near_duplicate_distance, config.look_alike_limit]
-    return [
-        *rules,
-        list(config.folder_to_label.items()),
-        {split: meta["stamp"] for split, meta in metas.items() if meta},
-    ]
+    stamps = {split: meta["stamp"] for split, meta in metas.items() if meta}
+    return [*rules, list(config.folder_to_label.items()), stamps]
 
 
 def read_leaks(config: Config, metas: dict[str, dict]) -> dict | None:
@@ -241,11 +237,8 @@ def known_leaks(config: Config) -> dict | None:
 
 def stopping(leaks: dict, splits) -> list[dict]:
     """The kinds of identical pictures within `splits` that make the accuracy a wrong number."""
-    return [
-        kind
-        for kind in leaks["kinds"]
-        if kind["match"] == "same pixels" and kind["problem"] in SERIOUS and set(kind["splits"]) <= set(splits)
-    ]
+    found = [kind for kind in leaks["kinds"] if kind["match"] == "same pixels" and kind["problem"] != "one split"]
+    return [kind for kind in found if set(kind["splits"]) <= set(splits)]
 
 
 def leak_problem(config: Config, kinds: list[dict]) -> str:

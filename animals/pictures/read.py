@@ -162,17 +162,10 @@ def walk(folder, strays: Counter):
                 yield entry.path, entry.stat()
             except OSError:  # a broken link, a loop of links
                 yield entry.path, None
-        elif _is_folder(entry):
+        elif os.path.isdir(entry.path):  # unlike entry.is_dir(), False for a loop of links
             stack.append(entries(entry.path))
         else:
             strays[extension or entry.name] += 1
-
-
-def _is_folder(entry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def list_pictures(path, strays: Counter | None = None) -> list[str]:

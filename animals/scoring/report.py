@@ -8,6 +8,7 @@ import json
 import os
 
 from animals.command import UserError
+from animals.files import write_json
 from animals.scoring.page import report_page, write_index
 from animals.scoring.plots import confusion_figure, reliability_figure
 
@@ -26,8 +27,7 @@ def write_report(report, rows, folder, language="en"):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with open(os.path.join(new, "report.json"), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2, ensure_ascii=False)
+    write_json(os.path.join(new, "report.json"), report)
     confusion_figure(report).savefig(os.path.join(new, "confusion_matrix.png"), dpi=150)
     reliability_figure(report).savefig(os.path.join(new, "reliability.png"), dpi=150)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
