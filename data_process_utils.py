@@ -33,8 +33,8 @@ from animals.checkpoint.tokens import Geometry, read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.pictures import moves, quarantine
 from animals.pictures import split as data_split
-from animals.pictures.cache import lock, split_folder
-from animals.pictures.prepare import checked, cut_command, folder_problems, load_split, notes, prepare, split_problems
+from animals.pictures.cache import load_split, lock, split_folder
+from animals.pictures.prepare import checked, cut_command, folder_problems, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
 from config import Config
 

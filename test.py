@@ -28,7 +28,7 @@ from animals.files import replacing
 from animals.pictures.read import list_pictures
 from animals.ranks import choose_arithmetic
 from animals.scoring.page import contact_sheet
-from animals.scoring.scorer import add_inference_flags, load_scorer, score_batches
+from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_batches
 from animals.scoring.serve import Server, listen, serve
 from animals.scoring.sort import sort_into
 
@@ -197,7 +197,7 @@ def main():
     with open(args.output, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for indices, log_p, errors in results:
-            for i, row in zip(indices, log_p.double().softmax(1).tolist(), strict=True):
+            for i, row in zip(indices, probabilities(log_p), strict=True):
                 error = errors.get(i)
                 writer.writerow(row_of(pictures[i], row, config.labels, args.min_probability, error, checkpoint))
             file.flush()

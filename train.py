@@ -23,19 +23,19 @@ import sys
 
 import config as settings
 from animals.checkpoint.load import load_for_training
-from animals.checkpoint.steps import newest_complete, publish, read_state, sweep
+from animals.checkpoint.steps import check_resume, newest_complete, publish, read_state, sweep
 from animals.checkpoint.task import other_words, settings_for
 from animals.checkpoint.tokens import read_geometry, whole_view_gain
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import write_json
-from animals.pictures.prepare import load_split
+from animals.pictures.cache import load_split
 from animals.ranks import barrier, choose_arithmetic, cpu_bf16_speed, main_process
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, describe_cost, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import choose_parts
-from animals.training.preflight import check_resume, check_run
+from animals.training.preflight import check_run
 from config import Config
 
 # On CPU ranks DeepSpeed else runs numactl whenever it reduces gradients, a fifth of the demo's step.

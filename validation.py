@@ -9,8 +9,8 @@
 
 Leaves <report_dir>/<checkpoint name>/{report.html, report.json, predictions.csv, confusion_matrix.png,
 reliability.png} and TensorBoard events at the checkpoint's step in <logging_dir>/<run>/validation; prints a table,
-and as the last line of stdout one JSON object. Nothing is generated: the ten labels are scored in one forward pass a
-batch (see Scorer), so every picture gets ten probabilities and an answer that is always one of the labels.
+and as the last line of stdout one JSON object. Nothing is generated: the labels are scored in one forward pass a
+batch (see Scorer), so every picture gets a probability for each and an answer that is always one of them.
 """
 
 import argparse
@@ -23,15 +23,15 @@ import config as settings
 from animals.checkpoint.steps import checkpoint_name, find_checkpoints, global_step, run_name
 from animals.checkpoint.task import WORDS, settings_for
 from animals.command import run
+from animals.pictures.cache import load_split
 from animals.pictures.leaks import known_leaks
-from animals.pictures.prepare import load_split
 from animals.ranks import choose_arithmetic, main_process, say
+from animals.scoring.best_checkpoint import rank_checkpoints
 from animals.scoring.metrics import compare, measure, paired, without_leaks
 from animals.scoring.plots import log_tensorboard
-from animals.scoring.ranking import rank_checkpoints
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.rivals import add_rival_flags, check_rivals, rivals, triples, untuned_rows, wanted
-from animals.scoring.scorer import add_inference_flags, load_scorer, score_pictures, stratified_sample
+from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_pictures, stratified_sample
 from animals.training.preflight import check_setup
 
 
@@ -64,7 +64,7 @@ def validate(args):
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
-    probability = log_p.double().softmax(1).tolist()  # over the labels
+    probability = probabilities(log_p)
     predicted = log_p.argmax(1).tolist()
     truth = [scorer.labels.index(label) for label in data["label"]]
     right = [t == p for t, p in zip(truth, predicted, strict=True)]

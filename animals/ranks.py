@@ -1,4 +1,4 @@
-"""Who speaks, who waits, and on what all of them compute: one answer for every rank. Imports torch where it must."""
+"""Which rank speaks and which wait, on a GPU or the CPU, in which type: one answer for all. Imports torch late."""
 
 import functools
 import os

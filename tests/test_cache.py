@@ -15,6 +15,7 @@ import pytest
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.pictures import cache, check, read
 from animals.pictures import prepare as data
+from animals.pictures.cache import load_split
 from config import Config
 from tests.helpers.pictures import (
     JPEG,
@@ -97,7 +98,7 @@ def test_one_class_is_not_enough(tree):
 
 def test_rows(tree):
     data.prepare(tree)
-    rows = data.load_split(tree, "train")
+    rows = load_split(tree, "train")
     with open(Path(tree.temp_dir) / "train.json", encoding="utf-8") as file:
         plain = json.load(file)
     assert len(rows) == len(plain) == 12
@@ -125,9 +126,10 @@ def test_nothing_is_written_outside_temp(tree, tmp_path):
     home.mkdir()
     before = sorted(os.walk(tree.input_dir))
     script = (
-        "import sys; from animals.pictures import prepare as d; from config import Config\n"
+        "import sys; from animals.pictures import cache, prepare as p; from config import Config\n"
         "c = Config(input_dir=sys.argv[1], temp_dir=sys.argv[2])\n"
-        "d.prepare(c); s = d.load_split(c, 'train').map(lambda row: {'n': 1}); print(len(s), 'torch' in sys.modules)"
+        "p.prepare(c); s = cache.load_split(c, 'train').map(lambda row: {'n': 1})\n"
+        "print(len(s), 'torch' in sys.modules)"
     )
     environment = {k: v for k, v in with_root().items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": str(home)}
     done = subprocess.run(
@@ -199,7 +201,7 @@ def test_another_wording_rewrites_the_rows_and_decodes_nothing(tree, change, tex
     assert after["train"]["built"] and after["train"]["decoded"] == 0
     assert before["train"]["fingerprint"] != after["train"]["fingerprint"]
     assert text in (Path(tree.temp_dir) / "train.json").read_text()
-    assert data.load_split(changed, "train")[0]["messages"][0]["content"][1]["text"] == changed.question
+    assert load_split(changed, "train")[0]["messages"][0]["content"][1]["text"] == changed.question
 
 
 def test_another_geometry_rewrites_the_counts_and_decodes_nothing(tree, tmp_path):
@@ -209,7 +211,7 @@ def test_another_geometry_rewrites_the_counts_and_decodes_nothing(tree, tmp_path
     (tmp_path / "model" / "config.json").write_text(json.dumps(tiny))
     after = data.prepare(tree, model_name_or_path=tmp_path / "model")["train"]
     assert after["decoded"] == 0 and after["image_tokens"] != before["image_tokens"]
-    row = data.load_split(tree, "train")[0]
+    row = load_split(tree, "train")[0]
     assert row["image_tokens"] == image_token_count(64, 48, read_geometry(tmp_path / "model"))
 
 
@@ -223,9 +225,7 @@ def test_a_harmed_cache_is_rebuilt(tree, suffix, harm):
     else:
         path.write_bytes(path.read_bytes()[:50])
     assert data.prepare(tree)["train"]["built"]
-    assert (
-        len(json.loads((Path(tree.temp_dir) / "train.json").read_text())) == len(data.load_split(tree, "train")) == 12
-    )
+    assert len(json.loads((Path(tree.temp_dir) / "train.json").read_text())) == len(load_split(tree, "train")) == 12
 
 
 def test_a_cache_of_another_format_is_rebuilt(tree):
@@ -250,7 +250,7 @@ def test_a_picture_excluded_for_its_format_is_looked_at_again_when_the_formats_c
 
 def test_a_picture_that_vanishes_after_the_check_is_an_error_that_names_it(tree):
     data.prepare(tree)
-    path = data.load_split(tree, "train")[0]["images"][0]
+    path = load_split(tree, "train")[0]["images"][0]
     os.unlink(path)
     with pytest.raises(read.PictureError, match="missing"):
         read.load_picture(path)
@@ -259,9 +259,10 @@ def test_a_picture_that_vanishes_after_the_check_is_an_error_that_names_it(tree)
 
 def test_four_processes_at_once_build_once(tree):
     script = (
-        "import sys; from animals.pictures import prepare as d; from config import Config\n"
-        "s = d.prepare(Config(input_dir=sys.argv[1], temp_dir=sys.argv[2]))\n"
-        "print(s['train']['built'], s['validation']['built'], len(d.load_split(Config(temp_dir=sys.argv[2]), 'train')))"
+        "import sys; from animals.pictures import cache, prepare as p; from config import Config\n"
+        "s = p.prepare(Config(input_dir=sys.argv[1], temp_dir=sys.argv[2]))\n"
+        "rows = cache.load_split(Config(temp_dir=sys.argv[2]), 'train')\n"
+        "print(s['train']['built'], s['validation']['built'], len(rows))"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", script, tree.input_dir, tree.temp_dir], env=with_root(), stdout=-1)
@@ -281,7 +282,7 @@ def test_killed_builds_leave_a_usable_state(tree):
         process.kill()
         process.wait()
     assert data.prepare(tree)["train"]["n"] == 12
-    assert len(data.load_split(tree, "train")) == 12 and not data.prepare(tree)["train"]["built"]
+    assert len(load_split(tree, "train")) == 12 and not data.prepare(tree)["train"]["built"]
 
 
 # --- the verdict of the cache is the verdict of training --------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_fuzz_the_cache_never_promises_what_training_cannot_decode(tree):
     tree.allow_leaks = True  # some mutations change no pixel
     summary = data.prepare(tree)["train"]
     assert summary["n"] + sum(summary["excluded"].values()) == 612
-    reasons, used = excluded(tree), {row["images"][0]: row for row in data.load_split(tree, "train")}
+    reasons, used = excluded(tree), {row["images"][0]: row for row in load_split(tree, "train")}
     assert min(len(reasons), len(used)) > 150
     for i in range(600):
         path = str(train(tree, "cat", f"fuzz{i:03}.jpg"))

@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 from animals.checkpoint.tokens import image_token_count
 from animals.pictures import check, read
 from animals.pictures import prepare as data
+from animals.pictures.cache import load_split
 from config import Config
 from tests.helpers.pictures import (
     CLASSES,
@@ -96,7 +97,7 @@ def odd(tmp_path_factory):
         (root / "input" / "train_data" / "cat" / name).write_bytes(content)
     config = Config(input_dir=str(root / "input"), temp_dir=str(root / "temp"), max_excluded=1.0)
     data.prepare(config)
-    rows = {Path(row["images"][0]).name: row for row in data.load_split(config, "train")}
+    rows = {Path(row["images"][0]).name: row for row in load_split(config, "train")}
     return config, rows, excluded(config)
 
 

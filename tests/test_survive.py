@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from animals.checkpoint.steps import newest_complete
+from animals.checkpoint.steps import check_resume, newest_complete
 from animals.command import UserError
-from animals.training.preflight import check_resume
 from tests.conftest import start
 
 STEPS = 24

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest complete one, written by a run with the same essentials.
+"""The checkpoint-N of a run: which one to go on from (the newest complete one, check_resume()), their names, the sweep.
 
 A checkpoint is complete when every file that its complete.json lists is there at its full size; trainer.py writes that
 list last and then makes the folder appear by a rename. Imports no torch.
@@ -133,3 +133,42 @@ def find_checkpoints(path):
             "training; name it with --model_name_or_path"
         )
     return found
+
+
+# What a resumed run must share with the one that wrote the checkpoint, and why.
+MUST_MATCH = {
+    "world_size": "DeepSpeed's optimizer state is cut into one part a rank",
+    "effective_batch": "the position in the epoch would be another",
+    "training.per_device_train_batch_size": "the order of the pictures would be another",
+    "training.train_sampling_strategy": "the order of the pictures would be another",
+    "training.seed": "the order of the pictures would be another",
+    "training.data_seed": "the order of the pictures would be another",
+    "model.dtype": "the weights would be rounded otherwise",
+    "config.image_view": "the pictures would be seen otherwise",
+    "config.train_parts": "the optimizer's states are of other weights",
+    "labels": "the answers would be others",
+    "question": "the prompt would be another",
+    "data": "the training pictures changed",
+}
+
+
+def check_resume(record, checkpoint):
+    """The checkpoint's run.json agrees with this run's `record` in MUST_MATCH."""
+    with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
+        before = json.load(file)
+
+    def look_up(settings, key):
+        for part in key.split("."):
+            settings = settings.get(part, {})
+        return settings
+
+    changed = [
+        f"{key.split('.')[-1]} was {look_up(before, key)!r}, is {look_up(record, key)!r} ({why})"
+        for key, why in MUST_MATCH.items()
+        if look_up(before, key) != look_up(record, key)
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} cannot be resumed with these settings: {'; '.join(changed)}; restore them, or start anew "
+            "with another --output_dir"
+        )

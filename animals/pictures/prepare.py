@@ -1,4 +1,4 @@
-"""The caches of the pictures, built where they are missing or stale, and loaded: what every script calls first."""
+"""The caches of the pictures, built where they are missing or stale: what training and scoring ask first."""
 
 import os
 import sys
@@ -15,7 +15,6 @@ from animals.pictures.cache import (
     cannot_list,
     fresh_meta,
     fresh_summary,
-    load_split,
     lock,
     split_folder,
 )
@@ -24,7 +23,6 @@ from animals.pictures.read import EXTENSIONS, walk
 from animals.pictures.split import manifest as split_manifest
 from config import Config
 
-__all__ = ["load_split", "prepare"]
 DATA_PAGE = "https://aistudio.baidu.com/datasetdetail/140388/0"
 
 

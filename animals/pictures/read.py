@@ -1,10 +1,10 @@
-"""The one way pixels are read: training, validation, test.py and the check of the data all call load_picture().
+"""The one way pixels are read, by load_picture(): in training, validation, test.py and the check of the data.
 
     from animals.pictures.read import load_picture
     picture = load_picture("input/train_data/cat/1.jpg")  # PIL, RGB, 8 bit, upright; PictureError if it is unusable
 
 What decides is the content, not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, AVIF, BMP,
-GIF, TIFF.
+GIF, TIFF. To take another one, EXTENSIONS and FORMATS below: there is no second list.
 
 - Everything is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is read.
 - The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. 16-bit, 32-bit and float grey is

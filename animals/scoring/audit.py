@@ -15,10 +15,9 @@ import os
 
 from animals.command import UserError
 from animals.files import replacing
-from animals.pictures.cache import SPLITS, csv_file
+from animals.pictures.cache import SPLITS, csv_file, load_split
 from animals.pictures.check import cores
 from animals.pictures.leaks import find_leaks, load_pictures
-from animals.pictures.prepare import load_split
 from animals.scoring.features import features, load_tower
 from animals.scoring.page import embed, render
 from animals.scoring.rivals import classifier

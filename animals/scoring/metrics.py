@@ -1,4 +1,4 @@
-"""The numbers of a report: scikit-learn and scipy compute them, here they are only named and put together.
+"""The numbers of a report: counts, intervals, calibration, comparisons; by scikit-learn and scipy where they have them.
 
 No torch, no files; tests hold every one against scikit-learn, scipy or statsmodels.
 """

@@ -1,7 +1,8 @@
-"""The pages: a report's, test.py's contact sheet, and the index of all reports.
+"""Fills the templates of pages/: the report, test.py's contact sheet, the audit, the index of all reports.
 
-Each is one file, filled into a template of pages/ with the texts of texts.py: nothing is fetched, pictures are embedded
-as small JPEGs up to EMBEDDED bytes, the worst mistakes first; what goes beyond stands there by file name.
+Each page is one file. Numbers reach its template as they stand in report.json, texts come from texts.py. Nothing is
+fetched: pictures are embedded as small JPEGs up to EMBEDDED bytes, the worst mistakes first; what goes
+beyond stands there by file name.
 """
 
 import base64

@@ -14,7 +14,7 @@ from animals.checkpoint.check import read_shards, require_checkpoint
 from animals.checkpoint.steps import checkpoint_name
 from animals.command import UserError
 from animals.files import read_json
-from animals.pictures.prepare import load_split
+from animals.pictures.cache import load_split
 from animals.ranks import main_process
 from animals.scoring.features import Encoder, features, identity, load_tower, precision
 from animals.scoring.metrics import compare, paired, wilson_interval

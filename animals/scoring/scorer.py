@@ -64,7 +64,15 @@ class Scorer:
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
 
     def collate(self, pictures):
-        """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions."""
+        """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions.
+
+        A row each token, x what it sees; the answers " cat" and " spi der" after a prompt of four, one padded:
+                        pad [INST] … [/INST] | cat | spi der
+            [/INST]          x     x    x    |     |           its logits say "cat" and "spi"
+            cat              x     x    x    |  x  |           …  "</s>" of cat
+            spi              x     x    x    |     |  x        …  "der"
+            der              x     x    x    |     |  x   x    …  "</s>" of spider
+        """
         import torch
 
         batch = self.processor(
@@ -122,6 +130,11 @@ class Scorer:
             return torch.cat([self.score(model, half) for half in halves])
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
         return torch.zeros(size, len(self.labels)).index_add_(1, self.target_label, log_p)
+
+
+def probabilities(log_p) -> list[list[float]]:
+    """Scorer.score()'s log-probabilities [pictures, labels] -> each label's share of one among the labels."""
+    return log_p.double().softmax(1).tolist()
 
 
 def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False):

@@ -18,6 +18,7 @@ import time
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
 from animals.scoring.page import data_uri, render, show
+from animals.scoring.scorer import probabilities
 from animals.scoring.texts import Texts
 
 MAX_UPLOAD = 64_000_000  # bytes; a 50-megapixel JPEG of a phone has 25,000,000
@@ -115,7 +116,7 @@ class Server:
             return {"error": self.texts("serve_bad", reason=self.texts.reason(str(error)))}, 400, None
         except Exception as error:  # whatever the model dies of, the next picture may do
             return {"error": self.texts("serve_failed", reason=f"{type(error).__name__}: {error}")}, 500, None
-        [row] = log_p.double().softmax(1).tolist()
+        [row] = probabilities(log_p)
         seconds, (width, height) = time.perf_counter() - started, picture.size
         ranked = sorted(zip(self.scorer.labels, row, strict=True), key=lambda one: -one[1])
         said = ranked[0][0] if ranked[0][1] >= self.min_probability else "unsure"

@@ -1,4 +1,4 @@
-"""Every sentence of the pages, in English and in Chinese: report, contact sheet, index, --serve.
+"""Every sentence of the pages, in English and in Chinese: report, contact sheet, audit, index, --serve.
 
 `Texts(language)(key, **values)` fills the {places} of a text; values are escaped, the texts themselves are trusted
 HTML. "one|many" in an English text is chosen by the value `count`.
@@ -311,6 +311,12 @@ TEXTS = {
     "reason_truncated": ("truncated", "文件不完整"),
     "reason_damaged": ("damaged", "文件已损坏"),
     "reason_missing": ("missing", "文件不在了"),
+    "reason_is a directory": ("is a directory", "是文件夹"),
+    "reason_not a regular file": ("not a regular file", "不是普通文件"),
+    "reason_too many bytes": ("too many bytes", "文件太大"),
+    "reason_broken link": ("broken link", "链接已失效"),
+    "reason_unreadable": ("unreadable", "无法读取"),
+    "reason_name is not UTF-8": ("name is not UTF-8", "文件名不是 UTF-8"),
 }
 
 

@@ -101,7 +101,7 @@ def release_head_early(model, base):
 class AnimalTrainer(SFTTrainer):
     """Adds to SFTTrainer: atomic checkpoints, a checked loss, and evaluate() as closed-set accuracy.
 
-    scorer: validation.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified sample of
+    scorer: scoring.scorer.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified sample of
     `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint.
     """
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from animals.command import UserError
 from animals.pictures import prepare as data
+from animals.pictures.cache import load_split
 from config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -56,7 +57,7 @@ def excluded(config) -> dict[str, str]:
 
 
 def images(config, split="train") -> list[str]:
-    return [os.path.relpath(row["images"][0], config.input_dir) for row in data.load_split(config, split)]
+    return [os.path.relpath(row["images"][0], config.input_dir) for row in load_split(config, split)]
 
 
 def command(*arguments, **options):
