@@ -154,7 +154,8 @@ class RehearsalTrainer(AnimalTrainer):
             if self.args.save_strategy != "no":
                 say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
                 started = time.perf_counter()
-                self._save_checkpoint(self.model, None)
+                self.control.should_evaluate, self.control.should_save = False, True
+                super()._maybe_log_save_evaluate(*args, **kwargs)
                 self.measure_checkpoint(time.perf_counter() - started)
 
     def _evaluate(self, *args, **kwargs):
