@@ -158,6 +158,21 @@ def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
     assert final == 2 * 7_566_747_648
 
 
+def test_steps_are_counted_as_the_library_does():
+    """11,446 pictures are 716 micro-batches of 4 ranks x 4, the last one not full: 179 steps."""
+    count = describe.count_steps
+    assert count(arguments(), 11_446) == (179, 179) and count(arguments(num_train_epochs=1.5), 11_446) == (179, 269)
+    assert count(arguments(max_steps=7), 11_446) == (179, 7) and count(arguments(), 3) == (1, 1)
+    assert count(arguments(), 16 * 4 * 2 + 1)[0] == 3
+    assert count(arguments(dataloader_drop_last=True), 16 * 4 * 2 + 1)[0] == 2
+
+
+def test_an_example_shows_what_is_learned():
+    letters = SimpleNamespace(image_token_id=0, tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))))
+    ids, learned = [97, 0, 0, 0, 98, 99, 100], [-100, -100, -100, -100, -100, 99, 100]
+    assert describe.mark(ids, learned, letters) == "a<image>x3b>>cd<<"
+
+
 def test_disk_for_adapters_and_for_float32():
     shapes = {"q_proj.weight": (4096, 4096), "v_proj.weight": (1024, 4096), "norm.weight": (4096,)}
     lora = model_arguments(use_peft=True)

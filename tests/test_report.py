@@ -461,6 +461,38 @@ def test_index_of_two_runs(made, tmp_path, browser):
     assert "报告读不了" in index and 'lang="zh-CN"' in index and index.count("report.html") == 2
 
 
+def test_scales_are_round_and_hold_the_interval():
+    """Steps by hand: as fine as six parts allow, a quarter of the interval of room on either side."""
+    for (low, high), (first, last, step) in {
+        (0.5, 0.5): (0.49, 0.51, 0.01), (0.515, 0.545): (0.50, 0.56, 0.01), (0.505, 0.545): (0.48, 0.56, 0.02),
+        (0.0, 0.06): (0.0, 0.08, 0.02), (0.93, 1.0): (0.9, 1.0, 0.02), (0.4, 0.62): (0.3, 0.7, 0.1),
+        (0.0, 1.0): (0.0, 1.0, 0.2),
+    }.items():  # fmt: skip
+        ticks = page_maker.scale(low, high)
+        assert ticks == pytest.approx([first + k * step for k in range(round((last - first) / step) + 1)]), (low, high)
+    assert [page_maker.at(value, [0.4, 0.5, 0.6]) for value in (0.3, 0.45, 0.7)] == pytest.approx([0, 0.25, 1])
+    row = {"step": 50, "accuracy": 0.5, "accuracy_ci95": [0.45, 0.55]}
+    drawn = page_maker.curve([row, row | {"step": None}, row | {"step": 200}])
+    assert page_maker.curve([row, row]) is None and drawn["last"] == 200
+    points = [(point["x"], point["low"], point["y"], point["high"]) for point in drawn["points"]]
+    axis = drawn["scale"]
+    low, middle, high = ((value - axis[0]) / (axis[-1] - axis[0]) for value in (0.45, 0.5, 0.55))
+    assert points == [pytest.approx((0.25, low, middle, high)), pytest.approx((1, low, middle, high))]
+
+
+def test_numbers_for_people():
+    shown = {
+        ("sure", 0.9994): "99.9 %", ("sure", 0.9996): "> 99.9 %", ("sure", 0.123): "12.3 %", ("percent", 1): "100.0 %",
+        ("points", 0.01234): "+1.2", ("round", 0.126): "13 %", ("p", 0.0001): "0.0001", ("p", 0.00009): "< 0.0001",
+        ("p=", 0.0001): "= 0.0001", ("p=", 0.00009): "< 0.0001",
+    }  # fmt: skip
+    for (kind, value), text in shown.items():
+        assert page_maker.show(value, kind).replace("\N{NO-BREAK SPACE}", " ") == text, (kind, value)
+    row = {"a": 0.01, "b": 0.5, "c": 0.2, "d": 0.1, "e": 0.1, "f": 0.09}
+    assert page_maker.top(row, list("abcdef")) == ["b", "c", "d", "e", "f"]
+    assert page_maker.top(row, ["a", "b"]) == ["b", "a"] and page_maker.top(row | {"a": 0.0099}, ["a", "b"]) == ["b"]
+
+
 def test_every_text_in_both_languages():
     """None is missing, none is unused, both fill the same places, and no template says anything by itself."""
     pages = Path(page_maker.__file__).parent
