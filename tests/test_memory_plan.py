@@ -257,6 +257,9 @@ def test_json_and_table(monkeypatch, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
     assert report["recommended"]["micro_batch"] == 4
+    kinds = [(p["offload_param"], p["offload_activations"]) for p in report["plans"]]
+    assert kinds == [(False, False)] * 4 + [(True, False)] * 4 + [(False, True)] * 4
+    assert [p["micro_batch"] for p in report["plans"][:4]] == [1, 2, 4, 8]
     monkeypatch.setattr(sys, "argv", command)
     command_module.main()
     table = capsys.readouterr().out
