@@ -273,6 +273,8 @@ def test_host_ram_of_each_phase(hub, monkeypatch):
     host = memory_plan.plan(config, ZERO3, 4, 4, 4, shapes=shapes)["host_gib"]
     weights, states, processes = 2 * 7.5667e9 / GIB, (6.08 + 2.03) * 7.5667e9 / GIB, 12
     assert host["start"] == pytest.approx(2 * weights + processes, rel=0.01)  # rank 0's copy beside all partitions
+    on_disk, pinned = 2 * 7_566_747_648, 2 * (7_566_747_648 - SMALL)  # norms and biases stay on the GPUs
+    assert host["start"] == pytest.approx((on_disk + pinned) / GIB + processes, rel=1e-6)
     assert host["training"] == pytest.approx(2 * weights + processes, rel=0.01)  # the copy that is saved
     assert host["resume"] == pytest.approx(weights + states / 4 + processes, rel=0.01)
     at_once = {"zero_optimization": {**ZERO3["zero_optimization"], "pipeline_loading_checkpoint": False}}

@@ -151,10 +151,25 @@ def test_hours_and_planned_host_ram_by_hand():
     assert found == pytest.approx({"start": 10 + 2 * (13 - 3), "training": 20 + 2 * (21.2 - 3), "resume": 30 + 2 * 14})
 
 
-def test_what_would_not_fit_is_said(tmp_path):
+def test_events_are_counted_as_the_run_will_have_them(tmp_path):
+    """Ten steps, four an epoch: the last one is evaluated and saved, too."""
+    from transformers import TrainingArguments
+
+    from animals.training.rehearsal import count_events
+
+    for flags, expected in (
+        ({"save_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, (5, 10)),
+        ({"save_steps": 4, "eval_strategy": "no"}, (0, 3)),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch"}, (3, 3)),
+        ({"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 5}, (2, 0)),
+    ):
+        assert count_events(TrainingArguments(str(tmp_path), use_cpu=True, **flags), 4, 10) == expected, flags
+
+
+def test_what_would_not_fit_is_said(tmp_path, monkeypatch):
     from animals.training.rehearsal import RehearsalTrainer
 
-    ram = SimpleNamespace(swapped=2**60, phase="training")  # whatever this machine swaps now is no more than that
+    ram = SimpleNamespace(swapped=2**60, phase="training")  # no more than that was swapped out before
     run = SimpleNamespace(
         checkpoint={"gb": 60e3}, weights_gb=15e3, pictures=11_446, run_args=arguments(tmp_path / "sft"), passed=0,
         ram=ram, heavy="4 pictures", plan={"peaks": {"largest": 22.5}},
@@ -163,9 +178,10 @@ def test_what_would_not_fit_is_said(tmp_path):
     assert "expected 125728.5 GiB for 2 checkpoints of 55879.4 GiB at once (measured; --save_steps 100" in line
     run.checkpoint["gb"] = run.weights_gb = 1e-9
     assert not RehearsalTrainer.would_not_fit(run)
-    run.checkpoint, ram.swapped = None, -5 * 2**30
+    run.checkpoint, ram.swapped = None, 0
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(used=5 * 2**30))
     (line,) = RehearsalTrainer.would_not_fit(run)
-    assert line.startswith("host RAM: found ") and "swapped out" in line and "--use_peft" in line
+    assert line.startswith("host RAM: found 5.0 GiB") and "swapped out" in line and "--use_peft" in line
     line = RehearsalTrainer.out_of_memory(run, UserError("CUDA out of memory. Tried\nmore"))
     assert "(CUDA out of memory. Tried)" in line and "planned 22.5 GiB; ended with it" in line
     assert "halve --per_device_train_batch_size" in line
