@@ -151,21 +151,6 @@ def test_hours_and_planned_host_ram_by_hand():
     assert found == pytest.approx({"start": 10 + 2 * (13 - 3), "training": 20 + 2 * (21.2 - 3), "resume": 30 + 2 * 14})
 
 
-def test_events_are_counted_as_the_run_will_have_them(tmp_path):
-    """Ten steps, four an epoch: the last one is evaluated and saved, too."""
-    from transformers import TrainingArguments
-
-    from animals.training.rehearsal import count_events
-
-    for flags, expected in (
-        ({"save_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, (5, 10)),
-        ({"save_steps": 4, "eval_strategy": "no"}, (0, 3)),
-        ({"save_strategy": "epoch", "eval_strategy": "epoch"}, (3, 3)),
-        ({"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 5}, (2, 0)),
-    ):
-        assert count_events(TrainingArguments(str(tmp_path), use_cpu=True, **flags), 4, 10) == expected, flags
-
-
 def test_what_would_not_fit_is_said(tmp_path, monkeypatch):
     from animals.training.rehearsal import RehearsalTrainer
 
