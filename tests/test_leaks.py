@@ -78,6 +78,18 @@ def test_a_recompressed_copy_across_splits_warns(tree):
     assert done.returncode == 0 and "2 near, both splits" in done.stdout + done.stderr
 
 
+def test_every_kind_is_counted_and_three_pairs_are_shown(tree):
+    for k in range(4):
+        shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", f"copy {k}.jpg"))
+    tree.allow_leaks = True
+    found = data.prepare(tree)["train"]["leaks"]
+    (kind,) = [kind for kind in found["kinds"] if kind["problem"] == "both splits"]
+    assert (kind["n"], len(kind["examples"]), kind["splits"]) == (4, 3, ["train", "validation"])
+    lines = search.leak_table(tree, found).splitlines()
+    assert lines[0].startswith("warning: 4 same pixels, both splits (") and lines[4].startswith("warning: ")
+    assert lines[1].endswith("copy 0.jpg ~ " + str(train(tree, "cat", "1.jpg")) + ", 0 of 64 bits differ")
+
+
 def test_flat_pictures_are_compared_by_pixels_only(tree):
     Image.new("RGB", (64, 48), "red").save(train(tree, "cat", "red.png"))
     Image.new("RGB", (64, 48), "blue").save(held(tree, "cat", "blue.png"))

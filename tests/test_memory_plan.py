@@ -257,6 +257,9 @@ def test_json_and_table(monkeypatch, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
     assert report["recommended"]["micro_batch"] == 4
+    kinds = [(p["offload_param"], p["offload_activations"]) for p in report["plans"]]
+    assert kinds == [(False, False)] * 4 + [(True, False)] * 4 + [(False, True)] * 4
+    assert [p["micro_batch"] for p in report["plans"][:4]] == [1, 2, 4, 8]
     monkeypatch.setattr(sys, "argv", command)
     command_module.main()
     table = capsys.readouterr().out
@@ -270,6 +273,8 @@ def test_host_ram_of_each_phase(hub, monkeypatch):
     host = memory_plan.plan(config, ZERO3, 4, 4, 4, shapes=shapes)["host_gib"]
     weights, states, processes = 2 * 7.5667e9 / GIB, (6.08 + 2.03) * 7.5667e9 / GIB, 12
     assert host["start"] == pytest.approx(2 * weights + processes, rel=0.01)  # rank 0's copy beside all partitions
+    on_disk, pinned = 2 * 7_566_747_648, 2 * (7_566_747_648 - SMALL)  # norms and biases stay on the GPUs
+    assert host["start"] == pytest.approx((on_disk + pinned) / GIB + processes, rel=1e-6)
     assert host["training"] == pytest.approx(2 * weights + processes, rel=0.01)  # the copy that is saved
     assert host["resume"] == pytest.approx(weights + states / 4 + processes, rel=0.01)
     at_once = {"zero_optimization": {**ZERO3["zero_optimization"], "pipeline_loading_checkpoint": False}}
@@ -300,3 +305,126 @@ def test_help_imports_no_torch():
     check = "import sys; sys.path.insert(0, 'scripts'); import memory_plan; "
     check += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+HEAD, WEIGHT, SMALL = 32064 * 4096, 14336 * 4096, 603_136  # elements: the head; the largest other weight; norms, biases
+
+
+def in_bytes(hub, *numbers, **more):
+    config, shapes = hub
+    planned = memory_plan.plan(config, more.pop("zero3", ZERO3), *(numbers or (4, 4, 4)), shapes=shapes, **more)
+    return planned, {name: size * GIB for name, size in planned["items"].items()}
+
+
+@pytest.mark.parametrize("method", ["full", "on the GPU", "lora", "qlora", "projector", "vision"])
+def test_every_item_by_hand(hub, method):
+    """The hub's model: 7,566,747,648 parameters, of which 7,554,149,376 are read; a quarter of them on each rank."""
+    total, decoder = 7_566_747_648, 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * WEIGHT)
+    adapters = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    full = {"gradients": 7_554_149_376 / 2, "fp32 master": 7_554_149_376, "8-bit states": 7_554_149_376 / 4 * 2.03125}
+    full |= {"live layers": 2 * (410e6 / 2 + WEIGHT), "buckets": 2 * 42e6 + 2 * WEIGHT}
+    full |= {"optimizer step": 6 * 110_727_680, "LM-head backward": 8 * HEAD}  # the fullest group of 100 M and the next
+    of_vision = [size for name, shape, _ in hub[1] if (size := math.prod(shape)) and "vision_tower" in name]
+    del of_vision[-18:]  # the last layer and the norm after it: not read
+    by_ddp = {"vision": of_vision, "projector": [4096, 1024 * 4096, 4096, 4096 * 4096, 4096]}.get(method, [])
+    ddp, states = sum(by_ddp), sum(2 * n + 8 * n / 256 if n >= 4096 else 8 * n for n in by_ddp)
+    none = dict.fromkeys(("fp32 master", "buckets", "optimizer step", "LM-head backward"), 0)
+    options, expected = {
+        "full": ({}, full | {"parameters": 2.5 * SMALL}),
+        "on the GPU": ({"offload_param": False}, full | {"parameters": total / 2 + 2 * SMALL}),
+        "lora": (
+            {"method": "lora"},
+            {"parameters": 2.5 * SMALL + adapters / 2, "gradients": adapters / 2, "fp32 master": adapters}
+            | {"8-bit states": adapters / 4 * 2.03125, "live layers": full["live layers"], "buckets": 2 * 42e6}
+            | {"optimizer step": 6 * adapters / 4, "LM-head backward": 2 * HEAD},
+        ),
+        "qlora": (  # half a byte and 1/64 of an absmax for each weight of the decoder layers
+            {"method": "qlora"},
+            {"parameters": 2 * (total - decoder) + decoder * (1 / 2 + 4 / 64) + 2 * adapters, "gradients": 2 * adapters}
+            | none | {"8-bit states": adapters * 2.03125, "live layers": 2 * WEIGHT},
+        ),
+    }.get(method) or (  # fmt: skip
+        {"method": "ddp", "parts": [method]},
+        {"parameters": 2 * total + 2 * ddp, "gradients": 4 * ddp, "8-bit states": states, "live layers": 2 * ddp}
+        | none | {"buckets": 4 * ddp},
+    )  # fmt: skip
+    planned, items = in_bytes(hub, **options)
+    assert {name: items[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert items["reserve (assumed)"] == 0.8 * GIB
+    for which in ("median", "largest"):
+        held = sum(items[name] for name in (*memory_plan.RESIDENT, "buckets", "reserve (assumed)"))
+        peak = held + items["live layers"] + items[f"activations, {which}"]
+        assert planned["peaks"][which] == pytest.approx(peak / GIB) and planned["peak_phase"][which] == "backward"
+    saved = (ddp or adapters if "lora" in method else total) * 2.01e-9
+    if method in ("full", "lora"):
+        trained = 7_554_149_376 if method == "full" else adapters
+        checkpoint = 6.08e-9 * trained + saved
+        expected = {"checkpoint": checkpoint, "kept": 7, "final": saved, "total": 7 * checkpoint + saved}
+        assert planned["disk_gb"] == pytest.approx(expected)  # 5 kept, 1 written, the best
+
+
+def test_activations_by_hand(hub):
+    """Four pictures of 1,368 tokens beside 60 of text: 5,712 positions, 12 tiles of 577 patches."""
+    kept = 2 * 5712 * 4096 * 32 + 2 * 6924 * 1024 * 24
+    saved = kept + 2 * 3 * 12 * 336**2 + 4 * 6924 * 1024 + 4 * 6924 * 4096 + 2 * 6924 * 1024 + 8 * 5712 * 4096
+    peak = saved + 5712 * (14 * 4096 + 4 * 1024 + 12 * 14336)
+    assert memory_plan.activations(hub[0], 4, 1368) == {"kept": kept, "saved": saved, "peak": peak}
+    lora = memory_plan.activations(hub[0], 4, 1368, "lora")
+    assert lora["peak"] - peak == 9 * 5712 * (6 * 4096 + 14336)
+    frozen = memory_plan.activations(hub[0], 4, 1368, vision=False)
+    assert saved - frozen["saved"] == 2 * 6924 * 1024 * 24 + 4 * 6924 * 1024
+    assert [memory_plan.tiles_of(hub[0], tokens) for tokens in (1776, 1777)] == [3, 5]  # 3 x 576 and 2 x 24 line ends
+    planned, items = in_bytes(hub, offload_activations=True)
+    assert items["activations, median"] == pytest.approx(peak - kept)
+    _, items = in_bytes(hub, formed=(2, 2928), text_tokens=30)
+    assert items["activations, largest"] == pytest.approx(memory_plan.activations(hub[0], 2, 2928, "full", 30)["peak"])
+
+
+def test_the_highest_moment_is_found(hub):
+    """Few tokens: where the head's gradient stands; large groups of the optimizer: in its step."""
+    planned, items = in_bytes(hub, 4, 1, 1, (50, 50), offload_activations=True)
+    resident = sum(items[name] for name in (*memory_plan.RESIDENT, "buckets", "reserve (assumed)"))
+    found = memory_plan.activations(hub[0], 1, 50)
+    peak = resident + items["live layers"] + items["LM-head backward"] + found["saved"] - found["kept"]
+    assert planned["peak_phase"]["median"] == "LM head" and planned["peaks"]["median"] == pytest.approx(peak / GIB)
+    planned, items = in_bytes(hub, 4, 1, 1, (50, 50), zero3={"zero_optimization": {"stage": 3}})
+    assert planned["peak_phase"]["median"] == "optimizer step"
+
+
+def test_traffic_by_hand(hub):
+    """GB a GPU and step: 4 x 2 bytes x 3/4 of what is gathered and reduced in each of 4 micro-steps."""
+    layers, trained = 7_566_747_648 - 2 * HEAD, 7_554_149_376
+    for reuse, passes in ((402_653_184, 2), (402_653_183, 3)):  # twice a decoder layer without its first weight
+        zero3 = {"zero_optimization": {**ZERO3["zero_optimization"], "stage3_max_reuse_distance": reuse}}
+        gathered = passes * layers + 3 * HEAD
+        traffic = in_bytes(hub, zero3=zero3)[0]["traffic_gb"]
+        expected = {"between_gpus": 6e-9 * (gathered + trained), "host": 2e-9 * gathered + trained / 2e9}
+        assert traffic == pytest.approx(expected)
+    kept = memory_plan.activations(hub[0], 4, 1368)["kept"]
+    for method, each, bytes_each in (("qlora", 41_943_040, 2), ("ddp", trained, 4)):
+        traffic = in_bytes(hub, method=method, offload_activations=True)[0]["traffic_gb"]
+        assert traffic == pytest.approx({"between_gpus": 6e-9 * each * bytes_each, "host": 4 * 2e-9 * kept})
+    assert in_bytes(hub, 1, 4, 4)[0]["traffic_gb"]["between_gpus"] == 0
+
+
+def test_host_ram_without_zero3(hub):
+    """A rank reads tensor after tensor, the embedding at most; activation offload takes pinned memory."""
+    planned, _ = in_bytes(hub, method="qlora", offload_activations=True)
+    kept, states = memory_plan.activations(hub[0], 4, 2928)["kept"], (6.08 + 2.03) * 41_943_040
+    expected = {"start": 4 * 2 * HEAD, "training": 4 * kept, "resume": states, "validation": 4 * 2 * HEAD}
+    assert planned["host_gib"] == pytest.approx({phase: n / GIB + 12 for phase, n in expected.items()})
+
+
+def test_settings_that_deepspeed_and_transformers_fill_in(hub):
+    names = "stage3_param_persistence_threshold", "reduce_bucket_size", "stage3_max_live_parameters"
+    names += ("stage3_max_reuse_distance",)
+    for value, expected in ((None, [1e5, 5e8, 1e9, 1e9]), ("auto", [40960, 4096**2, 1e9, 1e9])):
+        zero3 = {"zero_optimization": dict.fromkeys(names, value) if value else {}}
+        run = memory_plan.Run(hub[0], zero3, 4, 4, 4, (1, 1), False, False, "full", 16, hub[1], None, 60, ["projector"])
+        assert [run.threshold, run.bucket, run.max_live, run.reuse] == expected
+        assert run.gradient == 2 and [run.part(n) for n in (8, 9)] == [2, 3]
+
+
+def test_nothing_is_known_of_the_pictures_yet(hub, tmp_path):
+    counts = memory_plan.token_counts(hub[0], tmp_path)
+    assert (counts["median"], counts["largest"]) == (1368, 2928)

@@ -77,6 +77,15 @@ def test_calibration_is_scikit_learns():
     assert (found["ece"], found["verdict"]) == (pytest.approx(gaps), "over-confident")
 
 
+def test_what_chance_alone_would_show():
+    """One bin of 100 answers at 0.5: |heads - 50| of 100 throws is at most 3 half of the time, above 13 once in 150."""
+    found = calibration([0.5] * 100, [True] * 50 + [False] * 50)
+    assert found["ece_if_calibrated"] == pytest.approx({"median": 0.03, "percentile_99": 0.13})
+    assert (found["ece"], found["verdict"], found["mean_confidence"]) == (0, "calibrated", 0.5)
+    certain, right = [0.6] * 200 + [0.9] * 200, [True] * 180 + [False] * 20 + [True] * 120 + [False] * 80
+    assert calibration(certain, right)["verdict"] == "miscalibrated"  # by 0.3 to either side
+
+
 def test_equal_certainties_share_a_bin():
     confidence = [0.5] * 50 + [0.9] * 250
     shuffled = np.random.default_rng(0).permutation(300)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from transformers import LlavaNextConfig
+from transformers import LlavaNextConfig, TrainingArguments
 
 from animals.command import UserError
 from animals.ranks import choose_arithmetic, cpu_bf16_speed, why_cpu
@@ -156,6 +156,33 @@ def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
     kept, needed = disk_needed(args, 11_446, checkpoint, final)
     assert (kept, round(needed / 1e9, 2)) == (at_once, gigabytes)
     assert final == 2 * 7_566_747_648
+
+
+def test_steps_are_counted_as_the_library_does():
+    """11,446 pictures are 716 micro-batches of 4 ranks x 4, the last one not full: 179 steps."""
+    count = describe.count_steps
+    assert count(arguments(), 11_446) == (179, 179) and count(arguments(num_train_epochs=1.5), 11_446) == (179, 269)
+    assert count(arguments(max_steps=7), 11_446) == (179, 7) and count(arguments(), 3) == (1, 1)
+    assert count(arguments(), 16 * 4 * 2 + 1)[0] == 3
+    assert count(arguments(dataloader_drop_last=True), 16 * 4 * 2 + 1)[0] == 2
+
+
+def test_events_are_counted_as_the_run_will_have_them(tmp_path):
+    """Ten steps, four an epoch: the last one is evaluated and saved, too."""
+    run = {"per_device_train_batch_size": 1, "num_train_epochs": 2.5, "use_cpu": True}
+    for flags, expected in (
+        ({"save_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, (5, 10)),
+        ({"save_steps": 4, "eval_strategy": "no"}, (0, 3)),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch"}, (3, 3)),
+        ({"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 5}, (2, 0)),
+    ):
+        assert describe.count_events(TrainingArguments(str(tmp_path), **run, **flags), 4) == expected, flags
+
+
+def test_an_example_shows_what_is_learned():
+    letters = SimpleNamespace(image_token_id=0, tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))))
+    ids, learned = [97, 0, 0, 0, 98, 99, 100], [-100, -100, -100, -100, -100, 99, 100]
+    assert describe.mark(ids, learned, letters) == "a<image>x3b>>cd<<"
 
 
 def test_disk_for_adapters_and_for_float32():

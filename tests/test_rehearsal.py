@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -127,10 +128,33 @@ def test_a_folder_of_that_name_is_left_alone(demo, run, tmp_path):
     sweep(str(tmp_path / "sft"))
 
 
-def test_what_would_not_fit_is_said(tmp_path):
+def test_only_what_a_rehearsal_leaves_is_swept(tmp_path):
+    folder = tmp_path / "sft.rehearsal"
+    for name, stays in (("notes", True), (".saving", False), ("checkpoint-3", False)):
+        (folder / name).mkdir(parents=True)
+        (folder / "README.md").touch()
+        sweep(str(tmp_path / "sft"))
+        assert folder.exists() == stays
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_hours_and_planned_host_ram_by_hand():
+    from animals.training.rehearsal import RehearsalTrainer, planned_host
+
+    run = SimpleNamespace(steps=100, evaluations=3, seconds_an_evaluation=60.0, saves=9, weights_gb=15.0)
+    run.checkpoint = {"gb": 60.0, "seconds_to_write": 40.0}  # nine of them, and a quarter of one at the end
+    assert RehearsalTrainer.hours(run, 30.0) == pytest.approx((3000 + 180 + 370) / 3600)
+    plan = {"host_gib": {"start": 10.0, "training": 20.0, "resume": 30.0, "validation": 40.0}, "num_gpus": 2}
+    assert planned_host(plan, use_cpu=False) == {"start": 10, "training": 20, "resume": 30}
+    plan |= {"resident": 17.0, "items": {"8-bit states": 4.0}, "peaks": {"largest": 22.0}}
+    found = planned_host(plan, use_cpu=True)  # a GPU's share beside it, without CUDA's 0.8; 3 a rank are imports
+    assert found == pytest.approx({"start": 10 + 2 * (13 - 3), "training": 20 + 2 * (21.2 - 3), "resume": 30 + 2 * 14})
+
+
+def test_what_would_not_fit_is_said(tmp_path, monkeypatch):
     from animals.training.rehearsal import RehearsalTrainer
 
-    ram = SimpleNamespace(swapped=2**60, phase="training")  # whatever this machine swaps now is no more than that
+    ram = SimpleNamespace(swapped=2**60, phase="training")  # no more than that was swapped out before
     run = SimpleNamespace(
         checkpoint={"gb": 60e3}, weights_gb=15e3, pictures=11_446, run_args=arguments(tmp_path / "sft"), passed=0,
         ram=ram, heavy="4 pictures", plan={"peaks": {"largest": 22.5}},
@@ -139,9 +163,10 @@ def test_what_would_not_fit_is_said(tmp_path):
     assert "expected 125728.5 GiB for 2 checkpoints of 55879.4 GiB at once (measured; --save_steps 100" in line
     run.checkpoint["gb"] = run.weights_gb = 1e-9
     assert not RehearsalTrainer.would_not_fit(run)
-    run.checkpoint, ram.swapped = None, -5 * 2**30
+    run.checkpoint, ram.swapped = None, 0
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(used=5 * 2**30))
     (line,) = RehearsalTrainer.would_not_fit(run)
-    assert line.startswith("host RAM: found ") and "swapped out" in line and "--use_peft" in line
+    assert line.startswith("host RAM: found 5.0 GiB") and "swapped out" in line and "--use_peft" in line
     line = RehearsalTrainer.out_of_memory(run, UserError("CUDA out of memory. Tried\nmore"))
     assert "(CUDA out of memory. Tried)" in line and "planned 22.5 GiB; ended with it" in line
     assert "halve --per_device_train_batch_size" in line

@@ -444,12 +444,14 @@ def test_index_of_two_runs(made, tmp_path, browser):
     """Three validations of two runs; one that is damaged since is named and does no harm."""
     for name, step, accuracy in (("a/checkpoint-100", 100, 0.5), ("a", 200, 0.75), ("b", None, 0.25)):
         folder = tmp_path / name.replace("/", "-")
-        write_report(made.report | {"model": f"out/{name}", "step": step, "accuracy": accuracy}, made.rows, str(folder))
+        report = made.report | {"model": f"out/{name}", "step": step, "accuracy": accuracy}
+        write_report(report | {"date": f"2030-01-0{1 + (name == 'b')}"}, made.rows, str(folder))
     for width in (390, 1280):
         browser.view(width)
         browser.open((tmp_path / "index.html").as_uri())
         assert browser.js(OVERFLOW) == [] and browser.complaints() == []
     runs = browser.js("[...document.querySelectorAll('section')].map(s => s.innerText)")
+    assert [text.split("\n")[0] for text in runs] == ["b", "a"], "the newest first"
     assert len(runs) == 2 and browser.js("document.querySelectorAll('svg').length") == 1, "b has one point only"
     [a] = [text for text in runs if text.startswith("a\n")]
     assert a.index("50.0") < a.index("75.0") and "n\u00a0=\u00a050" in a
@@ -459,6 +461,77 @@ def test_index_of_two_runs(made, tmp_path, browser):
     write_report(made.report | {"model": "out/a", "step": 200}, made.rows, str(tmp_path / "a"), "zh")
     index = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "报告读不了" in index and 'lang="zh-CN"' in index and index.count("report.html") == 2
+
+
+def test_scales_are_round_and_hold_the_interval():
+    """Steps by hand: as fine as six parts allow, a quarter of the interval of room on either side."""
+    for (low, high), (first, last, step) in {
+        (0.5, 0.5): (0.49, 0.51, 0.01), (0.515, 0.545): (0.50, 0.56, 0.01), (0.505, 0.545): (0.48, 0.56, 0.02),
+        (0.0, 0.06): (0.0, 0.08, 0.02), (0.93, 1.0): (0.9, 1.0, 0.02), (0.4, 0.62): (0.3, 0.7, 0.1),
+        (0.0, 1.0): (0.0, 1.0, 0.2),
+    }.items():  # fmt: skip
+        ticks = page_maker.scale(low, high)
+        assert ticks == pytest.approx([first + k * step for k in range(round((last - first) / step) + 1)]), (low, high)
+    assert [page_maker.at(value, [0.4, 0.5, 0.6]) for value in (0.3, 0.45, 0.7)] == pytest.approx([0, 0.25, 1])
+    row = {"step": 50, "accuracy": 0.5, "accuracy_ci95": [0.45, 0.55]}
+    drawn = page_maker.curve([row, row | {"step": None}, row | {"step": 200}])
+    assert page_maker.curve([row, row]) is None and drawn["last"] == 200
+    points = [(point["x"], point["low"], point["y"], point["high"]) for point in drawn["points"]]
+    axis = drawn["scale"]
+    low, middle, high = ((value - axis[0]) / (axis[-1] - axis[0]) for value in (0.45, 0.5, 0.55))
+    assert points == [pytest.approx((0.25, low, middle, high)), pytest.approx((1, low, middle, high))]
+
+
+def test_what_is_shown_where(made, monkeypatch):
+    """What the template is given: the worst first, every pair of animals with its numbers, scales that hold it all."""
+    monkeypatch.setattr(page_maker, "render", lambda template, folder, language, **given: given)
+    page, report = report_page(made.report, made.rows, str(made.folder), "en"), made.report
+    sure = {
+        right: sorted(row["probability"] for row in made.rows if row["correct"] == right) for right in (True, False)
+    }
+    assert [row["probability"] for row in page["mistakes"]] == sure[False][::-1][:48] and page["wrong"] == len(
+        sure[False]
+    )
+    assert [row["probability"] for row in page["uncertain"]] == sure[True][:12]
+    assert [row["row"]["correct"] for row in page["changed"]] == sorted(
+        row["row"]["correct"] for row in page["changed"]
+    )
+    matrix = np.array(report["confusion_matrix"])
+    both = [matrix[a, b] + matrix[b, a] for a in range(5) for b in range(a)]
+    assert page["singles"] == both.count(1) > 0
+    assert [sum(n for _, _, n in pair["sides"]) for pair in page["pairs"]] == sorted(
+        (n for n in both if n > 1), reverse=True
+    )
+    for pair in page["pairs"]:
+        (t, p, most), *rest = pair["sides"]
+        assert all(matrix[a, b] == n <= most for a, b, n in pair["sides"]) and (t, p) not in rest
+        mistaken = [r for r in made.rows if (r["label"], r["prediction"]) == (LABELS[t], LABELS[p])]
+        assert len(mistaken) == most and pair["row"] == max(mistaken, key=lambda row: row["probability"])
+    bins, certain = report["calibration"]["bins"], [row["accuracy"] for row in report["answered"] if row["share"]]
+    held = {
+        "class_scale": (min(row["recall_ci95"][0] for row in report["per_class"].values() if row["n"]), 1),
+        "certain_scale": (bins[0]["confidence"], 1), "right_scale": (min(row["accuracy_ci95"][0] for row in bins), 1),
+        "answered_scale": (min(certain), max(certain)), "scale": report["accuracy_ci95"],
+        "rivals_scale": sorted(report["accuracy_ci95"] + report["rivals"][0]["accuracy_ci95"])[::3],
+    }  # fmt: skip
+    for name, (low, high) in held.items():
+        ticks = page[name]
+        assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9, name
+        room = (high - low) / 4 + 0.2  # and no more than a step beyond
+        assert low - ticks[0] <= room and ticks[-1] - high <= room and len(ticks) <= 7, name
+
+
+def test_numbers_for_people():
+    shown = {
+        ("sure", 0.9994): "99.9 %", ("sure", 0.9996): "> 99.9 %", ("sure", 0.123): "12.3 %", ("percent", 1): "100.0 %",
+        ("points", 0.01234): "+1.2", ("round", 0.126): "13 %", ("p", 0.0001): "0.0001", ("p", 0.00009): "< 0.0001",
+        ("p=", 0.0001): "= 0.0001", ("p=", 0.00009): "< 0.0001",
+    }  # fmt: skip
+    for (kind, value), text in shown.items():
+        assert page_maker.show(value, kind).replace("\N{NO-BREAK SPACE}", " ") == text, (kind, value)
+    row = {"a": 0.01, "b": 0.5, "c": 0.2, "d": 0.1, "e": 0.1, "f": 0.09}
+    assert page_maker.top(row, list("abcdef")) == ["b", "c", "d", "e", "f"]
+    assert page_maker.top(row, ["a", "b"]) == ["b", "a"] and page_maker.top(row | {"a": 0.0099}, ["a", "b"]) == ["b"]
 
 
 def test_every_text_in_both_languages():

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.steps import find_checkpoints, global_step, run_name
+from animals.checkpoint.steps import find_checkpoints, global_step, newest_complete, run_name, write_manifest
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
-from animals.scoring.scorer import Scorer, load_scorer, score_pictures
+from animals.scoring.scorer import Scorer, load_scorer, score_pictures, stratified_sample
 from config import Config
 
 PER_CLASS = 4  # of the demo's pictures, train and held out: enough to compare, quick to score
@@ -169,6 +169,30 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(demo, tmp_path):
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=rf"^{broken}: found \w+ \([^\n]*\); expected a whole checkpoint; [^\n]*$"):
         load_scorer(str(broken), Config(), "float32")
+
+
+def test_the_sample_has_the_classes_in_proportion():
+    labels = ["few"] * 2 + ["many"] * 10
+    assert stratified_sample(labels, 0) == list(range(12)) and stratified_sample(labels, 6) == stratified_sample(
+        labels, 6
+    )
+    for n, of_few in ((1, 0), (6, 1), (12, 2)):
+        chosen = stratified_sample(labels, n)
+        assert len(set(chosen)) == n and sum(i < 2 for i in chosen) == of_few and chosen == sorted(chosen)
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best", "30"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"whole")
+        write_manifest(str(tmp_path / name))
+    assert newest_complete(str(tmp_path)) == (str(tmp_path / "checkpoint-10"), [])
+    (tmp_path / "checkpoint-10" / "weights").write_bytes(b"cut")
+    newest, (line,) = newest_complete(str(tmp_path))
+    assert (
+        newest == str(tmp_path / "checkpoint-2") and "checkpoint-10: incomplete (weights missing or cut short)" in line
+    )
+    assert newest_complete(str(tmp_path / "nowhere")) == (None, [])
 
 
 def test_names_and_steps(tmp_path, monkeypatch):

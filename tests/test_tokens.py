@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ HUB_SIZES = {
 def test_image_tokens_of_the_stock_checkpoint():
     for (height, width), tokens in HUB_SIZES.items():
         assert image_token_count(width, height, Geometry()) == tokens
+    hub = json.loads((Path(__file__).parent / "helpers" / "hub_config.json").read_text())
+    assert [list(pair) for pair in Geometry().pinpoints] == hub["image_grid_pinpoints"]
 
 
 @pytest.mark.parametrize(
