@@ -290,7 +290,7 @@ def test_json_and_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     command_module.main()
     report = json.loads(capsys.readouterr().out)
-    assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
+    assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 15
     assert report["recommended"]["micro_batch"] == 4
     monkeypatch.setattr(sys, "argv", command)
     command_module.main()
