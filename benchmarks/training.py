@@ -19,10 +19,10 @@ Micro-batches are what memory_plan.py lets into 24 GiB for these pictures, 64 a 
 
 All: the demo's half-trained checkpoint, 64 pictures a step on 2 ranks, gloo, bf16, adamw_bnb_8bit; f DDP, the others
 ZeRO-3. Pictures are drawn at 2/7 of photographs' sizes and the model's tiles are 2/7 of the 7B's, so tiles, padding and
-the mix of lengths are the 7B's; in pictures larger than the whole view the animals are small (FILLS), so that it can
-lose them. DeepSpeed's size limits are scaled by the decoder layer, and stock's, which would keep most of so small a
-model, to two layers: a weight is gathered as often (column gathers) as in a model of full depth, where
-tests/helpers/engine_probe.py counted 1.96 with zero3.json and 1.87 with stock's.
+the mix of lengths are the 7B's; in 640x480 the animals are smaller (FILLS), and 300x1200 is squeezed to a square, so
+that the whole view can lose them. DeepSpeed's size limits are scaled by the decoder layer, and stock's, which would
+keep most of so small a model, to two layers: a weight is gathered as often (column gathers) as in a model of full
+depth, where tests/helpers/engine_probe.py counted 1.96 with zero3.json and 1.87 with stock's.
 """
 
 import argparse
@@ -323,10 +323,10 @@ def report(args, found):
         f"to take the answer's alone in all rows, as on a GPU.\n\n{args.seeds} seeds in turns, medians; {args.steps} "
         f"steps of {BATCH} pictures, the first {SKIP} not timed; gathers: elements gathered over elements reduced; "
         f"accuracy on {args.validation * len(FOLDER_TO_LABEL)} held-out pictures, mean (least to most). e sees its "
-        "pictures otherwise: its speed is not free, the second table says what it costs. Pictures, with the 7B's image "
-        f"tokens: {tokens}; 576 each in the whole view.\n\n{speed_table(found)}\n\n"
-        "Held-out accuracy by the pictures' size, mean of the seeds. 640x480 and 300x1200 hold more than the whole "
-        f"view's 336x336, and the animals in them are small.\n\n{shape_table(found, args.validation)}\n"
+        "pictures otherwise: its speed is another view's, and the second table says what that costs here. "
+        f"Pictures, with the 7B's image tokens: {tokens}; 576 each in the whole view.\n\n{speed_table(found)}\n\n"
+        "Held-out accuracy by the pictures' size, mean of the seeds; 640x480 and 300x1200 hold more than the whole "
+        f"view's 336x336.\n\n{shape_table(found, args.validation)}\n"
     )
 
 
