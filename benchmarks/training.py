@@ -345,10 +345,10 @@ def main():
     add("--work", type=Path, default=ROOT / "temp" / "benchmark", help="scratch folder")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.md", help="the table")
     args = parser.parse_args()
-    if args.steps <= SKIP or min(args.seeds, args.train, args.validation) < 1:
+    if args.steps <= SKIP or min(args.seeds, args.train) < 1 or args.validation < len(SHAPES):
         raise UserError(
             f"--steps {args.steps} --seeds {args.seeds} --train {args.train} --validation {args.validation}: expected "
-            f"more than {SKIP} steps, and 1 or more of the others"
+            f"more than {SKIP} steps, {len(SHAPES)} or more held out, a class, and 1 or more of the others"
         )
     work, rows = args.work.resolve(), [name for name in ROWS if name in args.rows]
     prepare(work, args.start, args.train, args.validation)
