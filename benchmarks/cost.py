@@ -8,13 +8,13 @@ Computed: operations a picture (flops.py, counted by torch), bytes a step (scrip
 ZeRO-3 gathers and reduces), the largest micro-batch that memory_plan.py lets into the GPU. Assumed: how fast operations
 and bytes go. A step takes as long as its operations plus its bytes when nothing overlaps, and as long as the longer of
 the two when all of it does; real runs lie between. GPU-to-GPU and host traffic of a 4090 share one PCIe link, so their
-times add. Needs config.json, no weights and no GPU. --check reads results/training.json, which training.py leaves.
+times add. Needs config.json, no weights and no GPU. --check holds the operations against
+the time of a small model on the real grid.
 """
 
 import argparse
 import copy
 import functools
-import json
 import math
 import statistics
 import sys
@@ -35,7 +35,7 @@ LARGEST = {"stock": 2928, "capped": 1752, "whole": 576}  # most image tokens a p
 VIEW = {"stock": "tiles", "capped": "tiles, two grids", "whole": "the whole view"}
 MACHINES = [("4090", 1, 1), ("4090", 2, 1), ("4090", 4, 1), ("4090", 8, 1), ("4090", 4, 4), ("4090", 8, 4),
             ("H100", 8, 1), ("H100", 8, 4)]  # GPU, GPUs a machine, machines  # fmt: skip
-METHODS = ("full", "LoRA, ZeRO-3", "LoRA, DDP", "projector, DDP")
+METHODS = {"full": "full", "LoRA, ZeRO-3": "lora", "LoRA, DDP": "lora_ddp", "projector, DDP": "ddp"}  # the plan's name
 RECORD = 12_278  # tokens/s: RoundPipe, all weights of Llama-3.1-8B on 4 x 4090; its README, arXiv:2604.27085
 ASSUMPTIONS = (
     ("tflops_4090", 165.2, "peak bf16 with fp32 accumulation, NVIDIA Ada GPU architecture white paper"),
@@ -73,17 +73,10 @@ def picture_cost(file, grid, shape, frozen):
 def best_plan(file, grid, tokens, method, gpus, batch, limit):
     """memory_plan.py's plan with the least traffic that fits, or None."""
     config, zero3 = model_config(file, grid), memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
-    ddp = method.endswith("DDP")  # the whole model on every GPU, as ZeRO-3 on one GPU has it
-    ranks, batch = (1, batch // gpus) if ddp else (gpus, batch)
-    kind = "full" if method == "full" else "ddp" if method == "projector, DDP" else "lora"
-    parts = ["projector"] if kind == "ddp" else list(PARTS)
+    parts = ["projector"] if method == "projector, DDP" else list(PARTS)
     sizes = (tokens, max(tokens, LARGEST[grid]))
-    plans = memory_plan.rows(config, zero3, ranks, batch, sizes, kind, 16, parts=parts)
-    plan, _ = memory_plan.recommend(plans, limit)
-    if plan and ddp:  # the trained weights' gradients alone are exchanged: ring all-reduce, fp32
-        exchanged = 2 * 4 * plan["trained"] * (gpus - 1) / gpus / 1e9
-        plan = plan | {"traffic_gb": {"between_gpus": exchanged, "host": 0}}
-    return plan
+    plans = memory_plan.rows(config, zero3, gpus, batch, sizes, METHODS[method], 16, parts=parts)
+    return memory_plan.recommend(plans, limit)[0]
 
 
 def step_seconds(plan, gpus, machines, picture_flops, speed):
@@ -232,29 +225,8 @@ def check_tokens(threads, repeats=3):
     return out
 
 
-def check_micro_batches(file):
-    """The same for micro-batches, from training.py's measurements: a step costs its pictures plus its micro-steps.
-
-    The two costs are fitted on the smallest and the largest micro-batch; those between are predicted.
-    """
-    try:
-        found = json.loads(Path(file).read_text())["micro_batches"]  # {"4x8": samples/s}
-    except (OSError, ValueError, KeyError):
-        return []
-    rates = sorted((tuple(map(int, name.split("x"))), rate) for name, rate in found.items())
-    seconds = {pair: 1 / rate for pair, rate in rates}  # a picture
-    (small, least), (large, most) = rates[0], rates[-1]
-    slope = (1 / least - 1 / most) / (1 / small[0] - 1 / large[0])  # a micro-step
-    rest = 1 / most - slope / large[0]
-    return [
-        (f"time of a picture, micro-batch {m} against {small[0]}, 2-rank ZeRO-3", (rest + slope / m) * least, s * least)
-        for (m, _), s in seconds.items()
-        if m not in (small[0], large[0])
-    ]
-
-
 def check(args):
-    rows = check_tokens(args.threads) + check_micro_batches(args.measurements)
+    rows = check_tokens(args.threads)
     lines = ["| ratio | predicted | measured on CPU | off by |", "|---|---|---|---|"]
     for what, predicted, measured in rows:
         lines.append(f"| {what} | {predicted:.2f} | {measured:.2f} | {abs(predicted / measured - 1):.0%} |")
@@ -279,7 +251,6 @@ def main():
         add(f"--{name}", type=float, default=value, help=f"{source.replace('%', '%%')} (default: {value:g})")
     add("--check", action="store_true", help="time this machine against the predictions")
     add("--threads", type=int, default=2, help="threads of --check")
-    add("--measurements", default=str(ROOT / "benchmarks" / "results" / "training.json"), help="training.py's")
     add("--output", default=str(ROOT / "benchmarks" / "results" / "cost.md"), help="the table")
     args = parser.parse_args()
     wrong = [name for name, _, _ in ASSUMPTIONS if getattr(args, name) <= 0]

@@ -31,7 +31,7 @@ from animals.checkpoint.view import VIEWS
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures, load_picture
 from animals.scoring.scorer import Scorer, score_pictures
-from benchmarks.validation import SHAPES, generate, in_batches
+from benchmarks.scorer import SHAPES, generate, in_batches
 from config import FOLDER_TO_LABEL, Config
 from scripts.launch import count_gpus
 

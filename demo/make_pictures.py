@@ -294,9 +294,12 @@ def clutter(image, r, front):
             pen.line([(r.uniform(-1.5, 1.5), r.uniform(-1.5, 1.5)) for _ in range(3)], 0.15, colour)
 
 
-def picture(animal, coats, r):
-    """One picture of the animal, a function (pen, r, coat); every choice comes from the random stream r."""
-    size = r.choice(SIZES)
+def picture(animal, coats, r, size=None, fills=(0.8, 0.98)):
+    """One picture of the animal, a function (pen, r, coat); every choice comes from the random stream r.
+
+    size: (width, height), else one of SIZES. fills: least and most of the picture's shorter side that the animal takes.
+    """
+    size = size or r.choice(SIZES)
     w, h = (OVERSAMPLE * s for s in size)
     top, bottom = (shade(r.choice(BRIGHT + COATS), r.uniform(0.7, 1.4)) for _ in range(2))
     mask = Image.linear_gradient("L").resize((w, h)) if r.random() < 0.6 else Image.new("L", (w, h))
@@ -304,7 +307,7 @@ def picture(animal, coats, r):
         mask.paste(255, (0, round(h * r.uniform(0.5, 0.8)), w, h))  # a horizon
     image = Image.composite(Image.new("RGB", (w, h), bottom), Image.new("RGB", (w, h), top), mask)
     clutter(image, r, front=False)
-    scale = min(w, h) / 2 * r.uniform(0.8, 0.98)
+    scale = min(w, h) / 2 * r.uniform(*fills)
     x, y = w / 2 + r.uniform(-1, 1) * (w / 2 - scale), h / 2 + r.uniform(-1, 1) * (h / 2 - scale)
     coat = shade(r.choice(coats), r.uniform(0.85, 1.15))
     animal(Pen(image, x, y, scale, r.uniform(-0.15, 0.15), r.random() < 0.5), r, coat)

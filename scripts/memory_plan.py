@@ -36,7 +36,7 @@ def main():
     add(
         "--ddp",
         action="store_true",
-        help="the whole model on every GPU (scripts/ddp.yaml), for --train_parts projector",
+        help="the whole model on every GPU (scripts/ddp.yaml), for --use_peft or --train_parts projector",
     )
     add("--lora_r", type=int, default=16, help="rank of the adapters")
     add(
@@ -48,9 +48,10 @@ def main():
         raise UserError("--load_in_4bit: found it alone; expected --use_peft too, 4-bit weights do not train")
     method = "qlora" if args.load_in_4bit else "lora" if args.use_peft else "full"
     parts = read_parts(args.train_parts)
-    if args.ddp and (args.use_peft or parts == list(PARTS)):
-        raise UserError("--ddp: found no --train_parts of less than all; expected one, like --train_parts projector")
-    method = "ddp" if args.ddp else method
+    if args.ddp and not args.use_peft and parts == list(PARTS):
+        raise UserError("--ddp: found all weights to train; expected --use_peft or less, like --train_parts projector")
+    if args.ddp:
+        method = {"lora": "lora_ddp", "full": "ddp"}.get(method, method)
     zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path, args.image_view or "tiles")
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])

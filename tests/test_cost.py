@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 
 import pytest
 
@@ -73,13 +72,16 @@ def test_twice_the_micro_batch_moves_half():
     assert cost.step_seconds(four, 4, 2, 8e13, speed | {"network": 5})["link"] == pytest.approx(2 * a["link"])
 
 
-def test_micro_batch_predictions_are_exact_where_the_model_is(tmp_path):
-    file = tmp_path / "training.json"
-    rates = {f"{m}x{32 // m}": 1 / (0.5 + 3 / m) for m in (2, 4, 8, 16)}
-    file.write_text(json.dumps({"micro_batches": rates}))
-    rows = cost.check_micro_batches(file)
-    assert len(rows) == 2 and all(predicted == pytest.approx(measured) for _, predicted, measured in rows)
-    assert cost.check_micro_batches(tmp_path / "absent.json") == []
+def test_ddp_gathers_no_weights_and_exchanges_gradients_once_a_step(args):
+    file = args.model_name_or_path
+    plans = {method: cost.best_plan(file, "whole", 576, method, 4, 64, 22.5) for method in cost.METHODS}
+    for method in ("LoRA, DDP", "projector, DDP"):
+        both_ways = 2 * 4 * plans[method]["trained"] * 3 / 4 / 1e9
+        assert plans[method]["traffic_gb"] == {"between_gpus": pytest.approx(both_ways), "host": 0}
+        assert plans[method]["items"]["parameters"] > 4 * plans["full"]["items"]["parameters"]
+    gathers = plans["LoRA, ZeRO-3"]  # the frozen weights, for each micro-batch
+    gathered = gathers["accumulation"] * 2 * gathers["parameters"] * 3 / 4 / 1e9
+    assert gathers["traffic_gb"]["between_gpus"] > gathered > 40 * plans["LoRA, DDP"]["traffic_gb"]["between_gpus"]
 
 
 def test_every_assumption_is_a_flag_with_its_source(run):

@@ -1,5 +1,6 @@
 """The memory plan against what really lives: a 2-rank ZeRO-3 engine, a fake-tensor trace, and its own promises."""
 
+import gc
 import json
 import math
 import shutil
@@ -15,11 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 from animals.command import UserError  # noqa: E402
 from animals.training import memory as memory_plan  # noqa: E402
+from animals.training.parts import freeze  # noqa: E402
 from scripts import memory_plan as command_module  # noqa: E402
 
 HUB = ROOT / "tests" / "helpers" / "hub_config.json"  # config.json of llava-hf/llava-v1.6-mistral-7b-hf
 ZERO3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
 GIB = 2**30
+HELD = "parameters", "gradients", "master", "states"  # engine_probe.py's names of memory_plan.RESIDENT
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def hub():
     return config, memory_plan.parameters(config)
 
 
-def live_engine(folder, demo, changes=None, ranks=2, **shape):
+def live_engine(folder, demo, changes=None, ranks=2, more="", **shape):
     """(what engine_probe.py counted, the model's config, the DeepSpeed settings it ran with): 4 steps of 2 x 2."""
     model = deep.build(folder / "model", demo.model, **shape)
     config = memory_plan.load_config(model)
@@ -44,7 +47,7 @@ def live_engine(folder, demo, changes=None, ranks=2, **shape):
     command += [str(folder / "sft"), "--temp_dir", str(folder / "temp"), "--logging_dir", str(folder / "logs")]
     flags = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --logging_steps 1 "
     flags += "--optim adamw_bnb_8bit --activation_checkpointing --save_strategy no --eval_on_start"
-    command += flags.split()
+    command += [*flags.split(), *more.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "held.json").read_text()), config, zero3
@@ -91,6 +94,20 @@ def test_the_plan_is_what_train_py_holds_and_moves(tmp_path, demo, shape, change
         assert live <= items["live layers"] / 2
 
 
+@pytest.mark.parametrize("parts", ["projector", "vision,projector", "language"])
+def test_the_plan_is_what_parts_hold(tmp_path, demo, parts):
+    """Resident bytes within 2 %: what is frozen has its partition alone, no gradient, master weights or states."""
+    shape, whole = {"hidden": 104, "layers": 3, "vision_layers": 3}, {"offload_param": {"device": "none"}}
+    held, config, zero3 = live_engine(tmp_path, demo, whole, more=f"--train_parts {parts}", **shape)
+    planned = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), parts=parts.split(","))
+    assert held["ranks"] == 2 and 0 < planned["trained"] < planned["parameters"] == held["numel"]
+    assert held["master"] == pytest.approx(4 * planned["trained"] / 2, rel=0.02)
+    real = {name: held[key] for name, key in zip(memory_plan.RESIDENT, HELD, strict=True)}
+    for name, size in real.items():
+        assert planned["items"][name] * GIB == pytest.approx(size, rel=0.02), name
+    assert planned["resident"] * GIB == pytest.approx(sum(real.values()), rel=0.02)
+
+
 class Storages:
     """A dispatch mode that counts the bytes of live storages, and the most that there were."""
 
@@ -126,11 +143,12 @@ class Storages:
         return mode
 
 
-def traced(config, batch, tokens, tiles):
+def traced(config, batch, tokens, tiles, parts=None):
     """(bytes saved by the forward, peak of forward and backward) of the real modules on fake tensors.
 
-    Vision tower with projector and language model are joined by hand: the model's own check of the placeholder count
-    depends on data, which fake tensors have not. Gradients are dropped as they come, so that activations are counted.
+    parts: those that train off ZeRO-3, in float32 under autocast; None: all, in bfloat16. Vision tower with projector
+    and language model are joined by hand: the model's own check of the placeholder count depends on data, which fake
+    tensors have not. Gradients are dropped as they come, so that activations are counted.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -140,10 +158,13 @@ def traced(config, batch, tokens, tiles):
         model = LlavaNextForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         model.activation_checkpointing_enable()
         model.train()
-        for parameter in model.parameters():
+        if parts:
+            freeze(model, parts, float32=True)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bool(parts), cache_enabled=False)
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         length, size = tokens + memory_plan.TEXT_TOKENS, config.vision_config.image_size
-        with Storages([*model.parameters(), *model.buffers()]) as storages:
+        with Storages([*model.parameters(), *model.buffers()]) as storages, autocast:
             pixels = torch.zeros(batch * tiles, 3, size, size, dtype=torch.bfloat16)
             text = model.model.get_input_embeddings()(torch.zeros(batch, length, dtype=torch.long))
             hidden = model.model.vision_tower(pixels, return_dict=True, output_hidden_states=True).hidden_states
@@ -154,6 +175,7 @@ def traced(config, batch, tokens, tiles):
             del picture, text
             out = model.model.language_model(inputs_embeds=rows, use_cache=False).last_hidden_state  # as in training
             del rows
+            gc.collect()  # the frozen tower's hidden states
             saved = storages.now
             loss = out[:, -2:].float().sum()  # the head sees the answer's tokens only
             del out
@@ -167,6 +189,19 @@ def test_activations_equal_a_fake_tensor_trace(hub, batch, tokens, tiles):
     assert memory_plan.tiles_of(config, tokens) == tiles
     planned = memory_plan.activations(config, batch, tokens)
     saved, peak = traced(memory_plan.load_config(HUB), batch, tokens, tiles)
+    assert planned["saved"] == pytest.approx(saved, rel=0.1)
+    assert planned["peak"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [["projector"], ["vision", "projector"], ["language"]], ids=",".join)
+def test_activations_of_parts_off_zero3_equal_a_trace(hub, parts):
+    """In float32 they make the residual stream between their layers float32."""
+    config, shapes = hub
+    planned = memory_plan.activations(config, 4, 1368, "ddp", parts=parts)
+    saved, peak = traced(memory_plan.load_config(HUB), 4, 1368, 3, parts)
+    # bf16 copies of a recomputed layer's weights, which the plan counts among the live layers
+    layer = sum(math.prod(shape) for name, shape, _ in shapes if "language_model.layers.0." in name)
+    peak -= 2 * layer * ("language" in parts)
     assert planned["saved"] == pytest.approx(saved, rel=0.1)
     assert planned["peak"] == pytest.approx(peak, rel=0.1)
 
@@ -255,7 +290,7 @@ def test_json_and_table(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     command_module.main()
     report = json.loads(capsys.readouterr().out)
-    assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 12
+    assert report["tokens"]["source"].startswith("assumed") and len(report["plans"]) == 15
     assert report["recommended"]["micro_batch"] == 4
     kinds = [(p["offload_param"], p["offload_activations"]) for p in report["plans"]]
     assert kinds == [(False, False)] * 4 + [(True, False)] * 4 + [(False, True)] * 4

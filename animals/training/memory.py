@@ -6,9 +6,9 @@ names the library function that it models (torch 2.13, transformers 5.23, trl 1.
 0.50.2, peft 0.21). GiB are 2**30 bytes, GB are 10**9.
 
 A plan is what plan() returns:
-  method "full" | "lora" | "qlora" | "ddp" · num_gpus · micro_batch · accumulation · effective_batch · offload_param ·
-  offload_activations · items {name: GiB on each GPU} · resident · peaks {"median", "largest": GiB} · peak_phase ·
-  host_gib {"start", "training", "resume", "validation": GiB, all ranks} ·
+  method "full" | "lora" | "lora_ddp" | "qlora" | "ddp" · num_gpus · micro_batch · accumulation · effective_batch ·
+  offload_param · offload_activations · items {name: GiB on each GPU} · resident · peaks {"median", "largest": GiB} ·
+  peak_phase · host_gib {"start", "training", "resume", "validation": GiB, all ranks} ·
   disk_gb {"checkpoint", "kept", "final", "total"} · traffic_gb {"between_gpus", "host", per GPU and step}
 """
 
@@ -115,9 +115,10 @@ def tiles_of(config, tokens: int) -> int:
     return 1 + grids[0 if tokens <= (grids[0] + 1) * side * side + grids[0] * side else -1]
 
 
-def activations(config, micro_batch: int, tokens: int, method="full", text_tokens=TEXT_TOKENS, vision=True) -> dict:
+def activations(config, micro_batch: int, tokens: int, method="full", text_tokens=TEXT_TOKENS, parts=PARTS) -> dict:
     """Bytes with activation checkpointing and SDPA; `tokens` are the picture's. A trace agrees within 10 % (tests).
 
+    parts: those whose weights train. With "ddp" these are float32, and so is the residual stream between their layers.
     kept: inputs of the checkpointed layers (torch.utils.checkpoint); what activation offload moves to the host.
     saved: all that lives when the forward ends, kept included. peak: in the backward of the last decoder layer.
     """
@@ -126,17 +127,19 @@ def activations(config, micro_batch: int, tokens: int, method="full", text_token
     n = micro_batch * (tokens + text_tokens)  # decoder positions
     tiles = micro_batch * tiles_of(config, tokens)
     patches = tiles * ((tower.image_size // tower.patch_size) ** 2 + 1)  # with CLS
-    trained = patches * vision  # a frozen tower keeps nothing
-    kept = 2 * n * hidden * text.num_hidden_layers + 2 * trained * tower.hidden_size * tower.num_hidden_layers
-    saved = kept + 2 * 3 * tiles * tower.image_size**2 + 2 * 2 * trained * tower.hidden_size  # CLIPVisionEmbeddings
+    # A frozen tower's checkpoints keep their inputs too, unless reentrant, as TRL makes them for LoRA on ZeRO-3.
+    held, trained = patches * (method != "lora"), patches * ("vision" in parts)
+    stream, seen = (4 if method == "ddp" and part in parts else 2 for part in ("language", "vision"))  # bytes
+    kept = stream * n * hidden * text.num_hidden_layers + seen * held * tower.hidden_size * tower.num_hidden_layers
+    saved = kept + seen * 3 * tiles * tower.image_size**2 + 2 * seen * trained * tower.hidden_size  # CLIP's embeddings
     saved += 2 * 2 * patches * hidden + 2 * patches * tower.hidden_size  # LlavaNextMultiModalProjector: GELU, input
-    saved += (2 + 4 + 2) * n * hidden  # last hidden state, MistralRMSNorm in fp32 and bf16
-    # MistralDecoderLayer, recomputed: two norms of fp32 4 + bf16 2 + 2; q 2, attention out 2, gradient 2: 22 B x
+    saved += (stream + 4 + stream) * n * hidden  # last hidden state, MistralRMSNorm in fp32 and in the stream's type
+    # MistralDecoderLayer, recomputed: two norms of fp32 4 + stream 2 + 2; q 2, attention out 2, gradient 2: 22 B x
     # hidden, less the final norm's 8, freed by then; k and v 4 B x their heads, not repeated (no mask: trainer.py).
     # MistralMLP: gate, silu, up, and the gradients of silu, up and their product: 6 x 2 B x intermediate.
     grouped = hidden * text.num_key_value_heads // text.num_attention_heads
-    peak = saved + n * (14 * hidden + 4 * grouped + 12 * wide)
-    if method != "full":  # peft Linear.forward, at most: fp32 copy 4, dropout 4, its mask 1 of each input
+    peak = saved + n * ((8 + 3 * stream) * hidden + 4 * grouped + 12 * wide)
+    if "lora" in method:  # peft Linear.forward, at most: fp32 copy 4, dropout 4, its mask 1 of each input
         peak += 9 * n * (6 * hidden + wide)
     return {"kept": kept, "saved": saved, "peak": peak}
 
@@ -161,7 +164,8 @@ class Run:
     parts: list  # of the model that train; LoRA: all
 
     def __post_init__(self):
-        self.sharded = self.method not in ("qlora", "ddp")  # ZeRO-3; else the whole base on each GPU
+        self.sharded = self.method in ("full", "lora")  # ZeRO-3; else the whole base on each GPU
+        self.masters = self.method in ("ddp", "lora_ddp")  # what trains is float32: parts.py, peft; QLoRA's is bf16
         self.offload_param &= self.sharded
         self.ranks = self.num_gpus if self.sharded else 1  # that share one copy
         self.sizes = [(name, math.prod(shape)) for name, shape, _ in self.shapes]
@@ -212,12 +216,13 @@ class Run:
         batch = self.micro_batch, self.tokens[which == "largest"]
         if self.formed and which == "largest":
             batch = self.formed
-        return activations(self.config, *batch, self.method, self.text_tokens, "vision" in self.parts)
+        parts = self.parts if self.method in ("full", "ddp") else ()
+        return activations(self.config, *batch, self.method, self.text_tokens, parts)
 
 
 def base_bytes(run) -> tuple[int, int]:
     """Bytes of the model's own weights on each (GPU, rank's pinned host memory)."""
-    if run.method == "ddp":
+    if run.masters:
         return 2 * run.total, 0
     if run.method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64; the rest is bf16
         packed = sum(math.prod(shape) for name, shape, linear in run.shapes if linear and LANGUAGE in name)
@@ -231,10 +236,10 @@ def base_bytes(run) -> tuple[int, int]:
 
 def gpu_items(run) -> dict:
     """Bytes on each GPU, by item."""
-    added = 2 * run.own * (run.method != "full")  # adapters; DDP: float32 instead of bf16
+    added = {"full": 0, "lora_ddp": 4}.get(run.method, 2) * run.own  # adapters; "ddp": float32 instead of bf16
     largest = max(run.layers)
     head = any(name == HEAD for name, _ in run.trained)
-    ddp = 4 * run.own * (run.method == "ddp")  # bytes of the trained weights, float32
+    ddp = 4 * run.own * run.masters  # bytes of the trained weights
     weights = [size for name, size in run.trained if "embed_tokens" not in name and name != HEAD]
     buckets = 2 * run.bucket + 2 * max(weights) * (run.method == "full")
     items = {
@@ -303,14 +308,18 @@ def traffic_gb(run) -> dict:
 
     Stage3 gathers a layer for forward, recompute and backward, unless the reuse distance spans the other weights of a
     decoder layer twice, from the recompute to the backward; embedding once, head twice. Every trained gradient is
-    reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU.
+    reduce-scattered once a micro-step. (n-1)/n of each crosses the link of each GPU. DDP all-reduces the gradients, in
+    their own type and there and back, once a step (Trainer's no_sync).
     """
     layer = [n for name, n in run.sizes if ".layers.0." in name and "vision" not in name and n > run.threshold]
     passes = 2 if run.reuse >= 2 * sum(layer[1:]) else 3
     gathers = (passes * sum(run.layers) + 3 * run.head) * run.sharded
-    reduced = sum(size for _, size in run.trained) * (1 if run.sharded else 4 if run.method == "ddp" else 2)
+    trained = sum(size for _, size in run.trained)
     share = (run.num_gpus - 1) / run.num_gpus
-    link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + reduced)
+    if run.sharded:
+        link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + trained)
+    else:
+        link = (4 if run.masters else 2) * 2 * share * trained
     kept = run.offload_activations * activations(run.config, run.micro_batch, run.tokens[0])["kept"]
     weights = 2 * gathers / run.ranks * run.offload_param
     host = run.accumulation * (2 * kept + weights) + 2 * run.own * run.offload_param
@@ -328,10 +337,9 @@ def plan(
 
     config: LlavaNextConfig. zero3: the parsed DeepSpeed file, "auto" as transformers fills it. tokens: image tokens of
     the (median, largest) picture; text_tokens: those around it. offload_param: None = as zero3 says. method: "full",
-    "lora" (bf16 base, partitioned), "qlora" (NF4 base, whole on each GPU: DDP) or "ddp" (bf16, whole on each GPU, but
-    for float32 in what trains; for parts.py's vision and projector, beside which the residual stream stays bf16).
-    parts: those that train. shapes: parameters(config), to build
-    the model once for many plans. formed: (pictures, tokens of the longest) of the largest micro-batch that
+    "lora" (bf16 base, partitioned), and whole on each GPU "lora_ddp" (bf16 base), "qlora" (NF4 base) or "ddp" (bf16,
+    but for float32 in what trains). parts: of the model, those that train. shapes: parameters(config), to build the
+    model once for many plans. formed: (pictures, tokens of the longest) of the largest micro-batch that
     batch_rebalance forms (batches.py); None for other samplers, which may put micro_batch of the largest together.
     """
     if offload_param is None:
@@ -394,7 +402,7 @@ def check_host(plan: dict, ranks: int) -> None:
 def rows(
     config, zero3, num_gpus, effective_batch, tokens, method, lora_r, counts=None, parts=tuple(PARTS)
 ) -> list[dict]:
-    """A plan for each micro-batch (1, 2, 4, 8) of the same effective batch: no offload, parameters, activations.
+    """A plan for each micro-batch (1, 2, 4, 8, 16) of the same effective batch: no offload, parameters, activations.
 
     counts: image tokens of every picture, for --train_sampling_strategy batch_rebalance.
     """
@@ -404,7 +412,7 @@ def rows(
             f"the GPUs; give one, like {max(1, num_gpus) * 16}"
         )
     each, shapes = effective_batch // num_gpus, parameters(config)
-    sizes = [micro for micro in (1, 2, 4, 8) if each % micro == 0]
+    sizes = [micro for micro in (1, 2, 4, 8, 16) if each % micro == 0]
     formed = {m: largest_micro_batch(counts, m, each // m, num_gpus) for m in sizes} if counts else {}
     return [
         plan(
@@ -422,7 +430,7 @@ def rows(
             formed=formed.get(micro),
             parts=parts,
         )  # fmt: skip
-        for params, acts in ((False, False), (True, False), (False, True))[: 1 if method in ("qlora", "ddp") else 3]
+        for params, acts in ((False, False), (True, False), (False, True))[: 3 if method in ("full", "lora") else 1]
         for micro in sizes
     ]
 
@@ -442,6 +450,7 @@ def recommend(plans: list[dict], limit: float) -> tuple[dict | None, str]:
         remedy = {
             "full": "more GPUs, --use_peft (LoRA) or --use_peft --load_in_4bit (QLoRA)",
             "lora": "--use_peft --load_in_4bit (QLoRA)",
+            "lora_ddp": "ZeRO-3, which divides the weights, or --load_in_4bit (QLoRA)",
             "qlora": "a larger GPU",
             "ddp": "ZeRO-3, which divides the weights, or --use_peft --load_in_4bit (QLoRA)",
         }[plans[0]["method"]]

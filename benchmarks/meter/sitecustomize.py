@@ -1,9 +1,8 @@
 """On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
 
-Each rank leaves $METER.<rank>.json: when (seconds since the epoch) the process began, the weights began and ended to
-load, training began, and each step ended; its CPU seconds and the elements gathered and reduced by then, seconds spent
-waiting for data, tokens and how many of them are padding, peak memory of the process and of its workers (MiB). TRL
-computes logits at the supervised positions alone, as on a GPU; without Triton it takes all positions.
+Each rank leaves $METER.<rank>.json: when (seconds since the epoch) each step ended, its CPU seconds and the elements
+gathered and reduced by then, seconds spent waiting for data, tokens and how many of them are padding, peak memory of
+the process (MiB). TRL computes logits at the supervised positions alone, as on a GPU; without Triton it takes all.
 """
 
 import importlib.abc
@@ -12,8 +11,6 @@ import json
 import os
 import sys
 import time
-
-BEGAN = time.time()
 
 
 class Hook(importlib.abc.MetaPathFinder):
@@ -36,18 +33,11 @@ def measure(trainer):
     import resource
 
     import trl.trainer.utils
-    from transformers import PreTrainedModel
 
     trl.trainer.utils._use_triton = lambda device: True
 
-    seen = {"marks": [BEGAN], "steps": [], "cpu": [], "moved": [], "waits": [], "tokens": [], "padding": []}
-    fetch, train, load = trainer.get_batch_samples, trainer.train, PreTrainedModel.from_pretrained.__func__
-
-    def from_pretrained(*args, **kwargs):
-        seen["marks"].append(time.time())
-        model = load(*args, **kwargs)
-        seen["marks"].append(time.time())
-        return model
+    seen = {"steps": [], "cpu": [], "moved": [], "waits": [], "tokens": [], "padding": []}
+    fetch, train = trainer.get_batch_samples, trainer.train
 
     def get_batch_samples(self, *args, **kwargs):
         now = time.time()
@@ -71,16 +61,13 @@ def measure(trainer):
                 seen["moved"].append(dict(moved))
 
         self.add_callback(Clock())
-        seen["marks"].append(time.time())
         result = train(self, *args, **kwargs)
-        for who, key in ((resource.RUSAGE_SELF, "mib"), (resource.RUSAGE_CHILDREN, "worker_mib")):
-            seen[key] = resource.getrusage(who).ru_maxrss / 1024
+        seen["mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         with open(f"{os.environ['METER']}.{os.environ['RANK']}.json", "w") as file:
             json.dump(seen, file)
         return result
 
     trainer.get_batch_samples, trainer.train = get_batch_samples, train_and_note
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 if "METER" in os.environ:

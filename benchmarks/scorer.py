@@ -1,13 +1,13 @@
 """Ten probabilities in one forward pass against generating one word: what does validation.py's scorer cost?
 
     sh demo/run.sh --max_steps 100 --save_steps 50
-    python benchmarks/validation.py --half_trained temp/demo/sft-llava-demo/checkpoint-50
+    python benchmarks/scorer.py --half_trained temp/demo/sft-llava-demo/checkpoint-50
 
 Side by side in one run, the same pictures in the same batches, rounds interleaved: (ours) Scorer; (a) one generate()
 call a picture; (b) batched generate(), stopped after two tokens, the least that any answer needs (a word and </s>).
 Real picture geometry (336 px tiles, the hub's five grids), a model of small width with random weights, so that it ends
 in minutes on a CPU. With --half_trained also the accuracy of both ways on that checkpoint's held-out pictures.
-Leaves benchmarks/results/validation.md. Needs the demo's tokenizer (temp/demo/model, made by demo/make_model.py).
+Leaves benchmarks/results/scorer.md. Needs the demo's tokenizer (temp/demo/model, made by demo/make_model.py).
 """
 
 import argparse
@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--output", default="benchmarks/results/validation.md")
+    parser.add_argument("--output", default="benchmarks/results/scorer.md")
     args = parser.parse_args()
     config = Config()
     processor, model = make_model(args.tokenizer_from)

@@ -1,12 +1,12 @@
 """What the check of the pictures costs, beside merely decoding them and beside datasets' imagefolder.
 
-    python benchmarks/data.py                          # pairs: about 5 minutes on 2 cores
-    python benchmarks/data.py --scale                  # 10,000 and 100,000 entries: about 2 minutes
-    python benchmarks/data.py --pictures 2000          # a quick look
+    python benchmarks/picture_check.py                          # pairs: about 5 minutes on 2 cores
+    python benchmarks/picture_check.py --scale                  # 10,000 and 100,000 entries: about 2 minutes
+    python benchmarks/picture_check.py --pictures 2000          # a quick look
 
 Draws its pictures in a temporary folder that it removes. Rounds are interleaved (decode, cold, warm, decode,
 ...; imagefolder in the first), so a busy machine slows all of them alike; compare the ratios, not the seconds. Writes
-benchmarks/results/data.md or data_scale.md; last line of stdout is the same as JSON.
+benchmarks/results/picture_check.md or picture_check_scale.md; last line of stdout is the same as JSON.
 """
 
 import argparse
@@ -245,7 +245,7 @@ def pairs_report(pairs: list[dict], pictures: int) -> list[str]:
     return [
         "# Checking the pictures: cost",
         "",
-        f"`python benchmarks/data.py` {MACHINE}",
+        f"`python benchmarks/picture_check.py` {MACHINE}",
         "",
         f"{pictures:,} JPEGs of 300x225, {len(pairs)} interleaved rounds, {CORES} processes.",
         "",
@@ -272,7 +272,7 @@ def scale_report(sizes: list[dict]) -> list[str]:
     lines = [
         "# Checking the pictures: scale",
         "",
-        f"`python benchmarks/data.py --scale` {MACHINE}",
+        f"`python benchmarks/picture_check.py --scale` {MACHINE}",
         "",
         "Hard links to 500 JPEGs of 16x16, a fifth of them held out. Build: the first `prepare()` with "
         "the decoding left out (the verdicts of the 500 are looked up). Warm: a fresh process that "
@@ -313,10 +313,10 @@ def main():
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
         if args.scale is None:
             found = compare(args.pictures, args.rounds, Path(folder))
-            name, lines = "data.md", pairs_report(found, args.pictures)
+            name, lines = "picture_check.md", pairs_report(found, args.pictures)
         else:
             found = [scale(n, Path(folder) / "scale") for n in args.scale or (10_000, 100_000)]
-            name, lines = "data_scale.md", scale_report(found)
+            name, lines = "picture_check_scale.md", scale_report(found)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     say("\n".join(lines))
