@@ -74,11 +74,11 @@ def step_decode(root):
 
 
 def prepare(root):
-    from animals.pictures import prepare as data_process_utils
+    from animals.pictures import prepare as caches
     from config import Config
 
     config = Config(input_dir=str(root), temp_dir=str(root.parent / "temp"))
-    return config, data_process_utils.prepare(config), data_process_utils
+    return config, caches.prepare(config)
 
 
 def step_check(root):
@@ -108,8 +108,10 @@ def step_list(root):
 
 def step_load(root):
     """A warm start and 1,000 rows at random."""
-    config, summaries, data = prepare(root)
-    rows = data.load_split(config, "train")
+    from animals.pictures.cache import load_split
+
+    config, summaries = prepare(root)
+    rows = load_split(config, "train")
     for i in np.random.default_rng(0).integers(0, len(rows), 1000):
         assert rows[int(i)]["label"]
     return {"rows": len(rows), "built": summaries["train"]["built"]}

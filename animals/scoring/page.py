@@ -180,7 +180,7 @@ def show(value, kind):
     """A number for people."""
     space = "\N{NO-BREAK SPACE}"
     if kind == "sure":  # a probability: 100.0 % would say too much
-        return f">{space}99.9{space}%" if value > 0.9995 else f"{100 * value:.1f}{space}%"
+        return f">{space}99.9{space}%" if value >= 0.9995 else f"{100 * value:.1f}{space}%"
     return {
         "percent": f"{100 * value:.1f}{space}%",
         "points": f"{100 * value:+.1f}",

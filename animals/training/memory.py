@@ -317,7 +317,7 @@ def traffic_gb(run) -> dict:
     trained = sum(size for _, size in run.trained)
     share = (run.num_gpus - 1) / run.num_gpus
     if run.sharded:
-        link = run.accumulation * 2 * share * (gathers * (run.ranks > 1) + trained)
+        link = run.accumulation * 2 * share * (gathers + trained)
     else:
         link = (4 if run.masters else 2) * 2 * share * trained
     kept = run.offload_activations * activations(run.config, run.micro_batch, run.tokens[0])["kept"]
