@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from animals.ranks import choose_arithmetic
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in the tests themselves: two of them run at once
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,12 @@ def sh(command, timeout=3600, **environment):
 @pytest.fixture(scope="session")
 def run():
     return sh
+
+
+@pytest.fixture(scope="session")
+def arithmetic():
+    """What a run that asks for bfloat16 computes in on this CPU: bfloat16, or float32 where that is faster."""
+    return choose_arithmetic(True, "bfloat16")[1]
 
 
 DEMO = ROOT / "temp" / "demo"

@@ -349,19 +349,21 @@ def trained(hub, others_pictures, run, tmp_path_factory):
     return tmp / "sft"
 
 
-def test_saved_folder_is_the_hubs(trained, hub):
+def test_saved_folder_is_the_hubs(trained, hub, arithmetic):
     there = {path.name for path in trained.iterdir()}
     assert there == HUB_FILES | {"model.safetensors", "task.json", "run.json", "README.md"}
     values = load_file(trained / "model.safetensors")
     shapes = replica.hub_shapes(replica.hub_config(2, 3, full_width=False))
     assert {name: tuple(value.shape) for name, value in values.items()} == shapes
-    assert {value.dtype for value in values.values()} == {torch.bfloat16}, "the flag's type, not fp16 of config.json"
+    assert {value.dtype for value in values.values()} == {getattr(torch, arithmetic)}, (
+        "the flag's type, not fp16 of config.json"
+    )
     assert check_files(trained) == [] and check_weights(trained) == []
     for name in HUB_FILES - {"config.json"}:
         assert json_or_bytes(trained / name) == json_or_bytes(hub / name), name
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (trained, hub))
     for part in (before, before["text_config"], before["vision_config"]):
-        part |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+        part |= {"dtype": arithmetic, "torch_dtype": arithmetic}
     labels = dict(enumerate(Config().labels))
     before |= {"id2label": {str(i): label for i, label in labels.items()}}
     assert config == before | {"label2id": {label: i for i, label in labels.items()}}
@@ -408,13 +410,13 @@ def test_what_zero3_cannot_train_is_said_before_the_weights_load(hub, others_pic
     assert "Traceback" not in done.output
 
 
-def test_type_of_the_checkpoint_is_never_taken_over(hub):
+def test_type_of_the_checkpoint_is_never_taken_over(hub, arithmetic):
     for dtype in ("auto", "float16"):
         _, args, model_args, _ = parse(["--output_dir", "x", "--model_name_or_path", str(hub), "--dtype", dtype])
         with pytest.raises(UserError, match=f"--dtype: found {dtype}; expected bfloat16 or float32"):
             load_for_training(model_args, args)
     _, args, model_args, _ = parse(["--output_dir", "x", "--model_name_or_path", str(hub)])
-    assert load_for_training(model_args, args).dtype == torch.bfloat16
+    assert load_for_training(model_args, args).dtype == getattr(torch, arithmetic)
 
 
 def test_big_models_are_cut_into_the_hubs_shards(hub, tmp_path):

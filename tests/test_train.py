@@ -107,9 +107,16 @@ def test_validation_is_the_same_on_1_2_and_3_ranks(two_ranks, run, tmp_path):
         report = json.loads((folder / "report.json").read_text())
         reports.append({key: report[key] for key in ("n", "accuracy", "accuracy_ci95", "macro_f1", "confusion_matrix")})
         with open(folder / "predictions.csv", newline="") as file:
-            tables.append([(row["image"], row["prediction"], row["probability"]) for row in csv.DictReader(file)])
+            tables.append(
+                {row["image"]: (row["prediction"], float(row["probability"])) for row in csv.DictReader(file)}
+            )
     assert reports[0] == reports[1] == reports[2]
-    assert tables[0] == tables[1] == tables[2] and len({row[0] for row in tables[0]}) == 21
+    assert len(tables[0]) == 21
+    for table in tables[1:]:  # in float32 a picture's neighbours in its batch change the last digits
+        assert {image: said for image, (said, _) in table.items()} == {
+            image: said for image, (said, _) in tables[0].items()
+        }
+        assert [p for _, p in table.values()] == pytest.approx([tables[0][image][1] for image in table], abs=1e-5)
 
 
 def test_names_pictures_without_labels(two_ranks, others_pictures, run, tmp_path):
@@ -177,9 +184,9 @@ def test_flags_of_both_generations_mean_the_same():
         assert (model_args.dtype, args.warmup_steps, config.logging_dir) == ("float16", 0.1, "there")
 
 
-def test_defaults_protect_the_answer():
+def test_defaults_protect_the_answer(arithmetic):
     _, args, model_args, _ = parse()
-    assert args.max_length is None and args.assistant_only_loss and model_args.dtype == "bfloat16"
+    assert args.max_length is None and args.assistant_only_loss and model_args.dtype == arithmetic
 
 
 @pytest.mark.parametrize(
