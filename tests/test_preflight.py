@@ -36,6 +36,7 @@ from animals.training.preflight import (
 from config import Config
 from scripts.launch import usable_gpus
 from tests.conftest import ROOT
+from tests.helpers import replica
 
 
 @pytest.fixture
@@ -221,6 +222,26 @@ def test_a_small_disk(tmp_path):
         check_disk(args, 11_446, 3.5e6, 0.9e6)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
+def test_two_saves_of_the_7b_fit_on_137_gb(run, tmp_path):
+    """179 steps, saved at 100 and the last: real shapes and files, on a disk of that size; up to the weights' load."""
+    seven, disk = replica.build(tmp_path / "seven", 32, 24, full_width=True, holes=True), tmp_path / "disk"
+    replica.pictures(tmp_path / "input")
+    disk.mkdir()
+    flags = f"--input_dir {tmp_path}/input --temp_dir {tmp_path}/cache --model_name_or_path {seven} --use_cpu"
+    command = f"sh train.sh {flags} --output_dir {disk}/sft --max_steps 179 --dry_run"
+    for gigabytes, code in ((137, 0), (136, 2)):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={gigabytes}000000000", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("this machine does not let root mount a tmpfs")
+        try:
+            done = run(command, CPU_BF16_SPEED=1)  # in bf16, as on a GPU
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        assert done.code == code, done.output[-3000:]
+    assert "found 126.7 GiB free; expected 127.1 GiB for 2 checkpoints of 56.5 GiB at once" in done.output
 
 
 @pytest.fixture
