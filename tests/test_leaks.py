@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ import imagehash
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from statsmodels.stats.proportion import proportion_confint
 
 from animals.command import UserError, yes_or_no
 from animals.pictures import check, read
 from animals.pictures import leaks as search
 from animals.pictures import prepare as data
 from config import Config
+from tests.helpers.browser import Browser, find_chromium
 from tests.helpers.pictures import command, drawn, held, problems, train
 
 
@@ -219,3 +222,60 @@ def test_the_settings_are_checked():
         with pytest.raises(UserError, match=name):
             Config(**{name: value})
     assert yes_or_no("False") is False
+
+
+def test_a_leaked_split_says_so_where_its_accuracy_is_read(demo, run, tmp_path):
+    """30 of 71 held-out pictures are training ones: 10 to the byte, 5 as PNG, 5 smaller, 10 compressed again."""
+    for k, folder in enumerate(Config().folder_to_label):
+        sides = {split: tmp_path / "input" / split / folder for split in ("train_data", "validation_data")}
+        for split, n in (("train_data", 8), ("validation_data", 4 + (k == 0))):
+            sides[split].mkdir(parents=True)
+            for path in sorted((demo.input / split / folder).iterdir())[:n]:
+                shutil.copy(path, sides[split])
+        originals, held_out = sorted(sides["train_data"].iterdir()), sides["validation_data"]
+        shutil.copy(originals[0], held_out / "copy.jpg")
+        second = read.load_picture(originals[1])
+        if k % 2:
+            second.save(held_out / "copy.png")
+        else:
+            second.resize((second.width * 3 // 4, second.height * 3 // 4)).save(held_out / "copy small.jpg", quality=90)
+        read.load_picture(originals[2]).save(held_out / "copy again.jpg", quality=40)
+    flags = f"--input_dir {tmp_path}/input --temp_dir {tmp_path}/temp --model_name_or_path {demo.checkpoint}"
+    done = run(f"python data_process_utils.py {flags}")
+    assert done.code == 2 and "15 same pixels, both splits" in done.output, done.output
+    done = run(f"python data_process_utils.py {flags} --allow_leaks")
+    assert done.code == 0, done.output
+    done = run(f"sh validation.sh {flags} --report_dir {tmp_path}/r --logging_dir {tmp_path}/logs --language en")
+    assert done.code == 0, done.output
+
+    folder = tmp_path / "r" / demo.checkpoint.name
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    clean = [row["correct"] == "True" for row in rows if not Path(row["image"]).name.startswith("copy")]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    by_hand = sum(clean) / 41
+    low, high = proportion_confint(sum(clean), 41, method="wilson")
+    assert len(rows) == 71 and len(clean) == 41 and report["accuracy"] > by_hand, "the copies flatter it"
+    assert report["leaks"] == {
+        "checked": True,
+        "identical": 15,
+        "look_alikes": 15,
+        "n_without": 41,
+        "accuracy_without": by_hand,
+        "accuracy_without_ci95": pytest.approx([low, high]),
+        "groups": 71,
+    }
+    said = "leaks: 30 of the 71 pictures have a twin (15) or look-alike (15) in train; accuracy without them "
+    assert f"{said}{by_hand:.4f} (95 % interval {low:.4f} to {high:.4f}, n = 41)" in done.output
+
+    if not find_chromium():
+        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
+    with Browser(tmp_path / "chromium") as browser:
+        browser.view(1280, 800)
+        browser.open((folder / "report.html").as_uri())
+        sentence = browser.js("document.querySelector('header .warning').innerText")
+        box = browser.js("document.querySelector('header .warning').getBoundingClientRect().toJSON()")
+        shown = browser.js("document.querySelector('header .warning [data-key=\"leaks.accuracy_without\"]').value")
+    assert sentence.startswith("30 held-out pictures have a twin or a look-alike among the training pictures")
+    assert 0 < box["top"] < box["bottom"] <= 800 and 0 <= box["left"] < box["right"] <= 1280
+    assert float(shown) == pytest.approx(by_hand)
