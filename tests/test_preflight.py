@@ -366,6 +366,32 @@ def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
     assert describe.commit() is None
 
 
+def test_a_slim_container(demo, others_pictures, run, tmp_path, monkeypatch):
+    """No git on PATH, and a copy of the files that is no repository: training runs, and records no commit."""
+    (tmp_path / "bin").mkdir()
+    for folder in reversed(os.environ["PATH"].split(":")):
+        for path in sorted(Path(folder).glob("*")):
+            if not path.name.startswith("git"):
+                (tmp_path / "bin" / path.name).unlink(missing_ok=True)
+                (tmp_path / "bin" / path.name).symlink_to(path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if run("sh -c 'command -v git'").code == 0:
+        pytest.skip("git lies beside this python")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("animals", "scripts", *(path.name for path in ROOT.glob("*.py")), "train.sh"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+    done = run(
+        f"sh {copy}/train.sh --input_dir {others_pictures} --temp_dir {tmp_path}/cache --model_name_or_path "
+        f"{demo.model} --output_dir {tmp_path}/sft --logging_dir {tmp_path}/logs --max_steps 1 --save_steps 1 "
+        "--eval_strategy no --eval_on_start False --gradient_accumulation_steps 1"
+    )
+    assert done.code == 0 and "git" not in done.output, done.output[-3000:]
+    for folder in (tmp_path / "sft", tmp_path / "sft" / "checkpoint-1"):
+        assert json.loads((folder / "run.json").read_text())["commit"] is None
+        assert (folder / "model.safetensors").is_file()
+
+
 def test_a_rank_that_leaves_at_once_still_cleans_up():
     code = "import atexit, sys, train; atexit.register(print, 'cleaned up'); train.leave(143)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from animals.checkpoint.task import how_to_ask, other_words, read_task, settings_for, task_of, write_task
@@ -190,6 +192,92 @@ def test_plain_commands_score_with_the_trained_words(trained, run, tmp_path):
         done = run(f"{command} --prompt other --model_name_or_path {trained.out}")
         assert done.code == 2 and done.output.count("\n") == 1, done.output
         assert 'error: --prompt: found "other"; expected "Zorx or what? {labels}"' in done.output
+
+
+FLOAT32 = {"CPU_BF16_SPEED": 0.01}  # as on a CPU without bf16 instructions: near ties are not decided by rounding
+KITTY = """--folder_to_label '{"cat": "kitty", "dog": "hound", "ragno": "itsy spider"}' --prompt 'Who? {labels}'"""
+
+
+@pytest.fixture(scope="module", params=["table", "120 folders"])
+def walked(request, demo, run, tmp_path_factory):
+    """Three of the demo's folders under other words; 120 of invented names. Trained, evaluated on all held out."""
+    tmp, many = tmp_path_factory.mktemp("walked"), request.param != "table"
+    labels = ["kitty", "hound", "itsy spider"] if not many else [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
+    for split, n in (("train_data", 2), ("validation_data", 1)) if many else ():
+        for k, name in enumerate(labels):
+            folder = tmp / "input" / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * n + i)
+                noise.convert("RGB").save(folder / f"{i}.png")
+    for split, n in () if many else (("train_data", 16), ("validation_data", 12)):
+        for name in ("cat", "dog", "ragno"):
+            (tmp / "input" / split / name).mkdir(parents=True)
+            for path in sorted((demo.input / split / name).iterdir())[:n]:
+                shutil.copy(path, tmp / "input" / split / name)
+    prompt = "What is this?" if many else "Who? {labels}"
+    words = f"--folder_to_label folders --prompt '{prompt}'" if many else KITTY
+    where = SimpleNamespace(out=tmp / "sft", input=tmp / "input", labels=labels, prompt=prompt)
+    where.data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
+    done = run(
+        f"sh train.sh {where.data} {words} --output_dir {where.out} --max_steps 2 --save_steps 2 --eval_steps 2 "
+        f"--model_name_or_path {demo.model if many else demo.checkpoint} --learning_rate 1e-4 --eval_on_start False "
+        "--eval_pictures 0 --gradient_accumulation_steps 1",
+        **FLOAT32,
+    )
+    assert done.code == 0, done.output[-3000:]
+    return where
+
+
+def test_no_flag_is_needed_to_score_what_was_trained(walked, run, tmp_path):
+    """Plain validation.sh and test.py: the trained labels, and the accuracy of the training's last evaluation."""
+    where = f"{walked.data} --model_name_or_path {walked.out}"
+    done = run(f"sh validation.sh {where} --report_dir {tmp_path}", **FLOAT32)
+    assert done.code == 0, done.output[-3000:]
+    report = json.loads((tmp_path / "sft" / "report.json").read_text(encoding="utf-8"))
+    history = json.loads((walked.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    [last] = [log for log in history if "eval_accuracy" in log]
+    assert last["eval_pictures"] == report["n"] == (36 if len(walked.labels) == 3 else 120)
+    assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
+    assert sorted(report["labels"]) == sorted(walked.labels)
+    assert report["question"] == walked.prompt.replace("{labels}", ", ".join(report["labels"]))
+    pictures = " ".join(f"'{path}'" for path in sorted(walked.input.glob("validation_data/*/*"))[:24:8])
+    done = run(f"python test.py {pictures} --model_name_or_path {walked.out} --output {tmp_path}/n.csv", **FLOAT32)
+    assert done.code == 0, done.output[-3000:]
+    with open(tmp_path / "n.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and list(rows[0])[-len(walked.labels) :] == report["labels"]
+    with open(tmp_path / "sft" / "predictions.csv", newline="", encoding="utf-8") as file:
+        scored = {row["image"]: row for row in csv.DictReader(file)}
+    for row in rows:
+        for label in report["labels"]:
+            assert float(row[label]) == pytest.approx(float(scored[row["image"]][label]), abs=0.02)  # a GPU: bf16
+    done = run(f"sh validation.sh {where} --prompt other")
+    said = json.dumps(walked.prompt)
+    assert done.code == 2 and f'error: --prompt: found "other"; expected {said}' in done.output, done.output
+
+
+def test_the_trained_scorer_equals_teacher_forcing(walked):
+    """log p of the answer's tokens and </s>, one label at a time, in float32."""
+    scorer, model = load_scorer(str(walked.out), Config(), "float32")
+    assert sorted(scorer.labels) == sorted(walked.labels)
+    picture, config = load_picture(next(walked.input.glob("validation_data/*/*"))), scorer.config
+    ours = scorer.score(model, scorer.collate([picture]))[0]
+
+    def encode(label=None):
+        text = scorer.processor.apply_chat_template(
+            config.conversation(label), chat_template=config.chat_template, tokenize=False
+        )
+        return scorer.processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
+
+    prompt = encode()["input_ids"].shape[1]
+    for label, score in zip(scorer.labels, ours.tolist(), strict=True):
+        inputs = encode(label)
+        with torch.inference_mode():
+            log_p = model(**inputs).logits.float().log_softmax(-1)[0]
+        ids = inputs["input_ids"][0].tolist()
+        alone = sum(log_p[i - 1, ids[i]].item() for i in range(prompt, len(ids)))
+        assert abs(alone - score) < 1e-4, (label, alone, score)
 
 
 def test_training_on_top_with_other_words_is_said_and_recorded(trained, run, tmp_path):
