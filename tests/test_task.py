@@ -241,6 +241,8 @@ def test_no_flag_is_needed_to_score_what_was_trained(walked, run, tmp_path):
     assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
     assert sorted(report["labels"]) == sorted(walked.labels)
     assert report["question"] == walked.prompt.replace("{labels}", ", ".join(report["labels"]))
+    with Image.open(tmp_path / "sft" / "confusion_matrix.png") as picture:
+        assert max(picture.size) < 4096, "120 labels are not drawn as 10 are"
     pictures = " ".join(f"'{path}'" for path in sorted(walked.input.glob("validation_data/*/*"))[:24:8])
     done = run(f"python test.py {pictures} --model_name_or_path {walked.out} --output {tmp_path}/n.csv", **FLOAT32)
     assert done.code == 0, done.output[-3000:]

@@ -12,10 +12,12 @@ def confusion_figure(report):
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    size = 2 + 0.5 * len(report["labels"])  # inches
+    few = len(report["labels"]) <= 30  # 120 labels have 14,400 cells: their numbers take longer to draw than to find
+    size = 2 + (0.5 if few else 0.2) * len(report["labels"])  # inches
     figure = Figure((size, size), layout="constrained")
     display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
-    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d")
+    look = {"cmap": "Blues", "colorbar": not few, "xticks_rotation": "vertical", "values_format": "d"}
+    display.plot(ax=figure.subplots(), include_values=few, **look)
     display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")
     return figure
 
