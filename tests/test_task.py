@@ -195,14 +195,14 @@ def test_plain_commands_score_with_the_trained_words(trained, run, tmp_path):
 
 
 FLOAT32 = {"CPU_BF16_SPEED": 0.01}  # as on a CPU without bf16 instructions: near ties are not decided by rounding
-KITTY = """--folder_to_label '{"cat": "kitty", "dog": "hound", "ragno": "itsy spider"}' --prompt 'Who? {labels}'"""
+KITTY = """--folder_to_label '{"cat": "kitty", "dog": "dog", "ragno": "spider"}' --prompt 'Which one? {labels}.'"""
 
 
 @pytest.fixture(scope="module", params=["table", "120 folders"])
 def walked(request, demo, run, tmp_path_factory):
     """Three of the demo's folders under other words; 120 of invented names. Trained, evaluated on all held out."""
     tmp, many = tmp_path_factory.mktemp("walked"), request.param != "table"
-    labels = ["kitty", "hound", "itsy spider"] if not many else [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
+    labels = ["kitty", "dog", "spider"] if not many else [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
     for split, n in (("train_data", 2), ("validation_data", 1)) if many else ():
         for k, name in enumerate(labels):
             folder = tmp / "input" / split / name
@@ -215,13 +215,13 @@ def walked(request, demo, run, tmp_path_factory):
             (tmp / "input" / split / name).mkdir(parents=True)
             for path in sorted((demo.input / split / name).iterdir())[:n]:
                 shutil.copy(path, tmp / "input" / split / name)
-    prompt = "What is this?" if many else "Who? {labels}"
+    prompt = "What is this?" if many else "Which one? {labels}."
     words = f"--folder_to_label folders --prompt '{prompt}'" if many else KITTY
     where = SimpleNamespace(out=tmp / "sft", input=tmp / "input", labels=labels, prompt=prompt)
     where.data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
     done = run(
         f"sh train.sh {where.data} {words} --output_dir {where.out} --max_steps 2 --save_steps 2 --eval_steps 2 "
-        f"--model_name_or_path {demo.model if many else demo.checkpoint} --learning_rate 1e-4 --eval_on_start False "
+        f"--model_name_or_path {demo.model if many else demo.checkpoint} --learning_rate 1e-3 --eval_on_start False "
         "--eval_pictures 0 --gradient_accumulation_steps 1",
         **FLOAT32,
     )
@@ -239,6 +239,7 @@ def test_no_flag_is_needed_to_score_what_was_trained(walked, run, tmp_path):
     [last] = [log for log in history if "eval_accuracy" in log]
     assert last["eval_pictures"] == report["n"] == (36 if len(walked.labels) == 3 else 120)
     assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
+    assert len(walked.labels) > 3 or report["accuracy"] > 0.4, "not one answer to everything"
     assert sorted(report["labels"]) == sorted(walked.labels)
     assert report["question"] == walked.prompt.replace("{labels}", ", ".join(report["labels"]))
     with Image.open(tmp_path / "sft" / "confusion_matrix.png") as picture:
