@@ -1,11 +1,12 @@
 """What a user would run instead: TRL's own recipe (examples/scripts/sft_vlm.py) on the same pictures. Nothing of ours.
 
-    accelerate launch --config_file zero3.yaml benchmarks/stock.py --data train.json --model_name_or_path model ...
+    accelerate launch --config_file zero3.yaml benchmarks/stock.py --data train.json --template template.jinja ...
 
 Takes every flag of trl.SFTConfig and trl.ModelConfig. benchmarks/training.py runs it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Image, List, load_dataset
@@ -16,6 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 @dataclass
 class Data:
     data: str = "train.json"
+    template: str = "template.jinja"  # for assistant_only_loss: the hub's has no {% generation %}, TRL knows no other
 
 
 def main():
@@ -25,6 +27,7 @@ def main():
         model_args.model_name_or_path, dtype=getattr(torch, model_args.dtype)
     )
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    processor.chat_template = Path(data.template).read_text()
     pictures = load_dataset("json", data_files=data.data, split="train").select_columns(["images", "messages"])
     pictures = pictures.cast_column("images", List(Image()))
     trainer = SFTTrainer(model=model, args=args, train_dataset=pictures, processing_class=processor)
