@@ -22,7 +22,7 @@ from animals.scoring.features import features, load_tower
 from animals.scoring.page import embed, render
 from animals.scoring.rivals import classifier
 
-FOLDS = 10  # of the 50 most suspicious of the demo, 75 of its labels flipped, 48 or 49 are; with 5 folds 47 to 49
+FOLDS = 5
 REASONS = ("label", "outlier", "look-alike")
 COLUMNS = ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
 SHOWN = 300  # suspects of a reason on the page; audit.csv has all
@@ -76,7 +76,7 @@ def find_suspects(known, rows, group):
     folds = StratifiedGroupKFold(max(2, min(FOLDS, int(sizes.min()))), shuffle=True, random_state=0)
     with threadpool_limits(1):  # small products: threads wait for each other longer than they work
         best = classifier().fit(known, truth).best_estimator_
-        probability = cross_val_predict(best, known, truth, cv=folds, groups=group, n_jobs=-1, method="predict_proba")
+        probability = cross_val_predict(best, known, truth, cv=folds, groups=group, method="predict_proba")
     lab = Datalab({"label": truth}, label_name="label", verbosity=0)
     lab.find_issues(
         pred_probs=probability,
