@@ -45,7 +45,8 @@ LABELS_IN_CHINESE = {
 
 PROMPT = "What animal is in this picture? Answer with one of these words: {labels}."
 ANSWER = "{label}"
-IMAGE_VIEW = "tiles"
+VIEWS = ("tiles", "whole")
+IMAGE_VIEW = VIEWS[0]
 
 # Pictures beyond these are refused before they are decoded, in training, validation and test alike.
 MAX_PIXELS = 64_000_000  # width x height; 8000 x 8000; 192 MB of RGB; a 50-megapixel phone picture passes
@@ -139,8 +140,8 @@ class Config:
             raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
         if not 0 <= self.near_duplicate_distance <= 16:
             raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
-        if self.image_view not in ("tiles", "whole"):
-            raise UserError(f"--image_view: found {self.image_view}; expected tiles or whole")
+        if self.image_view not in VIEWS:
+            raise UserError(f"--image_view: found {self.image_view}; expected {' or '.join(VIEWS)}")
         if self.language not in ("en", "zh"):
             raise UserError(f"--language: found {self.language}; expected en or zh")
         if "{label}" not in self.answer:

@@ -27,12 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.tokens import image_token_count, read_geometry
-from animals.checkpoint.view import VIEWS
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures, load_picture
 from animals.scoring.scorer import Scorer, score_pictures
 from benchmarks.scorer import SHAPES, generate, in_batches
-from config import FOLDER_TO_LABEL, Config
+from config import FOLDER_TO_LABEL, VIEWS, Config
 from scripts.launch import count_gpus
 
 DDP = "--config_file scripts/ddp.yaml"

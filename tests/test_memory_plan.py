@@ -50,7 +50,7 @@ def live_engine(folder, demo, changes=None, ranks=2, more="", **shape):
     flags += "--optim adamw_bnb_8bit --activation_checkpointing --save_strategy no --eval_on_start"
     command += [*flags.split(), *more.split()]
     bf16 = {**os.environ, "CPU_BF16_SPEED": "1"}  # the plan's type, also where float32 is faster
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=bf16)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT, env=bf16)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "held.json").read_text()), config, zero3
 

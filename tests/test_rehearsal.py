@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from animals.checkpoint.steps import sweep
 from animals.command import UserError
 from animals.training.batches import largest_micro_batch
+from tests.conftest import start
 from tests.test_preflight import arguments
 from tests.test_survive import run_until
 
@@ -92,6 +93,20 @@ def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
     found = figures(tmp_path / "sft")
     assert found["checkpoint"] is None and found["host_gib"]["resume"] is None
     assert found["hours"] == pytest.approx(found["seconds_a_step"] / 3600)
+
+
+def test_killed_while_it_writes_the_next_start_sweeps(demo, run, tmp_path):
+    folder = tmp_path / "sft.rehearsal"
+    process = start(command(demo, tmp_path / "sft", "--rehearse"))
+    limit = time.monotonic() + 900
+    while process.poll() is None and not list(folder.glob(".saving/*")) and time.monotonic() < limit:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and folder.exists()
+    done = run(command(demo, tmp_path / "sft", "--dry_run"))
+    assert done.code == 0, done.output[-3000:]
+    assert not folder.exists() and not (tmp_path / "sft").exists()
 
 
 @pytest.mark.parametrize(("ranks", "first"), [(1, 4), (2, 5)])

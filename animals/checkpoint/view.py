@@ -9,8 +9,6 @@ import os
 
 from animals.files import read_json, write_json
 
-VIEWS = ("tiles", "whole")
-
 
 def is_whole(path) -> bool:
     """Whether a folder holds a plain llava checkpoint, which has no other view."""
