@@ -20,7 +20,7 @@ from animals.pictures.check import cores
 from animals.pictures.leaks import find_leaks, load_pictures
 from animals.scoring.features import features, load_tower
 from animals.scoring.page import embed, render
-from animals.scoring.rivals import classifier
+from animals.scoring.rivals import STRENGTHS, regression
 
 FOLDS = 5
 REASONS = ("label", "outlier", "look-alike")
@@ -68,15 +68,10 @@ def find_suspects(known, rows, group):
     """
     import numpy as np
     from cleanlab import Datalab
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
 
-    labels, truth, sizes = np.unique([row["label"] for row in rows], return_inverse=True, return_counts=True)
-    folds = StratifiedGroupKFold(max(2, min(FOLDS, int(sizes.min()))), shuffle=True, random_state=0)
-    with threadpool_limits(1):  # small products: threads wait for each other longer than they work
-        best = classifier().fit(known, truth).best_estimator_
-        probability = cross_val_predict(best, known, truth, cv=folds, groups=group, method="predict_proba")
+    labels, truth = np.unique([row["label"] for row in rows], return_inverse=True)
+    probability = out_of_fold(known, truth, group)
     lab = Datalab({"label": truth}, label_name="label", verbosity=0)
     lab.find_issues(
         pred_probs=probability,
@@ -104,6 +99,28 @@ def find_suspects(known, rows, group):
         | {"neighbours": [rows[j] for j in nearest[i, :NEIGHBOURS]]}
         for i, reason in found.items()
     ]
+
+
+def out_of_fold(known, truth, group):
+    """float [pictures, labels]: what a classifier says that saw neither the picture nor its look-alikes.
+
+    known: float32 [pictures, features]; truth, group: [pictures]. Its C is the one of least log loss on such pictures:
+    the suspects are told by their probabilities, and these by a proper scoring rule (Gneiting and Raftery 2007).
+    """
+    import numpy as np
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
+
+    folds = StratifiedGroupKFold(max(2, min(FOLDS, int(np.bincount(truth).min()))), shuffle=True, random_state=0)
+    least, probability = np.inf, None
+    with threadpool_limits(1):  # small products: threads wait for each other longer than they work
+        for c in STRENGTHS:  # the loss falls, then rises: what follows costs most and serves nothing
+            said = cross_val_predict(regression(c), known, truth, cv=folds, groups=group, method="predict_proba")
+            if (loss := log_loss(truth, said)) > least:
+                break
+            least, probability = loss, said
+    return probability
 
 
 def write_page(config, suspects, n, model):
