@@ -353,7 +353,7 @@ def in_bytes(hub, *numbers, **more):
     return planned, {name: size * GIB for name, size in planned["items"].items()}
 
 
-@pytest.mark.parametrize("method", ["full", "on the GPU", "lora", "qlora", "projector", "vision"])
+@pytest.mark.parametrize("method", ["full", "on the GPU", "lora", "lora_ddp", "qlora", "projector", "vision"])
 def test_every_item_by_hand(hub, method):
     """The hub's model: 7,566,747,648 parameters, of which 7,554,149,376 are read; a quarter of them on each rank."""
     total, decoder = 7_566_747_648, 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * WEIGHT)
@@ -374,6 +374,11 @@ def test_every_item_by_hand(hub, method):
             {"parameters": 2.5 * SMALL + adapters / 2, "gradients": adapters / 2, "fp32 master": adapters}
             | {"8-bit states": adapters / 4 * 2.03125, "live layers": full["live layers"], "buckets": 2 * 42e6}
             | {"optimizer step": 6 * adapters / 4, "LM-head backward": 2 * HEAD},
+        ),
+        "lora_ddp": (  # float32 adapters, their gradients twice (DDP's buckets), the bf16 copies that autocast keeps
+            {"method": "lora_ddp"},
+            {"parameters": 2 * total + 4 * adapters, "gradients": 4 * adapters, "live layers": 2 * adapters}
+            | none | {"8-bit states": adapters * 2.03125, "buckets": 4 * adapters},
         ),
         "qlora": (  # half a byte and 1/64 of an absmax for each weight of the decoder layers
             {"method": "qlora"},

@@ -81,7 +81,7 @@ def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
     done = run(command(demo, tmp_path / "sft", flags))
     assert done.code == 0, done.output[-3000:]
     found = figures(tmp_path / "sft")
-    assert set(found["planned_host_gib"].values()) == {None} and found["checkpoint"]["seconds_to_read"] > 0
+    assert min(found["planned_host_gib"].values()) > 0 < found["checkpoint"]["seconds_to_read"]
     counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
     assert f"4 pictures, the longest of {max(counts)} image tokens" in done.output
 

@@ -180,14 +180,13 @@ def missing_for_triton() -> list[str]:
 
 
 def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
-    """The memory plan for these flags, or None where it models nothing of the kind (adapters without ZeRO-3)."""
+    """The memory plan for these flags."""
     from animals.training import memory as memory_plan
 
     file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
     zero3 = file.get("zero_optimization", {}).get("stage") == 3
-    if not zero3 and model_args.use_peft:
-        return None
     file = file if zero3 else {"zero_optimization": {}}
+    adapters = "lora" if zero3 else "qlora" if model_args.load_in_4bit else "lora_ddp"
     model = memory_plan.load_config(base_of(model_args.model_name_or_path), config.image_view)
     tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
     if args.train_sampling_strategy == "batch_rebalance":
@@ -204,7 +203,7 @@ def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
             args.gradient_accumulation_steps,
             (tokens["median"], tokens["largest"]),
             offload_activations=bool((args.activation_checkpointing_kwargs or {}).get("offload")),
-            method="lora" if model_args.use_peft else "full" if zero3 else "ddp",
+            method=adapters if model_args.use_peft else "full" if zero3 else "ddp",
             lora_r=model_args.lora_r,
             save_total_limit=args.save_total_limit or 1,
             formed=formed,
