@@ -131,7 +131,7 @@ def main():
         print(whole_view_gain(zip(train_data["width"], train_data["height"], strict=True), tiles), flush=True)
     if more.dry_run:
         if speaks:
-            describe_cost(config, args, model_args, train_data, plan)
+            describe_cost(plan)
         return
 
     state = read_state(resume) if resume else {"global_step": 0}

@@ -18,7 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from animals.command import UserError, run
-from animals.training.memory import MARGIN, all_counts, load_config, load_zero3, recommend, rows, table, token_counts
+from animals.training.memory import (
+    MARGIN,
+    all_counts,
+    load_config,
+    load_zero3,
+    method_of,
+    recommend,
+    rows,
+    table,
+    token_counts,
+)
 from animals.training.parts import PARTS, read_parts
 from config import parser
 
@@ -46,12 +56,10 @@ def main():
     args = flags.parse_args()
     if args.load_in_4bit and not args.use_peft:
         raise UserError("--load_in_4bit: found it alone; expected --use_peft too, 4-bit weights do not train")
-    method = "qlora" if args.load_in_4bit else "lora" if args.use_peft else "full"
     parts = read_parts(args.train_parts)
     if args.ddp and not args.use_peft and parts == list(PARTS):
         raise UserError("--ddp: found all weights to train; expected --use_peft or less, like --train_parts projector")
-    if args.ddp:
-        method = {"lora": "lora_ddp", "full": "ddp"}.get(method, method)
+    method = method_of(not args.ddp, args.use_peft, args.load_in_4bit)
     zero3, config = load_zero3(args.deepspeed_config), load_config(args.model_name_or_path, args.image_view or "tiles")
     tokens, limit = token_counts(config, args.temp_dir), args.gpu_memory_gib - MARGIN
     sizes = (tokens["median"], tokens["largest"])

@@ -1,7 +1,8 @@
 """What is wrong is said before anything slow starts, all of it in one message.
 
 The checkpoint's own faults (shards cut short or missing, another model's type, no tokenizer) are in test_checkpoint.py,
-leaks and bad pictures in test_data.py, labels with the same tokens in test_scorer.py, resuming in test_survive.py.
+leaks in test_leaks.py, bad pictures in test_cache.py, labels with the same tokens in test_scorer.py,
+resuming in test_survive.py.
 """
 
 import json
@@ -30,6 +31,7 @@ from animals.training.preflight import (
     check_memory,
     check_output_dir,
     disk_needed,
+    make_plan,
     missing_for_triton,
     saved_bytes,
 )
@@ -134,6 +136,24 @@ def arguments(output_dir="somewhere", **changed):
 def model_arguments(**changed):
     lora = {"use_peft": False, "lora_r": 16, "lora_modules_to_save": None}
     return SimpleNamespace(**{"dtype": "bfloat16", **lora, **changed})
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ({}, "ddp"),
+        ({"use_peft": True}, "lora_ddp"),
+        ({"use_peft": True, "load_in_4bit": True}, "qlora"),
+        ({"use_peft": True, "load_in_8bit": True}, None),
+    ],
+    ids=str,
+)
+def test_what_is_planned_without_zero3(demo, flags, method):
+    args = arguments(deepspeed_plugin=None, train_sampling_strategy="random", activation_checkpointing_kwargs=None)
+    bits = {"load_in_4bit": False, "load_in_8bit": False}
+    model_args = model_arguments(**{"model_name_or_path": str(demo.model), **bits, **flags})
+    planned = make_plan(Config(temp_dir=str(demo.cache)), args, model_args)
+    assert (planned and planned["method"]) == method
 
 
 @pytest.mark.parametrize(

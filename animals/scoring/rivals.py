@@ -149,7 +149,7 @@ def fit(train, answers, held_out):
 
 
 def classifier():
-    """Scaled logistic regression that chooses its C by a tenth of them; scikit-learn's GridSearchCV, not yet fitted."""
+    """regression() that chooses its C on a tenth of its data; scikit-learn's GridSearchCV, not yet fitted."""
     from sklearn.model_selection import GridSearchCV, ShuffleSplit
 
     choose = ShuffleSplit(1, test_size=0.1, random_state=0)

@@ -65,7 +65,7 @@ def describe(args, model_args, data, collator, summary):
     )
 
 
-def describe_cost(config, args, model_args, data, plan):
+def describe_cost(plan):
     """What a dry run adds: the memory plan, computed. Main process only."""
     if plan:
         print(f"memory a GPU    peak {plan['peaks']['largest']:.1f} GiB at the largest picture (computed):")

@@ -39,6 +39,13 @@ RESIDENT = "parameters", "gradients", "fp32 master", "8-bit states"
 NO_DECAY = r"bias|layernorm|layrnorm|layer_norm|(?:^|\.)norm\."  # as Trainer.get_decay_parameter_names
 
 
+def method_of(zero3: bool, adapters: bool, four_bit: bool) -> str:
+    """The plan's method for these settings of a run."""
+    if adapters:
+        return "qlora" if four_bit else "lora" if zero3 else "lora_ddp"
+    return "full" if zero3 else "ddp"
+
+
 def load_config(folder: str, view: str = "tiles"):
     """The LlavaNextConfig, or for the whole view LlavaConfig, of a model folder or a config.json file."""
     file = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)

@@ -180,13 +180,14 @@ def missing_for_triton() -> list[str]:
 
 
 def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
-    """The memory plan for these flags."""
+    """The memory plan for these flags, or None where it models nothing of the kind (8-bit weights)."""
     from animals.training import memory as memory_plan
 
+    if model_args.load_in_8bit:
+        return None
     file = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
     zero3 = file.get("zero_optimization", {}).get("stage") == 3
     file = file if zero3 else {"zero_optimization": {}}
-    adapters = "lora" if zero3 else "qlora" if model_args.load_in_4bit else "lora_ddp"
     model = memory_plan.load_config(base_of(model_args.model_name_or_path), config.image_view)
     tokens, formed = memory_plan.token_counts(model, config.temp_dir), None
     if args.train_sampling_strategy == "batch_rebalance":
@@ -203,7 +204,7 @@ def make_plan(config, args, model_args, text_tokens=TEXT_TOKENS):
             args.gradient_accumulation_steps,
             (tokens["median"], tokens["largest"]),
             offload_activations=bool((args.activation_checkpointing_kwargs or {}).get("offload")),
-            method=adapters if model_args.use_peft else "full" if zero3 else "ddp",
+            method=memory_plan.method_of(zero3, model_args.use_peft, model_args.load_in_4bit),
             lora_r=model_args.lora_r,
             save_total_limit=args.save_total_limit or 1,
             formed=formed,

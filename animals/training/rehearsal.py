@@ -7,7 +7,7 @@ on all ranks and deletes it. Says which of these it is at. Prints what was measu
   seconds_a_step (the median) · waiting_for_data (share of the steps' time) · hours (of the whole run, evaluations and
   checkpoints included) · gpus [{name, planned_gib, allocated_gib, reserved_gib}, a rank each] · host_gib and
   planned_host_gib {start, training, resume} · checkpoint {gb, seconds_to_write, seconds_to_read} or null · versions
-host_gib's resume is null where nothing is read back.
+planned_* are null where there is no plan (8-bit weights), host_gib's resume where nothing is read back.
 """
 
 import contextlib
