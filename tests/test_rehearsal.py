@@ -58,6 +58,7 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     for name in ("host_gib", "planned_host_gib"):
         assert found[name].keys() == {"start", "training", "resume"} and min(found[name].values()) > 0
     assert found["host_gib"]["training"] > found["host_gib"]["start"]
+    assert found["host_gib"]["resume"] < found["host_gib"]["training"] * 0.9  # without training's own
     counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
     heavy = "heaviest micro-batch of the run: {} pictures, the longest of {} image tokens"
     assert heavy.format(*largest_micro_batch(counts, 4, 2, 2)) in done.output

@@ -12,6 +12,7 @@ planned_* are null where there is no plan (8-bit weights), host_gib's resume whe
 
 import contextlib
 import copy
+import ctypes
 import os
 import socket
 import statistics
@@ -198,8 +199,10 @@ class RehearsalTrainer(AnimalTrainer):
         """Loads the checkpoint as a resumed run does. All ranks; after train()."""
         if self.checkpoint is None or self.args.save_only_model:
             return
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # hand back what training took: a resumed run has not trained yet
         if not self.args.use_cpu:
-            torch.accelerator.empty_host_cache()  # a resumed run has not trained yet
+            torch.accelerator.empty_host_cache()
         self.ram.enter("resume")
         say("rehearsal: the checkpoint is read again")
         barrier()
