@@ -32,7 +32,7 @@ def hub():
     return config, memory_plan.parameters(config)
 
 
-def live_engine(folder, demo, changes=None, ranks=2, more="", **shape):
+def live_engine(folder, demo, changes=None, ranks=2, more="", launch=None, **shape):
     """(what engine_probe.py counted, the model's config, the DeepSpeed settings it ran with): 4 steps of 2 x 2."""
     model = deep.build(folder / "model", demo.model, **shape)
     config = memory_plan.load_config(model)
@@ -42,7 +42,7 @@ def live_engine(folder, demo, changes=None, ranks=2, more="", **shape):
             copy = folder / "input" / picture.relative_to(demo.input)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, copy)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), "--num_processes"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch or str(yaml), "--num_processes"]
     command += [str(ranks), "--main_process_port", "0", "tests/helpers/engine_probe.py", str(folder / "held.json")]
     command += ["--model_name_or_path", str(model), "--input_dir", str(folder / "input"), "--output_dir"]
     command += [str(folder / "sft"), "--temp_dir", str(folder / "temp"), "--logging_dir", str(folder / "logs")]
@@ -96,14 +96,28 @@ def test_the_plan_is_what_train_py_holds_and_moves(tmp_path, demo, shape, change
         assert live <= items["live layers"] / 2
 
 
-@pytest.mark.parametrize("parts", ["projector", "vision,projector", "language"])
-def test_the_plan_is_what_parts_hold(tmp_path, demo, parts):
-    """Resident bytes within 2 %: what is frozen has its partition alone, no gradient, master weights or states."""
-    shape, whole = {"hidden": 104, "layers": 3, "vision_layers": 3}, {"offload_param": {"device": "none"}}
-    held, config, zero3 = live_engine(tmp_path, demo, whole, more=f"--train_parts {parts}", **shape)
-    planned = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), parts=parts.split(","))
-    assert held["ranks"] == 2 and 0 < planned["trained"] < planned["parameters"] == held["numel"]
-    assert held["master"] == pytest.approx(4 * planned["trained"] / 2, rel=0.02)
+PART = {"hidden": 104, "layers": 3, "vision_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "launch", "method"),
+    [
+        ("--train_parts projector", None, "full"),
+        ("--train_parts vision,projector", None, "full"),
+        ("--train_parts language", None, "full"),
+        ("--use_peft", None, "lora"),
+        ("--train_parts projector", "scripts/ddp.yaml", "ddp"),
+        ("--train_parts vision,projector", "scripts/ddp.yaml", "ddp"),
+        ("--use_peft", "scripts/ddp.yaml", "lora_ddp"),
+    ],
+)
+def test_the_plan_is_what_parts_and_adapters_hold(tmp_path, demo, flags, launch, method):
+    """Resident bytes within 2 %: what is frozen has its weights alone, no gradient, master weights or states."""
+    held, config, zero3 = live_engine(tmp_path, demo, {"offload_param": {"device": "none"}}, 2, flags, launch, **PART)
+    parts = flags.split()[1].split(",") if "parts" in flags else list(memory_plan.PARTS)
+    planned = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), parts=parts, method=method)
+    numel = planned["parameters"] + planned["trained"] * ("lora" in method)
+    assert held["ranks"] == 2 and 0 < planned["trained"] < planned["parameters"] and held["numel"] == numel
     real = {name: held[key] for name, key in zip(memory_plan.RESIDENT, HELD, strict=True)}
     for name, size in real.items():
         assert planned["items"][name] * GIB == pytest.approx(size, rel=0.02), name

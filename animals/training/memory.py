@@ -181,8 +181,8 @@ class Run:
         self.layers = [size for name, size in self.sizes if "embed_tokens" not in name and name != HEAD]
         self.trained = [(name, size) for name, size in self.sizes if trains(name, self.parts, self.config)]
         if "lora" in self.method:  # peft LoraLayer: A (r x in) and B (out x r) beside each of lora.py's LORA_TARGETS
-            linear = [(name, sum(shape)) for name, shape, is_linear in self.shapes if is_linear and LANGUAGE in name]
-            self.trained = [(name, self.lora_r * size) for name, size in linear]
+            linear = [(name, shape) for name, shape, is_linear in self.shapes if is_linear and LANGUAGE in name]
+            self.trained = [(name, self.lora_r * side) for name, shape in linear for side in reversed(shape)]
         self.groups = self.sub_groups()
         self.own = sum(self.groups)
         self.gradient = 4 if self.zero3.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 2  # bytes

@@ -1,7 +1,7 @@
-"""One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its ZeRO-3 engine holds.
+"""One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its engine holds, ZeRO-3 or DDP.
 
 Run by tests/test_memory_plan.py under `accelerate launch`: engine_probe.py OUT.json [flags of train.py]. Nothing is
-saved. "moved": a dict for each micro-step: elements gathered and reduced, gathered on demand (not prefetched: waited
+saved. "moved" (ZeRO-3): a dict for each micro-step: elements gathered and reduced, gathered on demand (not prefetched: waited
 for), and alive at most: while the head is gathered, for the loss, and at all other times. The embedding is left out,
 which is gathered before there are activations.
 """
@@ -52,24 +52,31 @@ class Probe(training.AnimalTrainer):
         now.clear()
         moved.update(all_gather=0, reduce_scatter=0)
         loss = super().training_step(*args, **kwargs)
+        self.gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # DDP's
         counted = "on_demand", "live", "live_with_head"
         history.append({**moved, **{name: now.get(name, 0) for name in counted}})
         return loss
 
     def save_final(self):
-        zero = self.deepspeed.optimizer
-        states = [item for state in zero.optimizer.state.values() for item in state.items()]
+        parameters, optimizer = list(self.model.parameters()), self.optimizer.optimizer
+        if self.is_deepspeed_enabled:
+            zero = self.deepspeed.optimizer
+            optimizer, master = zero.optimizer, zero.fp32_partitioned_groups_flat
+            numel, mine = sum(p.ds_numel for p in parameters), [p.ds_tensor for p in parameters]
+            self.gradients = [zero.grad_partitions_flat_buffer]
+        else:
+            numel, mine, master = sum(p.numel() for p in parameters), parameters, []
+        states = [item for state in optimizer.state.values() for item in state.items()]
         states = [value for name, value in states if torch.is_tensor(value) and "qmap" not in name]
-        parameters = list(self.model.parameters())
         held = {
-            "parameters": size_of(p.ds_tensor for p in parameters),
-            "gradients": size_of([zero.grad_partitions_flat_buffer]),
-            "master": size_of(zero.fp32_partitioned_groups_flat),
+            "parameters": size_of(mine),
+            "gradients": size_of(self.gradients),
+            "master": size_of(master),
             "states": size_of(states),
             "moved": history,
-            "numel": sum(p.ds_numel for p in parameters),
+            "numel": numel,
             "ranks": self.args.world_size,
-            "sub_groups": [t.numel() for t in zero.fp32_partitioned_groups_flat],
+            "sub_groups": [t.numel() for t in master],
             "losses": [log["loss"] for log in self.state.log_history if "loss" in log],
         }
         if self.args.process_index == 0:
