@@ -42,8 +42,9 @@ def live_engine(folder, demo, changes=None, ranks=2, more="", launch=None, **sha
             copy = folder / "input" / picture.relative_to(demo.input)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, copy)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch or str(yaml), "--num_processes"]
-    command += [str(ranks), "--main_process_port", "0", "tests/helpers/engine_probe.py", str(folder / "held.json")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch or str(yaml)]
+    command += ["--num_processes", str(ranks), "--main_process_port", "0"]
+    command += ["tests/helpers/engine_probe.py", str(folder / "held.json")]
     command += ["--model_name_or_path", str(model), "--input_dir", str(folder / "input"), "--output_dir"]
     command += [str(folder / "sft"), "--temp_dir", str(folder / "temp"), "--logging_dir", str(folder / "logs")]
     flags = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --logging_steps 1 "

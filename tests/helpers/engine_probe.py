@@ -1,9 +1,9 @@
-"""One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its engine holds, ZeRO-3 or DDP.
+"""One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its engine (or DDP) holds.
 
 Run by tests/test_memory_plan.py under `accelerate launch`: engine_probe.py OUT.json [flags of train.py]. Nothing is
-saved. "moved" (ZeRO-3): a dict for each micro-step: elements gathered and reduced, gathered on demand (not prefetched: waited
-for), and alive at most: while the head is gathered, for the loss, and at all other times. The embedding is left out,
-which is gathered before there are activations.
+saved. "moved", of ZeRO-3: a dict for each micro-step: elements gathered and reduced, gathered on demand (not
+prefetched: waited for), and alive at most: while the head is gathered, for the loss, and at all other times. The
+embedding is left out, which is gathered before there are activations.
 """
 
 import json
