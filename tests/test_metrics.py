@@ -116,7 +116,7 @@ def test_answered():
     confidence, right = [0.3, 0.8, 0.8, 0.97], [False, True, False, True]
     rows = {row["min_probability"]: (row["share"], row["accuracy"]) for row in answered(confidence, right)}
     assert rows[0.0] == rows[0.3] == (1, 0.5) and rows[0.31] == rows[0.8] == (0.75, pytest.approx(2 / 3))
-    assert rows[0.9] == (0.25, 1) and rows[0.98] == (0, None)
+    assert rows[0.9] == (0.25, 1) and rows[0.98] == (0, None) and list(rows) == [k / 100 for k in range(100)]
 
 
 def test_the_interval_of_look_alikes_covers():

@@ -62,6 +62,8 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
     heavy = "heaviest micro-batch of the run: {} pictures, the longest of {} image tokens"
     assert heavy.format(*largest_micro_batch(counts, 4, 2, 2)) in done.output
+    assert "learned in the example below: 2\n" in done.output  # the label, one token in the demo, and </s>
+    assert f"waiting for data, %{100 * found['waiting_for_data']:>19.3g} " in done.output
     evaluations, checkpoints = re.search(r"3 steps, (\d+) evaluations, (\d+) checkpoints in all", done.output).groups()
 
     for out in outs:
@@ -89,6 +91,7 @@ def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
 
 def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
     flags = "--rehearse --save_strategy no --eval_strategy no --eval_on_start False --max_steps 1"
+    (tmp_path / "sft-logs" / "sft").mkdir(parents=True)  # an earlier rehearsal's
     done = run(command(demo, tmp_path / "sft", flags))
     assert done.code == 0, done.output[-3000:]
     found = figures(tmp_path / "sft")

@@ -26,11 +26,10 @@ def load_processor(path, view="tiles"):
     path = base_of(path)
     processor = AutoProcessor.from_pretrained(path)  # backend="pil" here would reach the tokenizer too
     processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    if processor.patch_size is None or processor.vision_feature_select_strategy is None:
-        model_config = AutoConfig.from_pretrained(path)
-        processor.patch_size = model_config.vision_config.patch_size
-        processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1  # CLIP's class token
+    model_config = AutoConfig.from_pretrained(path)
+    processor.patch_size = model_config.vision_config.patch_size
+    processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1  # CLIP's class token
     template = processor.chat_template
     if template is None:
         say(f"{path}: has no chat template; what is saved gets the hub's")

@@ -87,7 +87,12 @@ def publish(checkpoint, output_dir):
     saving = os.path.join(output_dir, SAVING)
     shutil.rmtree(saving, ignore_errors=True)
     shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if FOR_RESUMING.match(n)])
-    for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):  # config.json last
+    move_in(saving, output_dir)
+
+
+def move_in(saving, output_dir):
+    """The files of a whole model out of .saving, config.json last: by it readers know a checkpoint. Main process."""
+    for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):
         os.replace(os.path.join(saving, name), os.path.join(output_dir, name))
     os.rmdir(saving)
 

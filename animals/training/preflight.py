@@ -236,15 +236,17 @@ def check_memory(args, plan, free):
 def saved_bytes(args, model_args, shapes, trained=None) -> tuple[float, float]:
     """Bytes of (a checkpoint, the final model) with weights of {name: shape}; LoRA: at most, adapters to all of them.
 
-    2 or 4 a parameter in safetensors and, for resuming, 4 of fp32 master and 2.03 of 8-bit states of each trained one.
+    2 or 4 a parameter in safetensors and, for resuming, CHECKPOINT_BYTES of each trained one.
     """
+    from animals.training.memory import CHECKPOINT_BYTES
+
     parameters = sum(math.prod(shape) for shape in shapes.values())
     if model_args.use_peft:
         whole = tuple(model_args.lora_modules_to_save or ())
         parameters = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
         parameters += sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in whole))
     final = parameters * (4 if model_args.dtype == "float32" else 2)
-    return final + (0 if args.save_only_model else 6.03 * (trained or parameters)), final
+    return final + (0 if args.save_only_model else CHECKPOINT_BYTES * (trained or parameters)), final
 
 
 def disk_needed(args, pictures, checkpoint, final) -> tuple[int, float]:

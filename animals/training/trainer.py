@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from animals.checkpoint.save import complete
-from animals.checkpoint.steps import SAVING, newest_complete, write_manifest
+from animals.checkpoint.steps import SAVING, move_in, newest_complete, write_manifest
 from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
 from animals.files import write_json
@@ -261,9 +261,7 @@ class AnimalTrainer(SFTTrainer):
             raise self._not_saved(error) from error
         barrier()
         if main_process():
-            for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):  # config.json last
-                os.replace(os.path.join(saving, name), os.path.join(self.args.output_dir, name))
-            os.rmdir(saving)
+            move_in(saving, self.args.output_dir)
             self.create_model_card()  # peft has left one of its own
         barrier()
 
