@@ -119,6 +119,7 @@ def test_the_plan_is_what_parts_and_adapters_hold(tmp_path, demo, flags, launch,
     planned = memory_plan.plan(config, zero3, num_gpus=2, tokens=(50, 50), parts=parts, method=method)
     numel = planned["parameters"] + planned["trained"] * ("lora" in method)
     assert held["ranks"] == 2 and 0 < planned["trained"] < planned["parameters"] and held["numel"] == numel
+    assert held["master"] == pytest.approx(0 if launch else 4 * planned["trained"] / 2, rel=0.02)
     real = {name: held[key] for name, key in zip(memory_plan.RESIDENT, HELD, strict=True)}
     for name, size in real.items():
         assert planned["items"][name] * GIB == pytest.approx(size, rel=0.02), name

@@ -107,8 +107,8 @@ def test_only_its_own_page_may_ask(served, pictures):
             status, text = ask(port, method, path, picture if method == "POST" else None, **headers)
             assert (status, "Only this server's own page" in text) == (403, True), headers
     assert ask(port, "GET", "/example/0")[0] == 200
-    wrong = "/example/12", "/example/-1", "/example/..%2f", "/etc"  # there are twelve
-    assert [ask(port, "GET", path)[0] for path in wrong] == [404] * 4 and ask(port, "GET", "/example/11")[0] == 200
+    wrong = "/example/12", "/example/99", "/example/-1", "/example/..%2f", "/etc"  # there are twelve
+    assert [ask(port, "GET", path)[0] for path in wrong] == [404] * 5 and ask(port, "GET", "/example/11")[0] == 200
     with pytest.raises(ConnectionRefusedError):  # bound to 127.0.0.1, not to all of the machine's addresses
         socket.create_connection(("127.0.0.2", port), 10)
     status, text = ask(port, "POST", "/name", b"", Content_Length=str(MAX_UPLOAD + 1))

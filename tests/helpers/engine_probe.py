@@ -58,14 +58,15 @@ class Probe(training.AnimalTrainer):
         return loss
 
     def save_final(self):
-        parameters, optimizer = list(self.model.parameters()), self.optimizer.optimizer
+        parameters = list(self.model.parameters())
         if self.is_deepspeed_enabled:
             zero = self.deepspeed.optimizer
             optimizer, master = zero.optimizer, zero.fp32_partitioned_groups_flat
             numel, mine = sum(p.ds_numel for p in parameters), [p.ds_tensor for p in parameters]
             self.gradients = [zero.grad_partitions_flat_buffer]
         else:
-            numel, mine, master = sum(p.numel() for p in parameters), parameters, []
+            optimizer, master = self.optimizer.optimizer, []
+            numel, mine = sum(p.numel() for p in parameters), parameters
         states = [item for state in optimizer.state.values() for item in state.items()]
         states = [value for name, value in states if torch.is_tensor(value) and "qmap" not in name]
         held = {
