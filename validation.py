@@ -99,7 +99,7 @@ def validate(args):
     del model  # a rival may need its place
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    report["rivals"] = rivals(config, args, data, right)
+    report["baselines"] = rivals(config, args, data, right)
     rows = [
         {
             "image": picture,

@@ -24,7 +24,7 @@ from animals.scoring.metrics import compare, measure, wilson_interval
 from animals.scoring.page import contact_sheet, report_page
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import read_report, write_report
-from animals.scoring.texts import TEXTS
+from animals.scoring.page import TEXTS
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]

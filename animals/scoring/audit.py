@@ -23,7 +23,7 @@ from animals.scoring.page import embed, render
 from animals.scoring.rivals import STRENGTHS, regression
 
 FOLDS = 5
-REASONS = ("label", "outlier", "look-alike")
+REASONS = ("label", "outlier", "near-duplicate")
 COLUMNS = ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
 SHOWN = 300  # suspects of a reason on the page; audit.csv has all
 NEIGHBOURS = 4  # beside each suspect on the page
@@ -90,7 +90,7 @@ def find_suspects(known, rows, group):
     sets = lab.get_info("near_duplicate")["near_duplicate_sets"]
     for i in range(len(rows)):  # the first of a set stays, the others name one before them
         others = [int(j) for j in sets[i] if j < i and group[j] != group[i]]
-        if others and found.setdefault(i, "look-alike") == "look-alike":
+        if others and found.setdefault(i, "near-duplicate") == "near-duplicate":
             closest[i] = others[0]
     return [
         {key: rows[i][key] for key in ("image", "split", "label")}

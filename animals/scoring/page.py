@@ -17,13 +17,44 @@ from urllib.parse import quote
 from animals.checkpoint.steps import run_name
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
-from animals.scoring.texts import Texts
+from config import LABELS_IN_CHINESE
 
+PAGES = Path(__file__).parent / "pages"
+TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
 EMBEDDED = 13_000_000  # bytes of base64 a page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side: of a thumbnail; in a gallery
 SHEET, MANY = (144, 112), 2000  # of a contact sheet's thumbnail, and where there are more than MANY, so that all fit
 WORST, MISTAKES, UNCERTAIN, CHANGED = 8, 48, 12, 96  # pictures on the first screen; in a gallery
 FIRST = 60  # pictures that a contact sheet begins with
+
+
+class Texts:
+    """The sentences of the pages in one language, `en` or `zh`, from pages/texts.json.
+
+    A call fills the {places} of a sentence. Values are escaped; the sentences themselves are trusted HTML. `count` chooses
+    between the two forms of "one|many".
+    """
+
+    def __init__(self, language):
+        self.column = ("en", "zh").index(language)
+
+    def __call__(self, key, count=None, **values):
+        from markupsafe import Markup
+
+        one, _, many = TEXTS[key][self.column].partition("|")
+        return Markup(many if many and count != 1 else one).format(**values)
+
+    def label(self, label):
+        """The name of a label, or of the answer `unsure`, in this language."""
+        if label == "unsure":
+            return str(self("unsure"))
+        return LABELS_IN_CHINESE.get(label, label) if self.column else label
+
+    def reason(self, text):
+        """The message of a PictureError ("category" or "category: detail") in this language."""
+        category, colon, detail = text.partition(": ")
+        known = TEXTS.get(f"reason_{category}")
+        return (known[self.column] if known else category) + colon + detail
 
 
 def report_page(report, rows, folder, language):
@@ -50,7 +81,7 @@ def report_page(report, rows, folder, language):
     shares = [row["accuracy"] for row in report["answered"] if row["share"]]
     mistakes, uncertain = wrong[:MISTAKES], right[:UNCERTAIN]
     small, large, dropped = embed([row["image"] for row in wrong + right], [r["image"] for r in mistakes + uncertain])
-    rivals = [rival for rival in report.get("rivals") or [] if rival["name"] != "majority"]  # far off the scale
+    rivals = [rival for rival in report.get("baselines") or [] if rival["name"] != "majority"]  # far off the scale
     low, high = report["accuracy_ci95"]
     return render(
         "report.html",
@@ -58,7 +89,7 @@ def report_page(report, rows, folder, language):
         language,
         report=report,
         scale=scale(low, high),
-        rivals_scale=scale(
+        baselines_scale=scale(
             min([low, *(rival["accuracy_ci95"][0] for rival in rivals)]),
             max([high, *(rival["accuracy_ci95"][1] for rival in rivals)]),
         ),
@@ -203,7 +234,7 @@ def render(template, folder, language, **context):
     from jinja2 import Environment, FileSystemLoader
 
     texts = Texts(language)
-    pages = FileSystemLoader(os.path.join(os.path.dirname(os.path.abspath(__file__)), "pages"))
+    pages = FileSystemLoader(PAGES)
     here = Environment(loader=pages, autoescape=True)
     here.globals["t"] = texts
     here.filters |= {"show": show, "at": at, "top": top, "basename": os.path.basename, "named": texts.label}

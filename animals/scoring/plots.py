@@ -88,7 +88,7 @@ def log_tensorboard(report, rows, folder):
         keep(event for event in before if event.step < step)
         for tag in ("accuracy", "macro_f1", "ece"):
             writer.add_scalar(f"validation/{tag}", report[tag], step)
-        for rival in report["rivals"]:
+        for rival in report["baselines"]:
             writer.add_scalar(f"validation/rival_{rival['name']}", rival["accuracy"], step)
         for tag, figure in (("confusion_matrix", confusion_figure(report)), ("mistakes", mistakes_figure(rows))):
             if figure:

@@ -76,7 +76,7 @@ def print_report(report, folder):
     if report["comparison"]:
         print_comparison(report["comparison"])
     print(f"\n{'rival':<12} {'accuracy':>8}  95 % interval   {'this less it':>12}  95 % interval      {'p':>7}")
-    for row in report["rivals"]:
+    for row in report["baselines"]:
         interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
         print(
             f"{row['name']:<12} {row['accuracy']:>8.4f}  {interval}  {row['difference']:>+12.4f}  "
