@@ -21,10 +21,9 @@ from PIL import Image
 from animals.command import UserError
 from animals.scoring import page as page_maker
 from animals.scoring.metrics import compare, measure, wilson_interval
-from animals.scoring.page import contact_sheet, report_page
+from animals.scoring.page import TEXTS, contact_sheet, report_page
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import read_report, write_report
-from animals.scoring.page import TEXTS
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]

@@ -31,7 +31,7 @@ FIRST = 60  # pictures that a contact sheet begins with
 class Texts:
     """The sentences of the pages in one language, `en` or `zh`, from pages/texts.json.
 
-    A call fills the {places} of a sentence. Values are escaped; the sentences themselves are trusted HTML. `count` chooses
+    A call fills the {places} of a sentence. Values are escaped; the sentences are trusted HTML. `count` chooses
     between the two forms of "one|many".
     """
 

@@ -17,9 +17,8 @@ import time
 
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
-from animals.scoring.page import data_uri, render, show
+from animals.scoring.page import Texts, data_uri, render, show
 from animals.scoring.scorer import probabilities
-from animals.scoring.page import Texts
 
 MAX_UPLOAD = 64_000_000  # bytes; a 50-megapixel JPEG of a phone has 25,000,000
 EXAMPLES = 12  # pictures on the page to try
