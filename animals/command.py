@@ -46,6 +46,22 @@ def run(main):
         sys.exit(2)
 
 
+class Findings(list):
+    """The messages of several failed checks, so that all of them are reported together."""
+
+    def attempt(self, check, *values):
+        """check(*values); if it raises a UserError, its message is kept and None comes back."""
+        try:
+            return check(*values)
+        except UserError as error:
+            self.append(str(error))
+
+    def report(self):
+        """Raise one UserError with all messages, if there are any."""
+        if self:
+            raise UserError("\n".join(self))
+
+
 def yes_or_no(text: str) -> bool:
     """What bool() gets wrong: "False" is False."""
     if text.lower() not in ("true", "false"):
