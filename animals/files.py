@@ -1,4 +1,4 @@
-"""Whole files or none: what is written appears by a rename, what is read says what is wrong with it."""
+"""Files that are complete or absent: writing goes through a second file and a rename; reading says what is wrong."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from animals.command import UserError
 
 @contextlib.contextmanager
 def replacing(path, mode="w", **options):
-    """with replacing(path) as file: the path holds the old content or all the new one, never a part. Text is UTF-8."""
+    """with replacing(path) as file: at any moment `path` holds its old or its new content, complete. Text is UTF-8."""
     part = Path(f"{path}.part")
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8", **options) as file:

@@ -1,4 +1,4 @@
-"""What train.py needs beside its recipe: trainer, batches, LoRA, the memory plan, what is checked and said before.
+"""What train.py needs beside its recipe: trainer, batches, parts, LoRA, the checks before a start, the rehearsal.
 
-Nothing here is needed to score a checkpoint, but for preflight's checks of files and pictures.
+Nothing in here is needed to score a checkpoint; validation.py and test.py import none of it.
 """
