@@ -1,4 +1,4 @@
-"""What the five scripts share: the rooms checkpoint, pictures, scoring and training, and four files: command (errors and
+"""What the five scripts share: the rooms checkpoint, pictures, scoring and training, and four files: command (errors,
 exit codes), files (complete or absent), ranks (main process, device, type), compat (private names of other libraries).
 
 Imports go one way: command, files, ranks, compat <- config <- checkpoint <- pictures <- scoring <- training <- scripts.

@@ -64,13 +64,12 @@ def why_cpu(use_cpu: bool) -> str | None:
 
 
 def choose_arithmetic(use_cpu: bool, dtype: str) -> tuple[bool, str]:
-    """-> (whether to compute on the CPU, the type to compute in where `dtype` was asked for); says it in one line.
+    """-> (whether to compute on the CPU, the type to compute in if `dtype` was asked for). UserError: see why_cpu().
 
-    A CPU computes in float32, unless BF16_ON_CPU=1: with it, tests and benchmarks run the code of a GPU. Raises
-    UserError as why_cpu().
+    A CPU computes in float32, unless BF16_ON_CPU=1: with it, tests and benchmarks run the code of a GPU.
     """
     reason = why_cpu(use_cpu)
     if reason is not None:
         dtype, asked = dtype if os.environ.get("BF16_ON_CPU") == "1" else "float32", dtype
-        say(f"{reason}: computes on the CPU in {dtype}" + (f", not in {asked} as asked for" if asked != dtype else ""))
+        say(f"{reason}: computing on the CPU in {dtype}" + (f", not {asked} as asked for" if asked != dtype else ""))
     return reason is not None, dtype
