@@ -1,15 +1,14 @@
 """Fine-tune LLaVA-1.6-Mistral-7B to name the animal in a picture: TRL's SFTTrainer, DeepSpeed ZeRO-3, 8-bit AdamW.
 
-    sh train.sh                                  # all GPUs it finds, every flag in train.sh
+    sh train.sh                                  # on all GPUs, with every flag in train.sh
     sh train.sh --num_train_epochs 3             # the command line wins over train.sh
-    sh train.sh --rehearse                       # minutes of it, measured beside planned; rehearsal.json in logs/
-    NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 CPU ranks on a machine without a GPU
+    sh train.sh --rehearse                       # measure a few minutes of the run; rehearsal.json in logs/
+    NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 processes on the CPU of a machine without a GPU
 
-Takes every flag of config.Config, trl.SFTConfig and trl.ModelConfig, and three that today's libraries dropped:
---torch_dtype (now --dtype), --warmup_ratio (now --warmup_steps below 1) and --logging_dir (now an environment
-variable). Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names, checkpoint-N/ with
-the optimizer's state to resume from, and TensorBoard events under --logging_dir.
-Tried on 1 and 2 CPU ranks with the demo's checkpoint; the figures for 4x RTX 4090 are computed, see scripts/README.md.
+Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and three that today's libraries have renamed:
+--torch_dtype (now --dtype), --warmup_ratio (now --warmup_steps below 1) and --logging_dir (now an environment variable).
+Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names, in its checkpoint-N/ the
+optimizer's state to resume from, and TensorBoard's events under --logging_dir.
 """
 
 import argparse
@@ -24,75 +23,86 @@ import sys
 import config as settings
 from animals.checkpoint.load import load_for_training
 from animals.checkpoint.steps import check_resume, newest_complete, publish, read_state, sweep
-from animals.checkpoint.task import other_words, settings_for
-from animals.checkpoint.tokens import read_geometry, whole_view_gain
+from animals.checkpoint.task import changed_task_flags, settings_for
+from animals.checkpoint.tokens import describe_whole_view, read_geometry
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import write_json
 from animals.pictures.cache import load_split
-from animals.ranks import barrier, choose_arithmetic, cpu_bf16_speed, main_process
+from animals.ranks import barrier, choose_arithmetic, main_process, say
 from animals.training.batches import PictureCollator
-from animals.training.describe import count_steps, describe, describe_cost, record_run
+from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import choose_parts
 from animals.training.preflight import check_run
-from config import Config
 
-# On CPU ranks DeepSpeed else runs numactl whenever it reduces gradients, a fifth of the demo's step.
+FIELDS = (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts")  # of config.Config, as flags
+
+# Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def parse(argv):
-    """argv -> (Config, SFTConfig, ModelConfig, .dry_run and .rehearse). Unknown and shortened flags raise UserError.
-
-    SFTConfig must exist before the weights load and stay alive: building it tells transformers that ZeRO-3 is on, by
-    a weak reference (transformers/integrations/deepspeed.py). Lose it and every rank loads all 15 GB.
-    """
+def make_parser():
+    """The parser of all flags; raises UserError where argparse would exit."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
-    parser = TrlParser((Config, SFTConfig, ModelConfig), allow_abbrev=False)
+    class Parser(TrlParser):
+        def error(self, message):
+            raise UserError(f"{message}; `python train.py --help` lists every flag")
+
+        def format_help(self):
+            return f"{__doc__}\n{super().format_help()}"
+
+    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False)
+    settings.add_flags(parser, FIELDS)
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
-    parser.add_argument("--dry_run", action="store_true", help="stop before the weights load; say what would run")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, and end there")
     parser.add_argument("--rehearse", action="store_true", help="measure a few steps and a checkpoint; keep nothing")
-    parser.set_defaults(**settings.TRAINING_DEFAULTS)
+    parser.set_defaults(**settings.TRAINING_DEFAULTS, dataloader_num_workers=None)
+    return parser
 
-    def fail(message):
-        raise UserError(f"{message}; `python train.py --help` lists every flag")
 
-    parser.error = fail
-    asked, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-")]
+def parse(argv):
+    """-> (Config, SFTConfig, ModelConfig, all flags as a namespace). Unknown and shortened flags raise UserError.
+
+    Building SFTConfig tells transformers that ZeRO-3 is on, by a weak reference (integrations/deepspeed.py): it must be
+    built before the weights load and stay referenced, or every rank loads all 15 GB.
+    """
+    parser = make_parser()
+    flags, unknown = parser.parse_known_args(argv)
     if unknown:
+        names = [word for word in unknown if word.startswith("-")] or unknown
         known = re.findall(r"--\w+", parser.format_usage())
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.8)
-        fail(f"unknown flag {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
-    on_cpu, dtype = choose_arithmetic(asked.use_cpu, asked.dtype)
+        near = difflib.get_close_matches(names[0].split("=")[0], known, n=1, cutoff=0.8)
+        parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()
-        argv = [*argv, "--use_cpu", "True", "--dtype", dtype]
-        if dtype == "float32" and cpu_bf16_speed() < 1:
-            argv += ["--bf16", "False"]
-    else:
-        parser.set_defaults(dataloader_num_workers=2)  # processes a rank that prepare pictures while the GPU works
+        flags.use_cpu, flags.bf16 = True, flags.bf16 and flags.dtype != "float32"
+    if flags.dataloader_num_workers is None:  # processes per rank that prepare pictures while the GPU computes
+        flags.dataloader_num_workers = 0 if on_cpu else 2
     try:
-        config, args, model_args, more = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args, model_args = parser.parse_dict(vars(flags), allow_extra_keys=True)
     except ValueError as error:
-        fail(str(error))
-    return settings_for(config, model_args.model_name_or_path, training=True), args, model_args, more
+        parser.error(str(error))
+    return settings.config_from(flags), args, model_args, flags
 
 
-def end_with_launcher():
-    """Linux: have the kernel kill this rank when scripts/launch.py dies, so that no orphan goes on writing."""
-    if os.environ.get("LAUNCHER_PID") == str(os.getppid()):
+def end_with_torchrun():
+    """Linux: let the kernel kill this rank when torchrun dies, so that no rank continues to write without it.
+
+    Without torchrun the parent is a shell, and `nohup python train.py &` must outlive that.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def leave(code):
-    """End this rank without the interpreter's shutdown, in which a thread of torch's aborts a finished run.
+def end_rank(code):
+    """End this process without the interpreter's shutdown, in which a thread of torch's aborts a finished run.
 
-    Seen once in about 22 runs on two ranks, with the process group destroyed.
+    That was seen once in about 22 runs on two ranks, although the process group was destroyed.
     """
     run_exit_functions()
     sys.stdout.flush()
@@ -100,96 +110,101 @@ def leave(code):
     os._exit(code)
 
 
-def main():
-    end_with_launcher()
-    if "-h" in sys.argv or "--help" in sys.argv:
-        print(__doc__)
-    config, args, model_args, more = parse(sys.argv[1:])
-    speaks = main_process()  # one rank speaks for all
-    for line in other_words(config, model_args.model_name_or_path) if speaks else ():
-        print(f"{line}: trained with the new words from here on", flush=True)
+def find_start(args, record):
+    """-> (the checkpoint to resume from or None, a line for each incomplete one that is newer)."""
+    newest, incomplete = newest_complete(args.output_dir)
+    if args.resume_from_checkpoint:  # this one, whatever it was trained with
+        return args.resume_from_checkpoint, incomplete
+    if newest:
+        check_resume(record, newest)
+    return newest, incomplete
 
-    if speaks:
+
+def is_finished(args, checkpoint, pictures) -> bool:
+    """Whether `checkpoint` is the run's last step; if so, its model is in output_dir afterwards. All ranks."""
+    state = read_state(checkpoint)
+    if state["global_step"] < count_steps(args, pictures)[1]:
+        return False
+    if main_process():
+        publish(args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir)
+    say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
+    return True
+
+
+def main():
+    end_with_torchrun()
+    config, args, model_args, flags = parse(sys.argv[1:])
+    path = model_args.model_name_or_path
+    for line in changed_task_flags(config, path):
+        say(f"{line}: this run trains with the new one")
+    config = settings_for(config, path, training=True)
+
+    # Checks: everything that can be known to be wrong, in one message, before the weights load.
+    if main_process():
         sweep(args.output_dir)
     barrier()
-    # Before the weights load: everything that can be known to go wrong, in one message.
-    summary, scorer, plan = check_run(config, args, model_args)
-    record = record_run(config, args, model_args, summary)
-    resume, passed_over = newest_complete(args.output_dir)
-    if args.resume_from_checkpoint:  # the user's word is taken as it is
-        resume = args.resume_from_checkpoint
-    elif resume:
-        check_resume(record, resume)
-    if more.rehearse:
-        resume = None  # from the first step, whatever is there
+    summaries, scorer = check_run(config, args, model_args)
+    record = record_run(config, args, model_args, summaries)
+    checkpoint, incomplete = (None, []) if flags.rehearse else find_start(args, record)
 
+    # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
-    train_data = load_split(config, "train")
-    if speaks:
-        describe(args, model_args, train_data, collator, f"{summary['validation']['n']} held out")
-        tiles = read_geometry(model_args.model_name_or_path)
-        print(whole_view_gain(zip(train_data["width"], train_data["height"], strict=True), tiles), flush=True)
-    if more.dry_run:
-        if speaks:
-            describe_cost(plan)
+    train_data, held_out = load_split(config, "train"), load_split(config, "validation")
+    say(describe(args, model_args, train_data, collator, len(held_out)))
+    say(describe_whole_view(zip(train_data["width"], train_data["height"], strict=True), read_geometry(path)))
+    # Trainer would take one more step where none is left.
+    if flags.dry_run or checkpoint and is_finished(args, checkpoint, len(train_data)):
         return
 
-    state = read_state(resume) if resume else {"global_step": 0}
-    if resume and state["global_step"] >= count_steps(args, len(train_data))[1]:  # Trainer would take one step more
-        if speaks:
-            publish(args.load_best_model_at_end and state["best_model_checkpoint"] or resume, args.output_dir)
-            print(f"{resume} is the last step: nothing left to train; {args.output_dir} holds the model")
-        return
-
+    # Model: the weights, partitioned over the ranks while they load.
     from animals.training.trainer import AnimalTrainer, StopOnSignal
 
-    if more.rehearse:
-        from animals.training.rehearsal import RehearsalTrainer, begin
+    if flags.rehearse:
+        from animals.training.rehearsal import RehearsalTrainer, start_ram_meter
 
-        make_trainer = functools.partial(RehearsalTrainer, ram=begin(args), plan=plan)
+        make_trainer = functools.partial(RehearsalTrainer, ram=start_ram_meter(args))
     else:
         stop = StopOnSignal()
         make_trainer = functools.partial(AnimalTrainer, callbacks=[stop])
-    model = load_for_training(model_args, args, config.image_view)
+    model = load_for_training(model_args, args)
     choose_parts(model, config, args, model_args)
-    args.assistant_only_loss = False  # the collator has it; SFTTrainer would look for its own template and refuse ours
-    name = os.path.basename(os.path.normpath(args.output_dir))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(config.logging_dir, name)
+
+    # Training, or its rehearsal.
+    args.assistant_only_loss = False  # the collator has it; SFTTrainer would want its own template
+    logs = os.path.join(config.logging_dir, os.path.basename(os.path.normpath(args.output_dir)))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logs
     trainer = make_trainer(
         model=model,
         args=args,
         train_dataset=train_data,
-        eval_dataset=load_split(config, "validation"),
+        eval_dataset=held_out,
         data_collator=collator,
         processing_class=scorer.processor,
         peft_config=lora_config(model_args, args),
         scorer=scorer,
         eval_pictures=config.eval_pictures,
         record=record,
+        dtype=model_args.dtype,
     )
-    trains = describe_trainable(trainer.model)  # raises where anything beside LoRA's adapters would train
-    if more.rehearse:
-        trainer.rehearse(os.environ["TENSORBOARD_LOGGING_DIR"], record["versions"])
+    trains = describe_trainable(trainer.model)  # UserError if anything outside LoRA's adapters would train
+    if flags.rehearse:
+        trainer.rehearse(logs, record["versions"])
         trainer.accelerator.end_training()
-        leave(0)
-    if speaks:
-        print(f"trains          {trains}")
+        end_rank(0)
+    say(f"trains          {trains}")
+    for line in [*incomplete, *([f"resuming from {checkpoint}"] if checkpoint else [])]:
+        say(line)
+    if main_process():
         os.makedirs(args.output_dir, exist_ok=True)
         write_json(os.path.join(args.output_dir, "run.json"), record)
-        for line in passed_over:
-            print(line)
-        if resume:
-            print(f"resuming from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed:
-        if speaks:
-            print(f"stopped after step {trainer.state.global_step}; `sh train.sh` again goes on from there", flush=True)
+        say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
     else:
         trainer.save_final()
-        if speaks:
-            print(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
+        say(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
     trainer.accelerator.end_training()
-    leave(128 + stop.agreed if stop.agreed else 0)
+    end_rank(128 + stop.agreed if stop.agreed else 0)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""Start a script of ours on every GPU: `accelerate launch` or `torchrun`, with early answers and honest exit codes.
+"""Start train.py or validation.py on every GPU, through `accelerate launch` or `torchrun`.
 
     python scripts/launch.py [flags of accelerate launch] train.py [flags of train.py]
     python scripts/launch.py validation.py [flags of validation.py]
 
-As many processes as GPUs are visible, or one; NUM_PROCESSES=n overrides (without a GPU: n CPU ranks). What the user
-must mend is said within a second or two, before torch is imported anywhere; the exit code is the script's own, not
-the launcher's 1. train.py may just as well be started with plain `accelerate launch`.
+One process per visible GPU, or one; NUM_PROCESSES=n overrides (without a GPU: n processes on the CPU). What the user
+must correct is reported within a second or two, before torch is imported. The exit code is the script's own. train.py
+may be started with plain `accelerate launch` as well.
 """
 
 import argparse
 import importlib.util
-import json
 import logging
 import os
 import runpy
 import signal
-import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -23,35 +21,45 @@ sys.path.insert(0, ROOT)
 
 import config as settings
 from animals.checkpoint.task import settings_for
-from animals.command import UserError, run
-from animals.ranks import count_gpus, cpu_bf16_speed
-from animals.training.preflight import check_setup
+from animals.command import Findings, UserError, run
+from animals.pictures.prepare import check_inputs
+from animals.ranks import count_gpus
+from animals.training.preflight import check_output_dir
 
 
-def read_words(words):
-    """-> (flags for accelerate launch, the script, its flags). train.sh's --config_file is the launcher's."""
+def split_words(words):
+    """-> (accelerate's --config_file or None, other flags of accelerate launch, the script, its flags).
+
+    --config_file may stand among the script's flags, where it wins: train.sh has one of its own before them.
+    """
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
         raise UserError("launch.py: found no script; expected train.py or validation.py")
-    launcher_flags, script, flags = words[:at], words[at], words[at + 1 :]
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--config_file")
-    chosen, flags = own.parse_known_args(flags)
-    if chosen.config_file:
-        if not os.path.isfile(chosen.config_file):
-            raise UserError(
-                f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, "
-                "scripts/ddp.yaml or another one of accelerate's"
-            )
-        launcher_flags.append(f"--config_file={chosen.config_file}")
-    return launcher_flags, script, flags
-
-
-def usable_gpus(flags):
-    """The GPUs to start ranks on: none with --use_cpu, nor where torch is a CPU build (the script says which)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config_file")
+    chosen, launcher_flags = parser.parse_known_args(words[:at])
+    chosen, flags = parser.parse_known_args(words[at + 1 :], chosen)
+    if chosen.config_file and not os.path.isfile(chosen.config_file):
+        raise UserError(
+            f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, scripts/ddp.yaml "
+            "or another one of accelerate's"
+        )
+    return chosen.config_file, launcher_flags, words[at], flags
+
+
+def read_flags(training, flags):
+    """The flags of the script that the launcher needs, as a namespace; the script itself refuses unknown ones."""
+    default = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
+    parser = settings.parser("", settings.DATA_FIELDS)
+    parser.add_argument("--model_name_or_path", default=default)
+    parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false")
-    if parser.parse_known_args(flags)[0].use_cpu.lower() in ("true", "t", "yes", "y", "1"):
+    return parser.parse_known_args(flags)[0]
+
+
+def usable_gpus(use_cpu):
+    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the script says which)."""
+    if use_cpu.lower() in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
         return 0
     torch = importlib.util.find_spec("torch")
     if torch and "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -62,7 +70,7 @@ def usable_gpus(flags):
 
 
 def count_processes(gpus):
-    """NUM_PROCESSES, else one a GPU, else 1."""
+    """NUM_PROCESSES, else one per GPU, else 1."""
     chosen = os.environ.get("NUM_PROCESSES", str(max(1, gpus)))
     if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
         most = f" to {gpus}, the GPUs there are" if gpus else ""
@@ -70,26 +78,36 @@ def count_processes(gpus):
     return int(chosen)
 
 
-def check(training, flags):
-    """What can be known without torch; the ranks get the answer in $PREFLIGHT."""
-    parser = settings.parser("")
-    model = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
-    parser.add_argument("--model_name_or_path", default=model)
-    parser.add_argument("--all_checkpoints", action="store_true")
-    parser.add_argument("--linear_probe", action="store_true")
-    parser.add_argument("--rivals", default="")
-    parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"] if training else None)
-    args, _ = parser.parse_known_args(flags)
-    splits = ("train", "validation") if training or args.linear_probe or "probe" in args.rivals else ("validation",)
-    config = settings_for(settings.take(args), args.model_name_or_path, training)
-    found = check_setup(config, args.model_name_or_path, splits, args.all_checkpoints, args.output_dir)
-    os.environ["PREFLIGHT"] = json.dumps(found)
+def check(training, args):
+    """Raises one UserError with everything that is wrong with the checkpoint, the pictures and --output_dir."""
+    config, findings = settings.config_from(args), Findings()
+    config = settings_for(config, args.model_name_or_path, training)
+    splits = ("train", "validation") if training else ("validation",)
+    findings.attempt(check_inputs, config, args.model_name_or_path, splits)
+    if training:
+        findings.attempt(check_output_dir, args.output_dir)
+    findings.report()
+
+
+def runs_plainly(config_file) -> bool:
+    """Whether accelerate starts one process of this configuration as it is, without torchrun."""
+    import yaml
+
+    with open(config_file, encoding="utf-8") as file:
+        return yaml.safe_load(file).get("distributed_type") in ("NO", "MULTI_GPU", "MULTI_CPU")
+
+
+def become(script, flags):
+    """Replace this process by the script: then there is no second process that could outlive it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # transformers would use every GPU (DataParallel)
+    os.execv(sys.executable, [sys.executable, script, *flags])
 
 
 def pass_signals_on():
-    """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which end when they have saved.
+    """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which save and end by themselves.
 
-    torchrun would kill them after 30 s, less than a checkpoint of the 7B takes: it is told to leave these alone.
+    torchrun would kill them after 30 s, which is less than a checkpoint of the 7B takes: it must not handle these.
     """
     import psutil
 
@@ -107,15 +125,15 @@ def pass_signals_on():
 
 
 def start_ranks(training, launcher_flags, processes, script, flags):
-    """Runs until all ranks have ended. -> (the rank that failed first or None, its exit code; negative: its signal)"""
+    """Wait until all ranks have ended. -> (the rank that failed first or None, its exit code; negative: a signal)"""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         if training:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            port = ["--main_process_port=0"]  # any free one
-            words = [*port, *launcher_flags, f"--num_processes={processes}", script, *flags]
+            port = "--main_process_port=0"  # any free one
+            words = [port, *launcher_flags, f"--num_processes={processes}", script, *flags]
             launch_command(launch_command_parser().parse_args(words))
         else:
             import torch.distributed.run
@@ -124,37 +142,35 @@ def start_ranks(training, launcher_flags, processes, script, flags):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return rank, failure.exitcode
-    except subprocess.CalledProcessError as error:  # of a lone rank without DeepSpeed
-        return 0, error.returncode
     return None, 0
 
 
 def main():
-    launcher_flags, script, flags = read_words(sys.argv[1:])
+    config_file, launcher_flags, script, flags = split_words(sys.argv[1:])
     training = os.path.basename(script) == "train.py"
-    asks_for_help = {"-h", "--help"} & set(flags)
-    gpus = usable_gpus(flags)
+    if {"-h", "--help"} & set(flags):
+        become(script, flags)
+    args = read_flags(training, flags)
+    gpus = usable_gpus(args.use_cpu)
     processes = count_processes(gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # Less fragmentation near 24 GB; pinned host memory above 1 MB as large as asked, not the next power of two.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    if not asks_for_help:
-        check(training, flags)
-    if asks_for_help or not training and processes == 1:
-        os.execv(sys.executable, [sys.executable, script, *flags])
+    check(training, args)
+    if processes == 1 and (not training or config_file and not launcher_flags and runs_plainly(config_file)):
+        become(script, flags)
 
     pass_signals_on()
-    if not gpus:
-        os.environ["CPU_BF16_SPEED"] = str(cpu_bf16_speed())  # once, for all ranks
-    os.environ["LAUNCHER_PID"] = str(os.getpid())  # by which the ranks know whom to end with
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+    if config_file:
+        launcher_flags = [f"--config_file={config_file}", *launcher_flags]
     rank, code = start_ranks(training, launcher_flags, processes, script, flags)
     if code not in (0, 2, 130, 143):
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        again = "; `sh train.sh` again goes on from the last complete checkpoint" if training else ""
-        print(f"error: rank {rank} {how}; what it said stands above{again}", file=sys.stderr)
+        again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
+        print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
     sys.exit(code if code >= 0 else 128 - code)
 
 
