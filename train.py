@@ -5,10 +5,9 @@
     sh train.sh --rehearse                       # measure a few minutes of the run; rehearsal.json in logs/
     NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 processes on the CPU of a machine without a GPU
 
-Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and three that today's libraries have renamed:
---torch_dtype (now --dtype), --warmup_ratio (now --warmup_steps below 1) and --logging_dir (now an environment variable).
-Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names, in its checkpoint-N/ the
-optimizer's state to resume from, and TensorBoard's events under --logging_dir.
+Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and two that today's libraries have renamed:
+--torch_dtype (now --dtype) and --warmup_ratio (now --warmup_steps below 1). Leaves in --output_dir a plain Hugging Face
+checkpoint under the hub's parameter names and checkpoint-N/ to resume from, in --logging_dir TensorBoard's events.
 """
 
 import argparse
@@ -91,12 +90,8 @@ def parse(argv):
 
 
 def end_with_torchrun():
-    """Linux: let the kernel kill this rank when torchrun dies, so that no rank continues to write without it.
-
-    Without torchrun the parent is a shell, and `nohup python train.py &` must outlive that.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Linux: let the kernel kill this rank when torchrun dies, so that no rank continues to write without it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_rank(code):
@@ -111,17 +106,17 @@ def end_rank(code):
 
 
 def find_start(args, record):
-    """-> (the checkpoint to resume from or None, a line for each incomplete one that is newer)."""
+    """The checkpoint to resume from, or None. Says which newer ones are incomplete."""
     newest, incomplete = newest_complete(args.output_dir)
-    if args.resume_from_checkpoint:  # this one, whatever it was trained with
-        return args.resume_from_checkpoint, incomplete
-    if newest:
+    for line in incomplete:
+        say(line)
+    if newest and not args.resume_from_checkpoint:
         check_resume(record, newest)
-    return newest, incomplete
+    return args.resume_from_checkpoint or newest
 
 
-def is_finished(args, checkpoint, pictures) -> bool:
-    """Whether `checkpoint` is the run's last step; if so, its model is in output_dir afterwards. All ranks."""
+def publish_if_finished(args, checkpoint, pictures) -> bool:
+    """Whether `checkpoint` is the last step. If so, publish its model, for Trainer would take one step more."""
     state = read_state(checkpoint)
     if state["global_step"] < count_steps(args, pictures)[1]:
         return False
@@ -132,12 +127,15 @@ def is_finished(args, checkpoint, pictures) -> bool:
 
 
 def main():
-    end_with_torchrun()
-    config, args, model_args, flags = parse(sys.argv[1:])
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else the parent is a shell, and `nohup python train.py &` outlives that
+        end_with_torchrun()
+
+    # Settings: the flags, and what the checkpoint says of itself.
+    given, args, model_args, flags = parse(sys.argv[1:])
     path = model_args.model_name_or_path
-    for line in changed_task_flags(config, path):
+    config = settings_for(given, path, training=True)
+    for line in changed_task_flags(given, path):
         say(f"{line}: this run trains with the new one")
-    config = settings_for(config, path, training=True)
 
     # Checks: everything that can be known to be wrong, in one message, before the weights load.
     if main_process():
@@ -145,32 +143,28 @@ def main():
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)
-    checkpoint, incomplete = (None, []) if flags.rehearse else find_start(args, record)
+    checkpoint = None if flags.rehearse else find_start(args, record)
 
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data, held_out = load_split(config, "train"), load_split(config, "validation")
     say(describe(args, model_args, train_data, collator, len(held_out)))
     say(describe_whole_view(zip(train_data["width"], train_data["height"], strict=True), read_geometry(path)))
-    # Trainer would take one more step where none is left.
-    if flags.dry_run or checkpoint and is_finished(args, checkpoint, len(train_data)):
+    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
         return
 
-    # Model: the weights, partitioned over the ranks while they load.
+    # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
     from animals.training.trainer import AnimalTrainer, StopOnSignal
 
+    stop = None if flags.rehearse else StopOnSignal()
+    make_trainer = functools.partial(AnimalTrainer, callbacks=[stop])
     if flags.rehearse:
         from animals.training.rehearsal import RehearsalTrainer, start_ram_meter
 
         make_trainer = functools.partial(RehearsalTrainer, ram=start_ram_meter(args))
-    else:
-        stop = StopOnSignal()
-        make_trainer = functools.partial(AnimalTrainer, callbacks=[stop])
     model = load_for_training(model_args, args)
     choose_parts(model, config, args, model_args)
-
-    # Training, or its rehearsal.
-    args.assistant_only_loss = False  # the collator has it; SFTTrainer would want its own template
+    args.assistant_only_loss = False  # the collator does it; SFTTrainer would refuse our chat template
     logs = os.path.join(config.logging_dir, os.path.basename(os.path.normpath(args.output_dir)))
     os.environ["TENSORBOARD_LOGGING_DIR"] = logs
     trainer = make_trainer(
@@ -186,25 +180,29 @@ def main():
         record=record,
         dtype=model_args.dtype,
     )
-    trains = describe_trainable(trainer.model)  # UserError if anything outside LoRA's adapters would train
+    say(f"trains          {describe_trainable(trainer.model)}")
+
     if flags.rehearse:
         trainer.rehearse(logs, record["versions"])
-        trainer.accelerator.end_training()
-        end_rank(0)
-    say(f"trains          {trains}")
-    for line in [*incomplete, *([f"resuming from {checkpoint}"] if checkpoint else [])]:
-        say(line)
+    else:
+        train(trainer, args, record, checkpoint, stop)
+    trainer.accelerator.end_training()
+    end_rank(128 + stop.agreed if stop and stop.agreed else 0)
+
+
+def train(trainer, args, record, checkpoint, stop):
+    """Train from `checkpoint`, or from the first step, and save the model, unless a signal ends the run before."""
     if main_process():
         os.makedirs(args.output_dir, exist_ok=True)
         write_json(os.path.join(args.output_dir, "run.json"), record)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed:
         say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
     else:
         trainer.save_final()
         say(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
-    trainer.accelerator.end_training()
-    end_rank(128 + stop.agreed if stop.agreed else 0)
 
 
 if __name__ == "__main__":

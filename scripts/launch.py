@@ -1,11 +1,10 @@
 """Start train.py or validation.py on every GPU, through `accelerate launch` or `torchrun`.
 
-    python scripts/launch.py [flags of accelerate launch] train.py [flags of train.py]
+    python scripts/launch.py train.py [--config_file FILE] [flags of train.py]
     python scripts/launch.py validation.py [flags of validation.py]
 
 One process per visible GPU, or one; NUM_PROCESSES=n overrides (without a GPU: n processes on the CPU). What the user
-must correct is reported within a second or two, before torch is imported. The exit code is the script's own. train.py
-may be started with plain `accelerate launch` as well.
+must correct is reported within a second or two, before torch is imported. The exit code is the script's own.
 """
 
 import argparse
@@ -28,38 +27,32 @@ from animals.training.preflight import check_output_dir
 
 
 def split_words(words):
-    """-> (accelerate's --config_file or None, other flags of accelerate launch, the script, its flags).
-
-    --config_file may stand among the script's flags, where it wins: train.sh has one of its own before them.
-    """
-    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    if at is None:
-        raise UserError("launch.py: found no script; expected train.py or validation.py")
+    """-> (the script, --config_file of accelerate, the script's flags). The last --config_file wins."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config_file")
-    chosen, launcher_flags = parser.parse_known_args(words[:at])
-    chosen, flags = parser.parse_known_args(words[at + 1 :], chosen)
-    if chosen.config_file and not os.path.isfile(chosen.config_file):
+    parser.add_argument("script", choices=["train.py", "validation.py"])
+    parser.add_argument("--config_file", default="scripts/deepspeed_zero3.yaml")
+    chosen, flags = parser.parse_known_args(words)
+    if not os.path.isfile(chosen.config_file):
         raise UserError(
             f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, scripts/ddp.yaml "
             "or another one of accelerate's"
         )
-    return chosen.config_file, launcher_flags, words[at], flags
+    return chosen.script, chosen.config_file, flags
 
 
 def read_flags(training, flags):
-    """The flags of the script that the launcher needs, as a namespace; the script itself refuses unknown ones."""
-    default = settings.TRAINING_DEFAULTS["model_name_or_path" if training else "output_dir"]
+    """Those flags of the script that the launcher reads, as a namespace; the script itself refuses unknown ones."""
     parser = settings.parser("", settings.DATA_FIELDS)
-    parser.add_argument("--model_name_or_path", default=default)
+    model = "model_name_or_path" if training else "output_dir"
+    parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS[model])
     parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
-    parser.add_argument("--use_cpu", nargs="?", const="true", default="false")
+    parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
     return parser.parse_known_args(flags)[0]
 
 
-def usable_gpus(use_cpu):
-    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the script says which)."""
-    if use_cpu.lower() in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
+def usable_gpus(args):
+    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the ranks say which)."""
+    if args.use_cpu in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
         return 0
     torch = importlib.util.find_spec("torch")
     if torch and "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -78,37 +71,16 @@ def count_processes(gpus):
     return int(chosen)
 
 
-def check(training, args):
-    """Raises one UserError with everything that is wrong with the checkpoint, the pictures and --output_dir."""
-    config, findings = settings.config_from(args), Findings()
-    config = settings_for(config, args.model_name_or_path, training)
-    splits = ("train", "validation") if training else ("validation",)
-    findings.attempt(check_inputs, config, args.model_name_or_path, splits)
-    if training:
-        findings.attempt(check_output_dir, args.output_dir)
-    findings.report()
-
-
-def runs_plainly(config_file) -> bool:
-    """Whether accelerate starts one process of this configuration as it is, without torchrun."""
+def needs_launcher(training, config_file):
+    """Whether one process needs accelerate around it: with DeepSpeed or the like."""
     import yaml
 
     with open(config_file, encoding="utf-8") as file:
-        return yaml.safe_load(file).get("distributed_type") in ("NO", "MULTI_GPU", "MULTI_CPU")
-
-
-def become(script, flags):
-    """Replace this process by the script: then there is no second process that could outlive it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # transformers would use every GPU (DataParallel)
-    os.execv(sys.executable, [sys.executable, script, *flags])
+        return training and yaml.safe_load(file)["distributed_type"] not in ("NO", "MULTI_GPU", "MULTI_CPU")
 
 
 def pass_signals_on():
-    """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which save and end by themselves.
-
-    torchrun would kill them after 30 s, which is less than a checkpoint of the 7B takes: it must not handle these.
-    """
+    """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which save and end by themselves."""
     import psutil
 
     def pass_on(number, frame):
@@ -118,55 +90,62 @@ def pass_signals_on():
         if not ranks:
             sys.exit(128 + number)
 
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals-to-handle
+    # torchrun's --signals-to-handle: it would kill the ranks after 30 s, less than a checkpoint of the 7B takes.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
 
 
-def start_ranks(training, launcher_flags, processes, script, flags):
-    """Wait until all ranks have ended. -> (the rank that failed first or None, its exit code; negative: a signal)"""
+def start_ranks(training, config_file, processes, script, flags):
+    """Wait until all ranks have ended. -> (the rank that failed first, its exit code or -signal), or (0, 0)."""
+    import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         if training:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            port = "--main_process_port=0"  # any free one
-            words = [port, *launcher_flags, f"--num_processes={processes}", script, *flags]
-            launch_command(launch_command_parser().parse_args(words))
+            words = [
+                f"--config_file={config_file}",
+                f"--num_processes={processes}",
+                "--main_process_port=0",
+            ]  # any port
+            launch_command(launch_command_parser().parse_args([*words, script, *flags]))
         else:
-            import torch.distributed.run
-
             torch.distributed.run.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return rank, failure.exitcode
-    return None, 0
+    return 0, 0
 
 
 def main():
-    config_file, launcher_flags, script, flags = split_words(sys.argv[1:])
-    training = os.path.basename(script) == "train.py"
+    script, config_file, flags = split_words(sys.argv[1:])
+    training, alone = script == "train.py", [sys.executable, script, *flags]
     if {"-h", "--help"} & set(flags):
-        become(script, flags)
+        os.execv(sys.executable, alone)
     args = read_flags(training, flags)
-    gpus = usable_gpus(args.use_cpu)
+    gpus = usable_gpus(args)
     processes = count_processes(gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # Less fragmentation near 24 GB; pinned host memory above 1 MB as large as asked, not the next power of two.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:1")
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    check(training, args)
-    if processes == 1 and (not training or config_file and not launcher_flags and runs_plainly(config_file)):
-        become(script, flags)
-
+    config, findings = settings_for(settings.config_from(args), args.model_name_or_path, training), Findings()
+    splits = ("train", "validation") if training else ("validation",)
+    findings.attempt(check_inputs, config, args.model_name_or_path, splits)
+    if training:
+        findings.attempt(check_output_dir, args.output_dir)
+    findings.report()
+    if processes == 1 and not needs_launcher(training, config_file):
+        if gpus > 1:  # transformers would use them all, by DataParallel
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        os.execv(sys.executable, alone)  # the rank takes this process's place, and so cannot outlive it
     pass_signals_on()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
-    if config_file:
-        launcher_flags = [f"--config_file={config_file}", *launcher_flags]
-    rank, code = start_ranks(training, launcher_flags, processes, script, flags)
+    rank, code = start_ranks(training, config_file, processes, script, flags)
     if code not in (0, 2, 130, 143):
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
