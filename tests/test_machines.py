@@ -61,7 +61,7 @@ def test_two_machines_train_together(demo, machines, tmp_path):
         processes.append(start(command, OMP_NUM_THREADS=1, TORCH_EXTENSIONS_DIR=tmp_path / "ops", **environment))
     outputs = [process.communicate(timeout=3600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    assert "4 per device x 2 accumulated x 2 CPU ranks = 16 pictures a step" in outputs[0]
+    assert "4 per device x 2 accumulated x 2 CPU ranks = 16 pictures per step" in outputs[0]
     assert (tmp_path / "sft" / "model.safetensors").is_file()
     assert (tmp_path / "sft" / "checkpoint-2" / "complete.json").is_file()
 
