@@ -1,7 +1,8 @@
-"""The house: what stands at the root, which way imports go, whose private names are used where."""
+"""The house: what stands at the root, which way imports go, which environment variables and private names are used."""
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,23 @@ import pytest
 
 from tests.conftest import ROOT
 
-VERBS = ("data_process_utils", "train", "validation", "test")
+SCRIPTS = ("data_process_utils", "train", "validation", "test")
 ORDER = ("command files ranks compat", "config", "checkpoint", "pictures", "scoring", "training")  # low to high
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 OURS = sorted((ROOT / "animals").rglob("*.py")) + [ROOT / "config.py"]
-PROGRAMS = [*ROOT.glob("*.py"), *(p for d in ("scripts", "demo", "benchmarks") for p in (ROOT / d).rglob("*.py"))]
+COMMANDS = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+PROGRAMS = [*COMMANDS, *(path for folder in ("demo", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
+VARIABLES = {"NUM_PROCESSES": "launch.py", "BF16_ON_CPU": "ranks.py"}  # ours, and the only file that reads each
+OTHERS = (
+    "RANK WORLD_SIZE LOCAL_SIZE LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES TORCHELASTIC_RUN_ID PET_SIGNALS_TO_HANDLE CC "
+)
+OTHERS += "OMP_NUM_THREADS PYTORCH_ALLOC_CONF DS_ACCELERATOR TENSORBOARD_LOGGING_DIR TORCH_EXTENSIONS_DIR MPLCONFIGDIR "
+OTHERS += "TRITON_CACHE_DIR HF_DATASETS_CACHE HF_HUB_OFFLINE TORCHDYNAMO_DISABLE TQDM_DISABLE PYTHONWARNINGS "
+OTHERS += "LC_ALL LC_MESSAGES LANG VIRTUAL_ENV CONDA_PREFIX PATH"
 
 
 def room(module):
-    """`animals.scoring.report` -> `scoring`; a verb or another library -> its first name."""
+    """`animals.scoring.report` -> `scoring`; another module -> its first name."""
     parts = module.split(".")
     return parts[1] if parts[0] == "animals" and len(parts) > 1 else parts[0]
 
@@ -38,8 +47,20 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def reached(path, seen=None):
+    """Every file of ours that `path` imports, directly or not, lazily or not."""
+    seen = set() if seen is None else seen
+    for module in imports(path):
+        place = ROOT / module.replace(".", "/")
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file() and file not in seen:
+                seen.add(file)
+                reached(file, seen)
+    return seen
+
+
 def test_the_root_holds_the_users_five_scripts():
-    assert {path.name for path in ROOT.glob("*.py")} == {"config.py", *(f"{verb}.py" for verb in VERBS)}
+    assert {path.name for path in ROOT.glob("*.py")} == {"config.py", *(f"{name}.py" for name in SCRIPTS)}
 
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)
@@ -47,9 +68,30 @@ def test_imports_go_down(path):
     own = LEVEL.get(room(name_of(path)), -1)  # animals/__init__.py imports nothing at all
     for module in imports(path):
         target = room(module)
-        assert target not in VERBS, f"{path.name} imports the verb {module}"
-        assert target not in ("scripts", "demo", "benchmarks", "tests"), f"{path.name} imports {module}"
+        assert target not in (*SCRIPTS, "scripts", "demo", "benchmarks", "tests"), f"{path.name} imports {module}"
         assert LEVEL.get(target, -1) <= own or module == "animals", f"{path.name} imports {module}, a higher room"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
+def test_nothing_imports_a_command(path):
+    assert not [module for module in imports(path) if room(module) in ("scripts", *SCRIPTS)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_script_does_not_need_it_does_not_import(script):
+    found = {name_of(file) for file in reached(ROOT / f"{script}.py")}
+    assert "animals.scoring.features" not in found
+    assert "animals.scoring.sheet" not in found or script == "test"
+    assert script == "train" or not [name for name in found if name.startswith("animals.training")]
+
+
+@pytest.mark.parametrize("path", [*OURS, *COMMANDS, *ROOT.glob("*.sh"), ROOT / "scripts/environment.sh"], ids=str)
+def test_which_environment_variables_are_read(path):
+    text = path.read_text(encoding="utf-8")
+    lines = re.findall(r"\$\{?[A-Z]\w+", text) if path.suffix == ".sh" else re.findall(r".*environ.*|.*getenv.*", text)
+    names = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", " ".join(line.partition("#")[0] for line in lines)))
+    ours = {name for name, file in VARIABLES.items() if file == path.name}
+    assert names - set(OTHERS.split()) <= ours
 
 
 @pytest.mark.parametrize("path", [p for p in OURS if p.name == "__init__.py"], ids=name_of)
@@ -61,9 +103,13 @@ def test_a_rooms_sign_says_what_may_not_come_in(path):
 
 def test_no_name_hides_a_library():
     """A program's own folder comes first on sys.path: what lies in it is found before anything installed."""
-    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    installed = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     mine = {path.stem for path in PROGRAMS} | {path.name for path in ROOT.iterdir() if path.is_dir()}
-    assert mine & taken <= {"test", "tests", "__init__"}  # test.py is on the user's card; nobody imports Python's own
+    assert mine & installed <= {
+        "test",
+        "tests",
+        "__init__",
+    }  # test.py is on the user's card; nobody imports Python's own
 
 
 def private_uses(path):
@@ -82,7 +128,7 @@ def private_uses(path):
                 yield f"{node.lineno}: {node.attr}"
 
 
-@pytest.mark.parametrize("path", [*OURS, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")], ids=name_of)
+@pytest.mark.parametrize("path", [*OURS, *COMMANDS], ids=name_of)
 def test_private_names_of_libraries_stand_in_compat_alone(path):
     if path.name != "compat.py":
         assert list(private_uses(path)) == []
@@ -127,7 +173,7 @@ def test_config_is_standard_library_only():
     assert done.stdout.strip() == "[]"
 
 
-def test_nothing_speaks_of_another_machine():
+def test_no_file_names_another_machines_folders():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for file in files:
         path = Path(ROOT, file)
