@@ -52,7 +52,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def arithmetic():
-    """What a run that asks for bfloat16 computes in on this CPU: bfloat16, or float32 where that is faster."""
+    """The type that a run on the CPU computes in although it asks for bfloat16."""
     return choose_arithmetic(True, "bfloat16")[1]
 
 

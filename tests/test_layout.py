@@ -23,7 +23,7 @@ OTHERS = (
 )
 OTHERS += "OMP_NUM_THREADS PYTORCH_ALLOC_CONF DS_ACCELERATOR TENSORBOARD_LOGGING_DIR TORCH_EXTENSIONS_DIR MPLCONFIGDIR "
 OTHERS += "TRITON_CACHE_DIR HF_DATASETS_CACHE HF_HUB_OFFLINE TORCHDYNAMO_DISABLE TQDM_DISABLE PYTHONWARNINGS "
-OTHERS += "LC_ALL LC_MESSAGES LANG VIRTUAL_ENV CONDA_PREFIX PATH"
+OTHERS += "LC_ALL LC_MESSAGES LANG VIRTUAL_ENV CONDA_PREFIX SIGQUIT"
 
 
 def room(module):
@@ -88,10 +88,11 @@ def test_what_a_script_does_not_need_it_does_not_import(script):
 @pytest.mark.parametrize("path", [*OURS, *COMMANDS, *ROOT.glob("*.sh"), ROOT / "scripts/environment.sh"], ids=str)
 def test_which_environment_variables_are_read(path):
     text = path.read_text(encoding="utf-8")
-    lines = re.findall(r"\$\{?[A-Z]\w+", text) if path.suffix == ".sh" else re.findall(r".*environ.*|.*getenv.*", text)
-    names = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", " ".join(line.partition("#")[0] for line in lines)))
-    ours = {name for name, file in VARIABLES.items() if file == path.name}
-    assert names - set(OTHERS.split()) <= ours
+    lines = " ".join(line.partition("#")[0] for line in text.splitlines() if re.search("environ|getenv", line))
+    names = (
+        re.findall(r"\$\{?([A-Z_]+)", text) if path.suffix == ".sh" else re.findall(r"""["']([A-Z_\d]+)["']""", lines)
+    )
+    assert set(names) - set(OTHERS.split()) <= {name for name, file in VARIABLES.items() if file == path.name}
 
 
 @pytest.mark.parametrize("path", [p for p in OURS if p.name == "__init__.py"], ids=name_of)
@@ -105,11 +106,7 @@ def test_no_name_hides_a_library():
     """A program's own folder comes first on sys.path: what lies in it is found before anything installed."""
     installed = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     mine = {path.stem for path in PROGRAMS} | {path.name for path in ROOT.iterdir() if path.is_dir()}
-    assert mine & installed <= {
-        "test",
-        "tests",
-        "__init__",
-    }  # test.py is on the user's card; nobody imports Python's own
+    assert mine & installed <= {"test", "tests", "__init__"}  # test.py is the user's; nobody imports Python's own
 
 
 def private_uses(path):
@@ -134,23 +131,30 @@ def test_private_names_of_libraries_stand_in_compat_alone(path):
         assert list(private_uses(path)) == []
 
 
-@pytest.mark.parametrize("command", ["train.py", "validation.py", "test.py", "data_process_utils.py"])
-def test_programs_run_from_any_folder(command, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+def python(code):
+    """The last line that this code prints, run at the root by a Python of its own."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run_from_any_folder(script, tmp_path):
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "--input_dir" in done.stdout, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("command", ["validation", "test", "data_process_utils"])
-def test_help_imports_nothing_slow(command):
+@pytest.mark.parametrize("script", set(SCRIPTS) - {"train"})
+def test_help_imports_nothing_slow(script):
     code = (
-        f"import sys; sys.argv = ['{command}.py', '--help']\n"
-        f"import importlib.util as u; s = u.spec_from_file_location('program', '{command}.py')\n"
+        f"import sys; sys.argv = ['{script}.py', '--help']\n"
+        f"import importlib.util as u; s = u.spec_from_file_location('program', '{script}.py')\n"
         "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
         "try: m.main()\nexcept SystemExit: pass\n"
         "print([name for name in ('torch', 'trl', 'deepspeed', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
+    assert python(code) == "[]"
 
 
 def test_scoring_imports_neither_trl_nor_deepspeed(demo):
@@ -159,8 +163,7 @@ def test_scoring_imports_neither_trl_nor_deepspeed(demo):
         f"Config; load_scorer({str(demo.checkpoint)!r}, Config(), 'float32')\n"
         "print([name for name in ('trl', 'deepspeed') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
+    assert python(code) == "[]"
 
 
 def test_config_is_standard_library_only():
@@ -169,8 +172,7 @@ def test_config_is_standard_library_only():
         "new = [sys.modules[name] for name in set(sys.modules) - before]\n"
         "print([m for m in new if 'site-packages' in (getattr(m, '__file__', '') or '')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+    assert python(code) == "[]"
 
 
 def test_no_file_names_another_machines_folders():

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from animals.command import UserError
 from animals.ranks import choose_arithmetic
+from tests.conftest import start
 
 # The command of the first README (August 2025), word for word but for paths and the step count.
 FIRST_COMMAND = """
@@ -166,6 +168,26 @@ def test_on_a_cpu_everything_runs_in_float32(demo, run, tmp_path):
     assert (ran["model"]["dtype"], ran["training"]["bf16"]) == ("float32", False)
     assert json.loads((tmp_path / "sft" / "config.json").read_text())["dtype"] == "float32"
     assert json.loads((tmp_path / "sft" / "report.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("recipe", ["deepspeed_zero3.yaml", "ddp.yaml --train_parts projector"])
+def test_a_lone_rank_ends_with_its_launcher(demo, tmp_path, recipe):
+    """kill -9 of the process that train.sh became: nothing goes on writing."""
+    process = start(
+        f"sh train.sh --input_dir {demo.input} --temp_dir {demo.cache} --model_name_or_path {demo.model} --output_dir "
+        f"{tmp_path}/sft --logging_dir {tmp_path}/logs --logging_steps 1 --eval_strategy no --eval_on_start False "
+        f"--config_file scripts/{recipe}"
+    )
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("{'loss'"):
+            break
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait() == -9, output[-3000:]
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert len(ranks) == ("zero3" in recipe) and not alive, "without torchrun the rank is the launcher's own process"
 
 
 def parse(*flags):
