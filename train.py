@@ -42,17 +42,14 @@ os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def make_parser():
-    """The parser of all flags; raises UserError where argparse would exit."""
+    """The parser of all flags. It raises UserError where argparse would exit."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
     class Parser(TrlParser):
         def error(self, message):
             raise UserError(f"{message}; `python train.py --help` lists every flag")
 
-        def format_help(self):
-            return f"{__doc__}\n{super().format_help()}"
-
-    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False)
+    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, description=__doc__.partition("\n")[0])
     settings.add_flags(parser, FIELDS)
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
@@ -66,8 +63,8 @@ def make_parser():
 def parse(argv):
     """-> (Config, SFTConfig, ModelConfig, all flags as a namespace). Unknown and shortened flags raise UserError.
 
-    Building SFTConfig tells transformers that ZeRO-3 is on, by a weak reference (integrations/deepspeed.py): it must be
-    built before the weights load and stay referenced, or every rank loads all 15 GB.
+    SFTConfig must be built before the weights load and stay referenced: by a weak reference to it transformers knows
+    that ZeRO-3 is on (integrations/deepspeed.py). Without that, every rank loads all 15 GB.
     """
     parser = make_parser()
     flags, unknown = parser.parse_known_args(argv)
@@ -89,16 +86,8 @@ def parse(argv):
     return settings.config_from(flags), args, model_args, flags
 
 
-def end_with_torchrun():
-    """Linux: let the kernel kill this rank when torchrun dies, so that no rank continues to write without it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def end_rank(code):
-    """End this process without the interpreter's shutdown, in which a thread of torch's aborts a finished run.
-
-    That was seen once in about 22 runs on two ranks, although the process group was destroyed.
-    """
+    """End this process without the interpreter's shutdown: there a thread of torch's aborted one of 22 finished runs."""
     run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,8 +116,8 @@ def publish_if_finished(args, checkpoint, pictures) -> bool:
 
 
 def main():
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # else the parent is a shell, and `nohup python train.py &` outlives that
-        end_with_torchrun()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: if torchrun dies, this rank does not continue to write without it.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG. Without torchrun, nohup must outlive the shell.
 
     # Settings: the flags, and what the checkpoint says of itself.
     given, args, model_args, flags = parse(sys.argv[1:])

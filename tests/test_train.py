@@ -183,11 +183,10 @@ def test_a_lone_rank_ends_with_its_launcher(demo, tmp_path, recipe):
         output += line
         if line.startswith("{'loss'"):
             break
-    ranks = psutil.Process(process.pid).children(recursive=True)
+    others = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     assert process.wait() == -9, output[-3000:]
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert len(ranks) == ("zero3" in recipe) and not alive, "without torchrun the rank is the launcher's own process"
+    assert psutil.wait_procs(others, timeout=10)[1] == []
 
 
 def parse(*flags):

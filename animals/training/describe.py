@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from importlib import metadata
@@ -20,24 +21,27 @@ def count_steps(args, pictures) -> tuple[int, int]:
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def count_events(args, pictures) -> tuple[int, int]:
-    """(evaluations, checkpoints) of the complete run, as transformers' DefaultFlowCallback asks for them.
+def effective_batch(args) -> int:
+    """Pictures per optimizer step."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
-    Both happen at every multiple of the interval and once more at the end.
-    """
+
+def count_events(args, pictures) -> tuple[int, int]:
+    """(evaluations, checkpoints) of a complete run: at every multiple of the interval, and at the end."""
     per_epoch, steps = count_steps(args, pictures)
 
     def count(strategy, interval, delay=0):
-        if strategy not in ("steps", "epoch"):
+        length, every = (steps / per_epoch, 1) if strategy == "epoch" else (steps, interval)
+        if strategy == "no" or delay > length:
             return 0
-        length, every = (steps, interval) if strategy == "steps" else (steps / per_epoch, 1)
-        if strategy == "steps" and every < 1:  # a share of all steps
+        if every < 1:  # a share of all steps
             every = math.ceil(steps * every) or steps
-        skipped = max(0, math.ceil(delay) - 1) // every  # those before --eval_delay
-        return int(math.ceil(length / every) - skipped) if delay <= length else 0
+        return int(
+            math.ceil(length / every) - max(0, math.ceil(delay) - 1) // every
+        )  # without those before --eval_delay
 
     evaluations = count(args.eval_strategy, args.eval_steps, args.eval_delay)
-    # best: a checkpoint when an evaluation is better than all before, so at most one per evaluation
+    # best: an evaluation is saved if it is better than all before it, so each of them at most
     saves = evaluations if args.save_strategy == "best" else count(args.save_strategy, args.save_steps)
     return evaluations + args.eval_on_start, saves
 
@@ -45,11 +49,7 @@ def count_events(args, pictures) -> tuple[int, int]:
 def describe(args, model_args, data, collator, held_out: int) -> str:
     """The run in a few lines, as equations, and one example in which the learned tokens are marked."""
     tokens = sorted(data[args.length_column_name])
-    micro_batch, accumulation, ranks = (
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.world_size,
-    )
+    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     per_epoch, steps = count_steps(args, len(data))
     stopped = f", stopped at --max_steps {args.max_steps}" if args.max_steps > 0 else ""
     zero = f"DeepSpeed ZeRO stage {args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
@@ -59,8 +59,8 @@ def describe(args, model_args, data, collator, held_out: int) -> str:
         f"pictures        {len(data)} to train on; {held_out} held out\n"
         f"image tokens    {tokens[0]} to {tokens[-1]} per picture, median {statistics.median(tokens):g}; "
         f"learned in the example below: {sum(label != -100 for label in labels)}\n"
-        f"effective batch {micro_batch} per device x {accumulation} accumulated x {ranks} "
-        f"{'CPU ranks' if args.use_cpu else 'GPUs'} = {micro_batch * accumulation * ranks} pictures per step\n"
+        f"effective batch {micro_batch} per device x {accumulation} accumulated x {args.world_size} "
+        f"{'CPU ranks' if args.use_cpu else 'GPUs'} = {effective_batch(args)} pictures per step\n"
         f"steps           {per_epoch} per epoch x {args.num_train_epochs:g} epochs{stopped} = {steps}\n"
         f"optimizer       {args.optim.value}, learning rate {args.learning_rate:g}, {zero}, "
         f"weights in {model_args.dtype}\n"
@@ -81,12 +81,9 @@ def mark(ids, labels, processor) -> str:
 
 def commit() -> str | None:
     """The commit of this repository, wherever it is called from; None without git, or in a copy that is no clone."""
-    git = os.path.join(os.path.dirname(settings.__file__), ".git")
-    try:
-        done = subprocess.run(["git", f"--git-dir={git}", "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    git = [shutil.which("git"), f"--git-dir={os.path.join(os.path.dirname(settings.__file__), '.git')}"]
+    done = git[0] and subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done and done.returncode == 0 else None
 
 
 def record_run(config, args, model_args, summaries) -> dict:
@@ -94,7 +91,7 @@ def record_run(config, args, model_args, summaries) -> dict:
     names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow", "peft")
     return {
         "world_size": args.world_size,
-        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "effective_batch": effective_batch(args),
         "labels": config.labels,
         "question": config.question,
         "data": summaries["train"]["fingerprint"],

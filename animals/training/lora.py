@@ -5,8 +5,7 @@
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml --load_in_4bit    # QLoRA
     python scripts/merge_lora.py sft-llava-1.6-7b --merge merged                    # a plain checkpoint of both
 
-validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder. It names the folder of its base model,
-which must still be there.
+validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder; its base model must still be there.
 """
 
 import os
@@ -34,17 +33,18 @@ def describe_trainable(model) -> str:
     """How many parameters train, and with LoRA which. Raises UserError if a parameter outside the adapters trains."""
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}  # ZeRO-3: 0
-    if not hasattr(model, "peft_config"):
-        count, total = sum(sizes[name] for name in trained), sum(sizes.values())
-        return f"{count:,} of {total:,} parameters = {count / total:.2%}"
+    count, total = sum(sizes[name] for name in trained), sum(sizes.values())
+    if adapters := hasattr(model, "peft_config"):
+        count, total = model.get_nb_trainable_parameters()  # counts 4-bit weights rightly
+    share = f"{count:,} of {total:,} parameters = {count / total:.2%}"
+    if not adapters:
+        return share
     if outside := [name for name in trained if "lora_" not in name and "modules_to_save" not in name]:
         raise UserError(
             f"--use_peft: {len(outside)} parameters outside the adapters would train: {first_names(outside)}"
         )
-    count, total = model.get_nb_trainable_parameters()
     places = [re.sub(r"^base_model\.model\.|\.lora_.*|\.modules_to_save.*", "", name) for name in trained]
     places = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", place) for place in places))
     common = os.path.commonprefix([f"{place}." for place in places]).rpartition(".")[0]
     names = ", ".join(place.removeprefix(common).strip(".") for place in places)
-    where = f" on {common}" if common else ""
-    return f"{count:,} of {total:,} parameters = {count / total:.2%}: {len(trained)} tensors{where}: {names}"
+    return f"{share}: {len(trained)} tensors{f' on {common}' if common else ''}: {names}"
