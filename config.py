@@ -1,9 +1,7 @@
-"""Settings of the whole project, in one place. Imports the standard library only, so every script may import it early.
+"""Settings of the whole project, in one place. Imports the standard library only.
 
 Each script offers the fields of `Config` that it reads as flags. A later source wins over an earlier one: this file,
-then what the checkpoint was trained with (its task.json: labels, question, answer, chat format), then *.sh, then the
-command line. The flags of a training run stand in train.sh, one per line; `TRAINING_DEFAULTS` below holds what
-`python train.py` uses without them.
+what the checkpoint was trained with (its task.json: labels, question, answer, chat format), *.sh, the command line.
 """
 
 import argparse
@@ -66,7 +64,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 
-# What train.py uses for a flag that is not given; all others have the defaults of TRL and transformers.
+# What train.py uses for a flag that is not given, where we want another value than the libraries' own.
 TRAINING_DEFAULTS = {
     "model_name_or_path": "model",  # a folder with the files of the hub's repository
     "output_dir": "sft-llava-1.6-7b",
@@ -81,7 +79,7 @@ TRAINING_DEFAULTS = {
 
 
 def locale_language() -> str:
-    """`zh` if the environment's locale is Chinese, else `en`: the default of --language."""
+    """The default of --language: `zh` if the environment's locale is Chinese, else `en`."""
     locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
     return "zh" if locale.startswith("zh") else "en"
 
@@ -157,10 +155,7 @@ class Config:
 
 
 def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
-    """class folder -> label, from a dict, from its JSON, or from the word `folders`.
-
-    `folders` means the folders of train_data, or of validation_data if train_data has none. Raises UserError.
-    """
+    """class folder -> label, from a dict, its JSON, or `folders`: those of train_data, else of validation_data."""
     if table == "folders":
         splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
         names = next(filter(None, (subfolders(split) for split in splits if os.path.isdir(split))), [])

@@ -87,7 +87,7 @@ def parse(argv):
 
 
 def end_rank(code):
-    """End this process without the interpreter's shutdown: there a thread of torch's aborted one of 22 finished runs."""
+    """End this process without the interpreter's shutdown: there, a thread of torch's once aborted a finished run."""
     run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()

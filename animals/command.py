@@ -42,9 +42,9 @@ def run(main):
             os.environ.setdefault(name, "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # torch and bitsandbytes warn of what no user can change. The environment variable reaches the data workers.
+    # torch and bitsandbytes warn of what no user can change.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the data workers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()

@@ -22,7 +22,6 @@ def barrier():
 
 
 def say(message):
-    """Print on stderr, from the main process only."""
     if main_process():
         print(message, file=sys.stderr, flush=True)
 
@@ -36,9 +35,8 @@ def ask_nvidia_smi(*flags) -> str:
 
 def count_gpus() -> int:
     """How many GPUs this process may use, whether torch can use them or not."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip() not in ("", "-1")])
     return ask_nvidia_smi("--list-gpus").count("GPU ")
 
 
@@ -69,7 +67,8 @@ def choose_arithmetic(use_cpu: bool, dtype: str) -> tuple[bool, str]:
     A CPU computes in float32, unless BF16_ON_CPU=1: with it, tests and benchmarks run the code of a GPU.
     """
     reason = why_cpu(use_cpu)
-    if reason is not None:
-        dtype, asked = dtype if os.environ.get("BF16_ON_CPU") == "1" else "float32", dtype
-        say(f"{reason}: computing on the CPU in {dtype}" + (f", not {asked} as asked for" if asked != dtype else ""))
-    return reason is not None, dtype
+    if reason is None:
+        return False, dtype
+    chosen = dtype if os.environ.get("BF16_ON_CPU") == "1" else "float32"
+    say(f"{reason}: computing on the CPU in {chosen}" + (f", not {dtype} as asked for" if chosen != dtype else ""))
+    return True, chosen

@@ -27,7 +27,7 @@ from animals.training.preflight import check_output_dir
 
 
 def split_words(words):
-    """-> (the script, --config_file of accelerate, the script's flags). The last --config_file wins."""
+    """-> (the script, --config_file of accelerate, the script's flags)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("script", choices=["train.py", "validation.py"])
     parser.add_argument("--config_file", default="scripts/deepspeed_zero3.yaml")
@@ -51,7 +51,7 @@ def read_flags(training, flags):
 
 
 def usable_gpus(args):
-    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the ranks say which)."""
+    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the ranks say so)."""
     if args.use_cpu in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
         return 0
     torch = importlib.util.find_spec("torch")
@@ -69,14 +69,6 @@ def count_processes(gpus):
         most = f" to {gpus}, the GPUs there are" if gpus else ""
         raise UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
     return int(chosen)
-
-
-def needs_launcher(training, config_file):
-    """Whether one process needs accelerate around it: with DeepSpeed or the like."""
-    import yaml
-
-    with open(config_file, encoding="utf-8") as file:
-        return training and yaml.safe_load(file)["distributed_type"] not in ("NO", "MULTI_GPU", "MULTI_CPU")
 
 
 def pass_signals_on():
@@ -139,7 +131,11 @@ def main():
     if training:
         findings.attempt(check_output_dir, args.output_dir)
     findings.report()
-    if processes == 1 and not needs_launcher(training, config_file):
+    import yaml
+
+    with open(config_file, encoding="utf-8") as file:
+        plain = yaml.safe_load(file)["distributed_type"] in ("NO", "MULTI_GPU", "MULTI_CPU")  # no DeepSpeed or the like
+    if processes == 1 and (plain or not training):
         if gpus > 1:  # transformers would use them all, by DataParallel
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         os.execv(sys.executable, alone)  # the rank takes this process's place, and so cannot outlive it

@@ -76,9 +76,9 @@ def check_checkpoint(path, config):
         raise UserError("\n".join(problems))
     try:
         processor = load_processor(path)
-    except UserError:
-        raise
     except Exception as error:  # tokenizers raises bare Exceptions
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
             "files of the hub's repository; download all files again except the weights"
@@ -96,12 +96,12 @@ def check_attention(model_args):
 
 
 def check_gpus(args):
-    """Every rank on this machine needs its own GPU, and Triton needs a compiler for the kernels of TRL's loss."""
+    """Every rank on this machine needs its own GPU, and Triton a compiler for the kernels of TRL's loss."""
     import torch
 
+    ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if args.use_cpu:
         return
-    ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if ranks > gpus:
         findings.append(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")
     if missing := missing_for_triton():
@@ -142,9 +142,9 @@ def saved_bytes(args, model_args, shapes, train_parts) -> tuple[float, float]:
     saved, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if part_of(name) in parts)
     if model_args.use_peft:
         modules = model_args.lora_modules_to_save or ()
-        saved = trained = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2) + sum(
-            size for name, size in sizes.items() if any(module in name for module in modules)
-        )
+        saved = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
+        saved += sum(size for name, size in sizes.items() if any(module in name for module in modules))
+        trained = saved
     final = saved * (4 if model_args.dtype == "float32" else 2)
     return final + (0 if args.save_only_model else RESUME_BYTES * trained), final
 
@@ -152,8 +152,7 @@ def saved_bytes(args, model_args, shapes, train_parts) -> tuple[float, float]:
 def disk_needed(args, pictures, checkpoint_bytes, final_bytes) -> tuple[int, float]:
     """(checkpoints at once, bytes) of a complete run when it needs most.
 
-    A checkpoint is written while all that --save_total_limit keeps are still there; the final model is written after
-    the oldest of them was deleted.
+    While a checkpoint is written, all that --save_total_limit keeps are still there; then the oldest one is deleted.
     """
     kept = saves = count_events(args, pictures)[1]
     if (args.save_total_limit or 0) > 0:
@@ -163,10 +162,7 @@ def disk_needed(args, pictures, checkpoint_bytes, final_bytes) -> tuple[int, flo
 
 
 def check_disk(args, pictures, checkpoint_bytes, final_bytes, how="computed"):
-    """Raises UserError unless the disk of --output_dir has room for what the run saves.
-
-    Files that are there already belong to the run and will be replaced, so they count as room.
-    """
+    """Raises UserError unless the disk of --output_dir has room for the run; what lies there already counts as room."""
     at_once, needed = disk_needed(args, pictures, checkpoint_bytes, final_bytes)
     already = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(args.output_dir) for f in files)
     room = shutil.disk_usage(nearest_folder(args.output_dir)).free + already
@@ -185,24 +181,21 @@ def check_host_ram(args, model_args, shapes):
     Under ZeRO-3 rank 0 reads all weights at once, beside the pinned partitions of all ranks. Otherwise each tensor goes
     to the GPU before the next one is read.
     """
-    if args.use_cpu:
-        return
     ranks, found = ranks_here(), usable_ram() / GIB
     weights = sum(map(math.prod, shapes.values())) * (4 if model_args.dtype == "float32" else 2) / GIB
-    loading = weights * (1 + ranks / args.world_size) if zero3_is_on(args) else 0
-    if found < loading + ranks * RANK_GIB:
+    loading = weights * (1 + ranks / args.world_size) * zero3_is_on(args)
+    if found < loading + ranks * RANK_GIB and not args.use_cpu:
         raise UserError(
             f"found {found:.0f} GiB of RAM; expected {loading + ranks * RANK_GIB:.0f} GiB: {ranks} processes of "
-            f"{RANK_GIB} GiB and {loading:.1f} GiB to load weights of {weights:.1f} GiB (computed); take a machine with "
-            "more RAM, or train with --use_peft --config_file scripts/ddp.yaml"
+            f"{RANK_GIB} GiB and {loading:.1f} GiB to load weights of {weights:.1f} GiB (computed); add RAM, or train "
+            "with --use_peft --config_file scripts/ddp.yaml"
         )
 
 
 def usable_ram(own="/proc/self/cgroup", cgroups="/sys/fs/cgroup") -> int:
-    """Bytes of RAM that this process may use: the machine's, or less in a container that limits it.
+    """Bytes of RAM that this process may use: the machine's, or less in a container, of whose limit psutil is unaware.
 
-    psutil does not know such limits. The limit of every control group above this process counts; in a container its
-    own group may be the root of all that it sees.
+    The limits of all control groups above this process count. In a container its own may be the root that it sees.
     """
     import psutil
 
