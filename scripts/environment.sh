@@ -1,4 +1,4 @@
-# Sourced by the launchers in the repository root. Sets $python: the active environment's, else .venv's, else python3.
+# Read by the *.sh files. Sets $python: that of the active environment, else that of .venv, else python3.
 if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
     python=python
 elif [ -x .venv/bin/python ]; then
@@ -7,7 +7,7 @@ else
     python=python3
 fi
 
-# install_requirements FILE: into the active environment, or into .venv, made if it is not there. Once a FILE.
+# install_requirements FILE: install into the active environment, or into .venv, which is made if needed. Once per FILE.
 install_requirements() {
     if [ "$python" = python3 ]; then
         python3 -m venv .venv
