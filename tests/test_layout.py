@@ -90,7 +90,9 @@ def test_which_environment_variables_are_read(path):
     text = path.read_text(encoding="utf-8")
     lines = " ".join(line.partition("#")[0] for line in text.splitlines() if re.search("environ|getenv", line))
     names = (
-        re.findall(r"\$\{?([A-Z_]+)", text) if path.suffix == ".sh" else re.findall(r"""["']([A-Z_\d]+)["']""", lines)
+        re.findall(r"\$\{?([A-Z_]+)", text)
+        if path.suffix == ".sh"
+        else re.findall(r"""["']([A-Z][A-Z_\d]+)["']""", lines)
     )
     assert set(names) - set(OTHERS.split()) <= {name for name, file in VARIABLES.items() if file == path.name}
 
