@@ -1,4 +1,4 @@
-"""What a training run is about to do: how many steps, the text for the console, the record for run.json. No torch."""
+"""What a training run is about to do: its steps, the text for the console, the record for run.json. No torch."""
 
 import dataclasses
 import itertools

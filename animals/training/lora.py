@@ -32,10 +32,11 @@ def lora_config(model_args, args):
 def describe_trainable(model) -> str:
     """How many parameters train, and with LoRA which. Raises UserError if a parameter outside the adapters trains."""
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}  # ZeRO-3: 0
-    count, total = sum(sizes[name] for name in trained), sum(sizes.values())
     if adapters := hasattr(model, "peft_config"):
-        count, total = model.get_nb_trainable_parameters()  # counts 4-bit weights rightly
+        count, total = model.get_nb_trainable_parameters()
+    else:
+        sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
+        count, total = sum(sizes[name] for name in trained), sum(sizes.values())  # numel() is 0 under ZeRO-3
     share = f"{count:,} of {total:,} parameters = {count / total:.2%}"
     if not adapters:
         return share

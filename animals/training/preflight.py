@@ -1,7 +1,7 @@
 """What can be known to be wrong with a training run, checked before the weights load and reported in one message.
 
-The launcher makes the first two of these checks before it starts a rank: most mistakes are reported within a second.
-Every rank makes them all, because ranks on a second machine read their own disk.
+The launcher makes the first two checks before it starts a rank, so that most mistakes are reported within a second.
+Every rank makes all of them, because ranks on a second machine read their own disk.
 """
 
 import contextlib
@@ -26,10 +26,7 @@ RANK_GIB = 3  # host RAM of a rank for Python, CUDA, the libraries and data work
 
 
 def check_run(config, args, model_args):
-    """Every check for a training run. -> ({split: summary of prepare()}, Scorer). All ranks.
-
-    Raises one UserError with every problem, one per line.
-    """
+    """-> ({split: summary of prepare()}, Scorer), or one UserError with every problem, one per line. All ranks."""
     path, findings, scorer = model_args.model_name_or_path, Findings(), None
     summaries = findings.attempt(check_inputs, config, path, ("train", "validation"))
     findings.attempt(check_output_dir, args.output_dir)
