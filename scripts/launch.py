@@ -63,12 +63,19 @@ def usable_gpus(args):
 
 
 def count_processes(gpus):
-    """NUM_PROCESSES, else one per GPU, else 1."""
+    """NUM_PROCESSES, else one per GPU, else one."""
     chosen = os.environ.get("NUM_PROCESSES", str(max(1, gpus)))
     if not chosen.isdigit() or int(chosen) < 1 or 0 < gpus < int(chosen):
         most = f" to {gpus}, the GPUs there are" if gpus else ""
         raise UserError(f"NUM_PROCESSES: found {chosen!r}; expected a whole number from 1{most}")
     return int(chosen)
+
+
+def uses_deepspeed(config_file) -> bool:
+    import yaml
+
+    with open(config_file, encoding="utf-8") as file:
+        return yaml.safe_load(file).get("distributed_type") == "DEEPSPEED"
 
 
 def pass_signals_on():
@@ -131,11 +138,7 @@ def main():
     if training:
         findings.attempt(check_output_dir, args.output_dir)
     findings.report()
-    import yaml
-
-    with open(config_file, encoding="utf-8") as file:
-        plain = yaml.safe_load(file)["distributed_type"] in ("NO", "MULTI_GPU", "MULTI_CPU")  # no DeepSpeed or the like
-    if processes == 1 and (plain or not training):
+    if processes == 1 and not (training and uses_deepspeed(config_file)):
         if gpus > 1:  # transformers would use them all, by DataParallel
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         os.execv(sys.executable, alone)  # the rank takes this process's place, and so cannot outlive it
