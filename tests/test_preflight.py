@@ -105,7 +105,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
         check_output_dir(str(tmp_path / "file" / "sft"))
 
 
-SEVEN = {"all": (7_566_747_648,)}  # parameters of the 7B
+SEVEN = {"lm_head.weight": (7_566_747_648,)}  # parameters of the 7B
 ALL = Config().train_parts
 
 
@@ -202,12 +202,8 @@ def test_disk_for_adapters_and_for_float32():
 
 
 def test_disk_for_the_parts_that_train():
-    shapes = {
-        "vision_tower.a": (10,),
-        "multi_modal_projector.b": (100,),
-        "image_newline": (10, 100),
-        "lm_head": (10**4,),
-    }
+    shapes = {"vision_tower.a": (10,), "model.multi_modal_projector.b": (100,), "image_newline": (1000,)}  # old and new
+    shapes["language_model.lm_head.c"] = (100, 100)
     for parts, trained in (("vision", 10), ("projector", 1100), ("projector,language", 11_100), (ALL, 11_110)):
         checkpoint, final = saved_bytes(arguments(), model_arguments(), shapes, parts)
         assert (checkpoint, final) == (pytest.approx(2 * 11_110 + 6.04 * trained), 2 * 11_110)

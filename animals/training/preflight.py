@@ -16,7 +16,7 @@ from animals.checkpoint.load import load_processor
 from animals.command import Findings, UserError
 from animals.pictures.prepare import check_inputs
 from animals.training.describe import count_events
-from animals.training.parts import check_parts, read_parts, zero3_is_on
+from animals.training.parts import belongs, check_parts, read_parts, zero3_is_on
 
 GIB = 2**30
 RESUME_BYTES = (
@@ -122,13 +122,6 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def part_of(name) -> str:
-    """The part of --train_parts to which the parameter `name` of a checkpoint's files belongs."""
-    if "vision_tower." in name:
-        return "vision"
-    return "projector" if "multi_modal_projector." in name or "image_newline" in name else "language"
-
-
 def saved_bytes(args, model_args, shapes, train_parts) -> tuple[float, float]:
     """Bytes of (one checkpoint, the final model) for a model with parameters of these {name: shape}.
 
@@ -136,7 +129,8 @@ def saved_bytes(args, model_args, shapes, train_parts) -> tuple[float, float]:
     LoRA the result is an upper bound: as if every matrix had an adapter.
     """
     sizes, parts = {name: math.prod(shape) for name, shape in shapes.items()}, read_parts(train_parts)
-    saved, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if part_of(name) in parts)
+    saved = sum(sizes.values())
+    trained = sum(n for name, n in sizes.items() if belongs(name, parts) or belongs(f"model.{name}", parts))
     if model_args.use_peft:
         modules = model_args.lora_modules_to_save or ()
         saved = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
