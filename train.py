@@ -117,7 +117,7 @@ def publish_if_finished(args, checkpoint, pictures) -> bool:
 
 def main():
     if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: if torchrun dies, this rank does not continue to write without it.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG. Without torchrun, nohup must outlive the shell.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; without torchrun, it may outlive its shell
 
     # Settings: the flags, and what the checkpoint says of itself.
     given, args, model_args, flags = parse(sys.argv[1:])
