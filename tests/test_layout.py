@@ -18,10 +18,10 @@ OURS = sorted((ROOT / "animals").rglob("*.py")) + [ROOT / "config.py"]
 COMMANDS = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
 PROGRAMS = [*COMMANDS, *(path for folder in ("demo", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
 VARIABLES = {"NUM_PROCESSES": "launch.py", "BF16_ON_CPU": "ranks.py"}  # ours, and the only file that reads each
-OTHERS = "RANK WORLD_SIZE LOCAL_SIZE LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES TORCHELASTIC_RUN_ID SIGQUIT CC "
-OTHERS += "PET_SIGNALS_TO_HANDLE OMP_NUM_THREADS PYTORCH_ALLOC_CONF DS_ACCELERATOR TENSORBOARD_LOGGING_DIR "
-OTHERS += "TORCH_EXTENSIONS_DIR MPLCONFIGDIR TRITON_CACHE_DIR HF_DATASETS_CACHE HF_HUB_OFFLINE TORCHDYNAMO_DISABLE TQDM_DISABLE PYTHONWARNINGS "
-OTHERS += "LC_ALL LC_MESSAGES LANG VIRTUAL_ENV CONDA_PREFIX"
+OTHERS = """RANK WORLD_SIZE LOCAL_SIZE LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES TORCHELASTIC_RUN_ID PET_SIGNALS_TO_HANDLE
+SIGQUIT CC OMP_NUM_THREADS PYTORCH_ALLOC_CONF DS_ACCELERATOR TENSORBOARD_LOGGING_DIR TORCH_EXTENSIONS_DIR MPLCONFIGDIR
+TRITON_CACHE_DIR HF_DATASETS_CACHE HF_HUB_OFFLINE TORCHDYNAMO_DISABLE TQDM_DISABLE PYTHONWARNINGS LC_ALL LC_MESSAGES
+LANG VIRTUAL_ENV CONDA_PREFIX"""
 
 
 def room(module):
@@ -85,9 +85,8 @@ def test_what_a_script_does_not_need_it_does_not_import(script):
 
 @pytest.mark.parametrize("path", [*OURS, *COMMANDS, *ROOT.glob("*.sh"), ROOT / "scripts/environment.sh"], ids=str)
 def test_which_environment_variables_are_read(path):
-    line, name = (
-        ("", r"\$\{?([A-Z_]+)") if path.suffix == ".sh" else ("environ|getenv", r"""["']([A-Z][A-Z_\d]+)["']""")
-    )
+    shell = path.suffix == ".sh"
+    line, name = ("", r"\$\{?([A-Z_]+)") if shell else ("environ|getenv", r"""["']([A-Z][A-Z_\d]+)["']""")
     lines = [text for text in path.read_text(encoding="utf-8").splitlines() if re.search(line, text)]
     found = {variable for text in lines for variable in re.findall(name, text.partition("#")[0])}
     assert found - set(OTHERS.split()) <= {variable for variable, file in VARIABLES.items() if file == path.name}
