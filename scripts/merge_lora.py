@@ -1,15 +1,31 @@
-"""Fold a LoRA adapter into a plain checkpoint.
+"""Add a LoRA adapter to the weights of its base model, as a plain checkpoint.
 
 python scripts/merge_lora.py sft-llava-1.6-7b --merge merged
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from animals.command import run
-from animals.training.lora import merge
+from animals.checkpoint.check import adapter_config, require_checkpoint
+from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.save import SHARD_SIZE, complete
+from animals.checkpoint.task import read_task
+from animals.command import UserError, run
+
+
+def merge(adapter, out, dtype="bfloat16"):
+    """Write base + adapter as a plain checkpoint to the folder `out`, which must be new or empty."""
+    if adapter_config(adapter) is None:
+        raise UserError(f"{adapter}: found no adapter_config.json; expected what `sh train.sh --use_peft` leaves")
+    if os.path.exists(out) and os.listdir(out):
+        raise UserError(f"--merge {out}: found files there; expected a new folder; name another one")
+    require_checkpoint(adapter)
+    model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    complete(out, adapter, load_processor(adapter), read_task(adapter))
 
 
 def main():

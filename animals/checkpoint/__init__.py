@@ -1,5 +1,5 @@
-"""A checkpoint folder, all that is LLaVA's own: check it, load it, save it, its steps and what resumes them,
-its task (labels, question), its tokens a picture.
+"""What a checkpoint folder holds and how it is checked, loaded, saved and resumed; which model families are accepted.
 
-Knows no pictures, no labels' scores and no trainer: what a run does with a checkpoint lives above.
+It knows neither pictures nor a label's probability nor the trainer: what a run does with a checkpoint lives in the
+rooms above.
 """

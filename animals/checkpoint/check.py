@@ -1,105 +1,81 @@
-"""A checkpoint folder as files: is all there, and does it fit together? Reads headers, no weights.
+"""A checkpoint folder as files: is everything there, and does it fit together? Reads headers, but no weights.
 
-Takes what copies of llava-hf/llava-v1.6-mistral-7b-hf look like: as downloaded, older and newer snapshots, the hub's
-cache with its links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
+Accepts the copies of the hub's folder that exist: as downloaded, older and newer snapshots, the hub's cache with its
+links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
 """
 
 import functools
 import json
 import os
 
-from animals.checkpoint.view import model_class, model_config
+from animals.checkpoint.family import family_problem, fetch, model_class, model_config
 from animals.command import UserError
-from animals.compat import whole_models
+from animals.compat import unpartitioned_models
 from animals.files import read_json
-
-HUB_NAME = "llava-hf/llava-v1.6-mistral-7b-hf"
-
-
-def fetch(path, name=""):
-    """The command that brings a file, or all of them."""
-    return f"`hf download {HUB_NAME}{' ' + name if name else ''} --local-dir {path}`"
 
 
 def adapter_config(path):
-    """The adapter's settings if `path` is a LoRA adapter's folder, else None."""
+    """The content of adapter_config.json if `path` is the folder of a LoRA adapter, else None."""
     file = os.path.join(path, "adapter_config.json")
     return read_json(file) if os.path.isfile(file) else None
 
 
 def base_of(path):
-    """The folder of the base checkpoint if `path` is an adapter's, else `path` itself."""
+    """The folder of the base checkpoint if `path` is an adapter's folder, else `path` itself."""
     adapter = adapter_config(path)
     return path if adapter is None else str(adapter.get("base_model_name_or_path"))
 
 
 def holds_model(path):
-    """A checkpoint or an adapter, judged by its settings file; the weights may still be missing."""
+    """Whether `path` has the settings file of a checkpoint or an adapter; its weights may still be missing."""
     return any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json"))
 
 
 def require_checkpoint(path):
-    """Raises UserError, a line a problem, unless `path` holds a checkpoint we can use, or an adapter to one."""
+    """Raises UserError, one line per problem, unless `path` holds a checkpoint that we can use, or an adapter to one."""
     problems = check_files(path)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def check_files(path):
-    """-> a list of problems: files that are missing, cut short or of another model. A second for 15 GB, no torch."""
-    adapter = adapter_config(path)
-    if adapter is not None:
+    """-> a list of problems: files that are missing, cut short or of another model. One second for 15 GB, no torch."""
+    if adapter_config(path) is not None:
         base = base_of(path)
         if not os.path.isfile(os.path.join(base, "config.json")):
             return [
                 f"{path}: found an adapter to the base model {base!r}, which is not there; expected that folder; put "
                 f"it there, or write its new place into base_model_name_or_path of {path}/adapter_config.json"
             ]
-        _, problems = read_shards(path, "adapter_model")
-        return problems + check_files(base)
+        return read_shards(path, "adapter_model")[1] + check_files(base)
     if not os.path.isfile(os.path.join(path, "config.json")):
         return [
             f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
             f"`sh train.sh`; or fetch the base model: {fetch('model')}"
         ]
     try:
-        config = read_json(os.path.join(path, "config.json"))
+        if problem := family_problem(read_json(os.path.join(path, "config.json")), path):
+            return [problem]
     except UserError as error:
         return [str(error)]
-    kind = config.get("model_type")
-    texts = {"llava_next": ("mistral", "llama"), "llava": ("mistral",)}  # llava: what --image_view whole leaves
-    if config.get("text_config", {}).get("model_type", "llama") not in texts.get(kind, ()):
-        return [f"{path}: found model_type {kind!r} in config.json; expected 'llava_next': {fetch(path)}"]
-    if "quantization_config" in config:
-        return [
-            f"{path}: found a quantized copy (quantization_config in config.json); expected the plain weights: "
-            f"{fetch(path)}; --load_in_4bit quantizes them as they load"
-        ]
-    _, problems = read_shards(path)
-    there = {name for name in os.listdir(path) if os.path.exists(os.path.join(path, name))}
-    for name in ("tokenizer_config.json", "tokenizer.json"):  # tokenizer.model alone is read differently
-        if name not in there:
-            problems.append(f"{path}: {name} is missing: {fetch(path, name)}")
-    nested = "processor_config.json" in there and "image_processor" in read_json(
-        os.path.join(path, "processor_config.json")
-    )
-    if "preprocessor_config.json" not in there and not nested:
-        problems.append(f"{path}: preprocessor_config.json is missing: {fetch(path, 'preprocessor_config.json')}")
-    return problems
+    needed = ["tokenizer_config.json", "tokenizer.json"]  # tokenizer.model alone is read differently
+    settings = os.path.join(path, "processor_config.json")
+    if not (os.path.isfile(settings) and "image_processor" in read_json(settings)):
+        needed.append("preprocessor_config.json")
+    absent = [name for name in needed if not os.path.exists(os.path.join(path, name))]
+    return read_shards(path)[1] + [f"{path}: {name} is missing: {fetch(path, name)}" for name in absent]
 
 
 def read_shards(path, stem="model"):
     """-> ({parameter name: shape}, problems) from the headers of the safetensors files. Reads no weights."""
     index = os.path.join(path, f"{stem}.safetensors.index.json")
-    single = f"{stem}.safetensors"
+    shard_of, files = {}, [f"{stem}.safetensors"]
     if os.path.isfile(index):
         try:
-            expected = read_json(index)["weight_map"]  # parameter name -> file
+            shard_of = read_json(index)["weight_map"]  # parameter name -> file
         except (UserError, KeyError, TypeError):
             return {}, [f"{index}: found no weight_map in it; expected the list of shards; download the file again"]
-        files = sorted(set(expected.values()))
-    else:
-        expected, files = None, [single]
+        files = sorted(set(shard_of.values()))
     shapes, problems = {}, []
     for name in files:
         file = os.path.join(path, name)
@@ -111,19 +87,19 @@ def read_shards(path, stem="model"):
             problems.append(f"{file}: found {error}; delete it and download it again: {fetch(path, name)}")
         else:
             shapes |= header
-            lost = sorted(key for key in expected or () if expected[key] == name and key not in header)
-            if lost:
-                problems.append(f"{file}: found no {some(lost)}; expected by {index}: {fetch(path, name)}")
+            absent = [key for key in shard_of if shard_of[key] == name and key not in header]
+            if absent:
+                problems.append(f"{file}: found no {first_names(absent)}; expected by {index}: {fetch(path, name)}")
     return shapes, problems
 
 
 def read_header(file):
-    """{name: shape} of a safetensors file. ValueError says what is wrong with it, its length included."""
+    """{parameter name: shape} of a safetensors file. Raises ValueError if it is no such file or is cut short."""
     status = os.stat(file)
     return _read_header(file, status.st_size, status.st_mtime_ns)
 
 
-@functools.cache  # several checks of one start ask for the same headers
+@functools.cache  # several checks at one start ask for the same headers
 def _read_header(file, size, changed):
     with open(file, "rb") as opened:
         start = opened.read(8)
@@ -137,69 +113,66 @@ def _read_header(file, size, changed):
         except ValueError:
             raise ValueError(f"{size:,} bytes that are not safetensors") from None
     header.pop("__metadata__", None)
-    whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != whole:
-        raise ValueError(f"{size:,} bytes where its header tells of {whole:,}")
+    complete = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != complete:
+        raise ValueError(f"{size:,} bytes where its header tells of {complete:,}")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
-def some(names, most=3):
+def first_names(names, count=3):
+    """The first `count` names in alphabetical order, and how many more there are."""
     names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 @functools.cache
-def meta_model(path, view, changed):
-    """The model that config.json describes, in this view, without memory (meta device); whole, even under ZeRO-3.
-
-    changed: the file's time, so that another one is read anew.
-    """
+def meta_model(path, changed):
+    """The model that config.json describes, without memory (meta device). changed: time of the file, for the cache."""
     import torch
 
-    config = model_config(path, view)
-    with whole_models(), torch.device("meta"):
+    config = model_config(path)
+    with unpartitioned_models(), torch.device("meta"):
         return model_class(config)(config)
 
 
 def match_names(model, shapes):
-    """-> ({parameter name in the model: (name in the files, shape)}, the renaming rules, used ones marked)."""
+    """-> ({parameter name in the model: (name in the files, shape)}, transformers' renaming rules, used ones marked)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    rules, there = get_model_conversion_mapping(model), model.state_dict()
+    rules, expected, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
     renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    prefix = model.base_model_prefix
-    return {rename_source_key(name, renaming, others, prefix, there)[0]: (name, shapes[name]) for name in shapes}, rules
+    names = {name: rename_source_key(name, renaming, others, prefix, expected)[0] for name in shapes}
+    return {new: (name, shapes[name]) for name, new in names.items()}, rules
 
 
-def check_weights(path, view="tiles"):
+def check_weights(path):
     """-> a list of problems: shards missing or cut short; parameters missing, unexpected or of another shape.
 
-    Compares the files' headers with the model that config.json describes, built without memory (meta device), through
-    transformers' own renaming. Under ZeRO-3 transformers itself reports only missing ones. Seconds, reads no weights.
+    Compares the files' headers with the model that config.json describes, through transformers' own renaming, in
+    seconds. Under ZeRO-3 transformers itself reports missing parameters only.
     """
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    model = meta_model(path, view, os.stat(os.path.join(path, "config.json")).st_mtime_ns)
+    model = meta_model(path, os.stat(os.path.join(path, "config.json")).st_mtime_ns)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
-    # buffers of older versions that no longer are parameters; of no use to the whole view
-    known = ("position_ids", "inv_freq") + (("image_newline",) if view == "whole" else ())
-    unexpected = [found[n][0] for n in found if n not in expected and not n.endswith(known)]
     missing = [name for name in expected if name not in found]
-    problems = []
+    unused = ("position_ids", "inv_freq")  # parameters of older versions, which today's model computes
+    unexpected = [
+        file_name for name, (file_name, _) in found.items() if not (name in expected or name.endswith(unused))
+    ]
     if missing:
-        problems.append(f"{path}: {len(missing)} parameters are missing: {some(missing)}")
+        problems.append(f"{path}: {len(missing)} parameters are missing: {first_names(missing)}")
     if unexpected:
-        problems.append(f"{path}: {len(unexpected)} parameters that config.json knows nothing of: {some(unexpected)}")
-    for name in expected.keys() & found.keys():
-        was, shape = found[name]
-        if shape != expected[name]:
-            problems.append(f"{path}: {was} has shape {list(shape)}; config.json expects {list(expected[name])}")
+        problems.append(f"{path}: {len(unexpected)} parameters are not in config.json: {first_names(unexpected)}")
+    for name, (file_name, shape) in found.items():
+        if shape != expected.get(name, shape):
+            problems.append(f"{path}: {file_name} has shape {list(shape)}; config.json expects {list(expected[name])}")
+    if len(problems) > 5:
+        problems[5:] = [f"{path}: {len(problems) - 5} more of these"]
     if problems:
-        more = len(problems) - 5
-        problems = problems[:5] + ([f"{path}: {more} more of these"] if more > 0 else [])
         problems.append(f"{path}: the weights and config.json are not of one model; fetch both anew: {fetch(path)}")
     return problems

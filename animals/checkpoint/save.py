@@ -1,14 +1,14 @@
-"""Complete a saved folder: weights by training, all else as the source folder has it, and what it was trained on."""
+"""Complete a saved folder: training wrote the weights, everything else comes from the folder of the original model."""
 
-import os
 import shutil
+from pathlib import Path
 
 from animals.checkpoint.check import base_of
+from animals.checkpoint.family import PROCESSORS
 from animals.checkpoint.task import write_task
-from animals.checkpoint.view import write_whole_files
 from animals.files import read_json, write_json
 
-SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB in one file
+SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB into one file
 
 # Training changes weights only. Copied by name, because a source may hold checkpoint-N, .bin, .cache and *.py as well.
 COPIED = (
@@ -26,31 +26,26 @@ COPIED = (
 def complete(folder, source, processor, task, dtype=None):
     """Put beside the weights in `folder` what makes it a checkpoint like the one in `source`. Main process only.
 
-    source: where the model was loaded from; of an adapter, its base counts. processor: its processor, as
-    load_processor() mended it. task: task.json's content, or None for a checkpoint that nobody trained. dtype:
-    of the saved weights; None: as config.json says.
+    source: where the model was loaded from; for an adapter, its base counts. processor: what load_processor() returned
+    for it. task: task.json's content; None if nobody trained this model. dtype: of the weights; None: as saved.
     """
-    source = base_of(source)
+    folder, source = Path(folder), Path(base_of(source))
     for name in COPIED:
-        if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    write_json(os.path.join(folder, "chat_template.json"), {"chat_template": processor.chat_template})
-    if not os.path.isfile(os.path.join(folder, "processor_config.json")):  # snapshots from before November 2024
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    write_json(folder / "chat_template.json", {"chat_template": processor.chat_template})
+    config = read_json(source / "config.json")
+    if not (folder / "processor_config.json").is_file():  # snapshots from before November 2024
         names = ("image_token", "num_additional_image_tokens", "patch_size", "vision_feature_select_strategy")
-        settings = {name: getattr(processor, name) for name in names} | {"processor_class": "LlavaNextProcessor"}
-        write_json(os.path.join(folder, "processor_config.json"), settings)
-    file = os.path.join(folder, "config.json")
-    if os.path.isfile(file):  # an adapter has none
-        dtype = dtype or read_json(file)["dtype"]
-        config = read_json(os.path.join(source, "config.json"))
+        settings = {"processor_class": PROCESSORS[config["model_type"]]}
+        write_json(folder / "processor_config.json", settings | {name: getattr(processor, name) for name in names})
+    if (folder / "config.json").is_file():  # an adapter has none
+        dtype = dtype or read_json(folder / "config.json")["dtype"]
         for part in (config, config["text_config"], config["vision_config"]):
-            part |= {"dtype": dtype, "torch_dtype": dtype}  # the name that transformers 4 reads
+            part |= {"dtype": dtype, "torch_dtype": dtype}  # the second name is what transformers 4 reads
         if task is not None:  # for other tools; the order is that of the labels everywhere
             labels = list(dict.fromkeys(task["folder_to_label"].values()))
-            config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-            config["label2id"] = {label: i for i, label in enumerate(labels)}
-        write_json(file, config)
+            config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        write_json(folder / "config.json", config)
     if task is not None:
-        if task["image_view"] == "whole":
-            write_whole_files(folder)
         write_task(folder, task)

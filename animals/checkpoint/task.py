@@ -1,8 +1,4 @@
-"""What a checkpoint says of itself, in task.json: its labels, question, answer's wording, chat format, view.
-
-Every folder that is saved has one (save.py), so a checkpoint is scored with what it was trained on. The hub's has
-none: config.py counts. Imports no torch.
-"""
+"""What a checkpoint says about its own task, in task.json: labels, question, wording of the answer, chat format. No torch."""
 
 import copy
 import json
@@ -10,96 +6,74 @@ import os
 
 from animals.checkpoint.check import base_of, holds_model
 from animals.checkpoint.steps import saved_steps
-from animals.checkpoint.view import is_whole
 from animals.command import UserError
 from animals.files import read_json, write_json
-from config import Config
+from config import TASK_FIELDS, Config
 
-FILE = "task.json"
-WORDS = ("folder_to_label", "prompt", "answer", "image_view")  # the flags among its keys
+KEYS = (*TASK_FIELDS, "chat_template")  # of task.json; all but the last are flags too
 
 
 def task_of(config: Config) -> dict:
-    """What task.json will hold."""
-    return {name: getattr(config, name) for name in (*WORDS, "chat_template")}
+    """The content of task.json for a model that is trained with these settings."""
+    return {name: getattr(config, name) for name in KEYS}
 
 
 def write_task(folder, task: dict):
-    write_json(os.path.join(folder, FILE), task)
+    write_json(os.path.join(folder, "task.json"), task)
 
 
 def read_task(path) -> dict | None:
-    """task.json of a checkpoint; of an adapter without one its base's; of a folder of checkpoint-N the newest's."""
-    places = [path, base_of(path)]
-    if not holds_model(path):
-        places += reversed(saved_steps(path).values())
-    file = next((f for f in (os.path.join(place, FILE) for place in places) if os.path.isfile(f)), None)
-    if file is None:
+    """A checkpoint's task; an adapter without one has its base's, a folder of checkpoint-N the newest's. Or None."""
+    places = [path, base_of(path)] + ([] if holds_model(path) else [*saved_steps(path).values()][::-1])
+    files = [file for file in (os.path.join(place, "task.json") for place in places) if os.path.isfile(file)]
+    if not files:
         return None
-    task = read_json(file)
-    if isinstance(task, dict):
-        task.setdefault("image_view", "whole" if is_whole(path) else "tiles")  # written before there was a choice
-    lost = [name for name in (*WORDS, "chat_template") if not isinstance(task, dict) or name not in task]
-    if lost:
-        raise UserError(f"{file}: found no {', '.join(lost)} in it; expected what train.py wrote; copy it there again")
-    return task
+    task = read_json(files[0])
+    missing = [name for name in KEYS if not isinstance(task, dict) or name not in task]
+    if missing:
+        raise UserError(f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it again")
+    return {name: task[name] for name in KEYS}  # older versions had more
 
 
 def settings_for(config: Config, path, training=False) -> Config:
-    """The settings with which to score the checkpoint in `path`: its own words, where no flag gives others.
-
-    Raises UserError, a line a flag, where a flag contradicts them; training may (other_words() says what changes).
-    """
-    if is_whole(path) and "image_view" in config.given and config.image_view == "tiles":
-        raise UserError(
-            f"--image_view tiles: found {path}, trained on whole views; expected the flag away: its weights have no "
-            "image_newline, which tiles need; start from the model that it was trained from"
-        )
-    task = read_task(path)
-    if task is None:
-        if is_whole(path):
-            config.image_view = "whole"
-        return config
-    if not training and (lines := other_words(config, path)):
-        raise UserError("\n".join(f"{line}; leave the flag away" for line in lines))
-    result = copy.copy(config)
-    result.chat_template = task["chat_template"]
-    for name in set(WORDS) - config.given:
+    """A copy of the settings with the checkpoint's task. In training flags win; in scoring a contradiction raises."""
+    if not training and (lines := changed_task_flags(config, path)):
+        raise UserError("\n".join(f"{line}; leave out the flag" for line in lines))
+    result, task = copy.copy(config), read_task(path) or {}
+    for name in task.keys() - config.given:
         setattr(result, name, task[name])
     return result
 
 
-def other_words(config: Config, path) -> list[str]:
-    """A line for each flag that contradicts what the checkpoint was trained with.
+def changed_task_flags(config: Config, path) -> list[str]:
+    """One line for each given flag that contradicts the task of the checkpoint in `path`.
 
-    Another table does not, if it has the same labels in the same order and gives no known folder another one: then
-    the pictures merely lie in folders of other names.
+    A table with the same labels in the same order is no contradiction if it gives no known folder another label.
     """
-    task, lines = read_task(path), []
-    for name in WORDS if task else ():
+    task, lines = read_task(path) or {}, []
+    for name in sorted(task.keys() & config.given):
         given, trained = getattr(config, name), task[name]
         same = given == trained
         if name == "folder_to_label":
             labels = [list(dict.fromkeys(table.values())) for table in (given, trained)]
             same = labels[0] == labels[1] and all(trained.get(f, label) == label for f, label in given.items())
-        if name in config.given and not same:
-            given, trained = (json.dumps(words, ensure_ascii=False) for words in (given, trained))
+        if not same:
+            given, trained = (json.dumps(value, ensure_ascii=False) for value in (given, trained))
             lines.append(f"--{name}: found {given}; expected {trained}, with which {path} was trained")
     return lines
 
 
 def how_to_ask(folder, config: Config, tokens) -> str:
-    """Markdown: how the checkpoint in `folder` is asked with transformers alone, for an answer of so many tokens."""
-    kind = "LlavaForConditionalGeneration" if config.image_view == "whole" else "LlavaNextForConditionalGeneration"
+    """Markdown: how to ask the checkpoint in `folder` with transformers alone. tokens: of the longest answer."""
     return f"""```python
-from transformers import AutoProcessor, {kind}
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder, picture = {folder!r}, "picture.jpg"
 question = {config.question!r}
-model = {kind}.from_pretrained(folder, dtype="auto", device_map="auto")
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(folder)
 chat = [{{"role": "user", "content": [{{"type": "image", "url": picture}}, {{"type": "text", "text": question}}]}}]
 inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-said = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens={tokens})
-print(processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens={tokens})
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```"""

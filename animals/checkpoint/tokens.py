@@ -1,4 +1,4 @@
-"""How many tokens a picture costs, from a checkpoint's files alone: no picture is opened, no torch imported."""
+"""How many tokens a picture takes in the prompt, from a checkpoint's files alone: no picture is opened, no torch."""
 
 import math
 import os
@@ -9,31 +9,24 @@ from animals.files import read_json
 
 
 class Geometry(NamedTuple):
-    """What decides how many tokens a picture costs. The defaults are LLaVA-1.6-Mistral-7B's."""
+    """What decides how many tokens a picture takes. The defaults are LLaVA-1.6-Mistral-7B's."""
 
     image_size: int = 336  # side of a tile, pixels
     patch_size: int = 14
-    # (height, width); none for the whole view alone
-    pinpoints: tuple = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-    extra_tokens: int = 1  # CLS ...
+    pinpoints: tuple = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # height, width; none: whole view
+    extra_tokens: int = 1  # CLIP's class token ...
     strategy: str = "default"  # ... which "default" drops
 
 
 STOCK = Geometry()
 
 
-def read_geometry(model_name_or_path, view="tiles") -> Geometry:
-    """The geometry of a checkpoint folder, from the files that its processor reads, else the model's config.json.
-
-    Size and pinpoints: processor_config.json's image_processor, else preprocessor_config.json, as transformers does.
-    Patch size, extra tokens and strategy: processor_config.json. Stock LLaVA-1.6 values for what no file says, or
-    when the folder does not exist yet.
-    """
+def read_geometry(path) -> Geometry:
+    """A checkpoint's geometry, from the files in the order in which transformers reads them; STOCK for what is in none."""
 
     def read(name):
-        file = os.path.join(model_name_or_path, name)
-        content = read_json(file) if os.path.isfile(file) else {}
-        return content if isinstance(content, dict) else {}
+        file = os.path.join(path, name)
+        return read_json(file) if os.path.isfile(file) else {}
 
     model, processor = read("config.json"), read("processor_config.json")
     images = processor.get("image_processor") or read("preprocessor_config.json")
@@ -42,55 +35,46 @@ def read_geometry(model_name_or_path, view="tiles") -> Geometry:
     size = {"shortest_edge": size} if isinstance(size, int) else size
     side = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
     pinpoints = images.get("image_grid_pinpoints") or model.get("image_grid_pinpoints") or STOCK.pinpoints
-    if view == "whole" or model.get("model_type") == "llava":
-        pinpoints = ()
+    strategy = processor.get("vision_feature_select_strategy") or model.get("vision_feature_select_strategy")
     return Geometry(
         image_size=side or vision.get("image_size") or STOCK.image_size,
         patch_size=processor.get("patch_size") or vision.get("patch_size") or STOCK.patch_size,
-        pinpoints=tuple(tuple(pair) for pair in pinpoints),
+        pinpoints=() if model.get("model_type") == "llava" else tuple(tuple(pair) for pair in pinpoints),
         extra_tokens=processor.get("num_additional_image_tokens", STOCK.extra_tokens),
-        strategy=processor.get("vision_feature_select_strategy")
-        or model.get("vision_feature_select_strategy", STOCK.strategy),
+        strategy=strategy or STOCK.strategy,
     )
 
 
 def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> int:
-    """Tokens of one picture in the prompt; equals transformers' LlavaNextProcessor._get_num_multimodal_tokens."""
-    side = geometry.image_size // geometry.patch_size  # patches a tile side
+    """Tokens of one picture in the prompt, as LlavaNextProcessor and LlavaProcessor of transformers count them."""
+    side = geometry.image_size // geometry.patch_size  # patches along the side of a tile
     base = side * side + geometry.extra_tokens - (geometry.strategy == "default")
     if not geometry.pinpoints:
         return base
-    best, most, least_waste = None, 0, math.inf
-    for pin_height, pin_width in geometry.pinpoints:
-        scale = min(pin_width / width, pin_height / height)
-        used = min(int(width * scale) * int(height * scale), width * height)
-        waste = pin_height * pin_width - used
-        if used > most or (used == most and waste < least_waste):
-            best, most, least_waste = (pin_height, pin_width), used, waste
-    rows, columns = side * (best[0] // geometry.image_size), side * (best[1] // geometry.image_size)
-    if width / height > columns / rows:
-        padding = (rows - int(round(height * (columns / width), 7))) // 2
-        rows -= 2 * padding
+
+    def pixels_and_waste(pinpoint):
+        """How many of the picture's pixels a pinpoint keeps; of two that keep as many, the smaller one is better."""
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - pinpoint[0] * pinpoint[1]
+
+    rows, columns = (side * (pixels // geometry.image_size) for pixels in max(geometry.pinpoints, key=pixels_and_waste))
+    if width / height > columns / rows:  # the tiles' empty rows or columns are cut off
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
     else:
-        padding = (columns - int(round(width * (rows / height), 7))) // 2
-        columns -= 2 * padding
-    return base + rows * columns + rows  # the whole picture, its tiles, one newline a row
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    return base + rows * columns + rows  # the whole view, the tiles, image_newline after each row
 
 
-def whole_view_gain(sizes, geometry: Geometry) -> str:
-    """A line about pictures of these (width, height): does the whole view hold them, and what does it save?
-
-    geometry: of tiles; of a checkpoint that sees whole already, the line is only about what is held.
-    """
-    side, whole = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
+def describe_whole_view(sizes, geometry: Geometry) -> str:
+    """One line about pictures of these (width, height): how many the whole view loses nothing of, what it saves."""
+    side, base = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
     counts = Counter(sizes)
     n = counts.total()
-    held = sum(count for (width, height), count in counts.items() if width * height <= side**2)
-    tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items())
-    said = f"{held:,} of {n:,} pictures ({held / n:.0%}) have no more pixels than the whole view, {side} x {side}"
-    if not geometry.pinpoints:
-        return said
-    return (
-        f"{said}; --image_view whole takes {tokens / n / whole:.1f} times fewer tokens: {whole} a picture instead of "
-        f"{tokens / n:,.0f}"
-    )
+    small = sum(count for (width, height), count in counts.items() if width * height <= side**2)
+    line = f"{small:,} of {n:,} pictures ({small / n:.0%}) have no more pixels than the whole view, {side} x {side}"
+    if not geometry.pinpoints:  # a plain LLaVA checkpoint, which sees nothing else
+        return line
+    tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items()) / n
+    saving = f"{tokens / base:.1f} times fewer tokens, {base} per picture instead of {tokens:,.0f}"
+    return f"{line}; it takes {saving} (made by scripts/whole_view.py)"
