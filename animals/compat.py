@@ -1,4 +1,4 @@
-"""The only place for private names of other libraries: each function says why it is needed; a test shows what breaks."""
+"""The only place for private names of other libraries. Each function says why it is needed and which test shows it."""
 
 import atexit
 import contextlib

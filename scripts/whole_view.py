@@ -25,7 +25,7 @@ from animals.files import read_json, write_json
 
 
 def write_whole_view(source: Path, out: Path):
-    """Write the plain LLaVA checkpoint to the new folder `out`; config.json last, by which readers know a checkpoint."""
+    """Write the plain LLaVA checkpoint to the folder `out`; config.json last, by which readers know a checkpoint."""
     require_checkpoint(source)
     if adapter_config(source) is not None:
         raise UserError(f"{source}: found an adapter; expected a checkpoint; merge it first: scripts/merge_lora.py")

@@ -32,9 +32,8 @@ def holds_model(path):
 
 
 def require_checkpoint(path):
-    """Raises UserError, one line per problem, unless `path` holds a checkpoint that we can use, or an adapter to one."""
-    problems = check_files(path)
-    if problems:
+    """Raises UserError, one line per problem, unless `path` holds a checkpoint or adapter that we can use."""
+    if problems := check_files(path):
         raise UserError("\n".join(problems))
 
 
@@ -87,8 +86,7 @@ def read_shards(path, stem="model"):
             problems.append(f"{file}: found {error}; delete it and download it again: {fetch(path, name)}")
         else:
             shapes |= header
-            absent = [key for key in shard_of if shard_of[key] == name and key not in header]
-            if absent:
+            if absent := [key for key in shard_of if shard_of[key] == name and key not in header]:
                 problems.append(f"{file}: found no {first_names(absent)}; expected by {index}: {fetch(path, name)}")
     return shapes, problems
 
@@ -136,13 +134,12 @@ def meta_model(path, changed):
 
 
 def match_names(model, shapes):
-    """-> ({parameter name in the model: (name in the files, shape)}, transformers' renaming rules, used ones marked)."""
+    """-> ({parameter name in the model: (name in the files, shape)}, renaming rules, the used ones marked)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     rules, expected, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
-    renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    renaming, others = ([rule for rule in rules if isinstance(rule, WeightRenaming) is kind] for kind in (True, False))
     names = {name: rename_source_key(name, renaming, others, prefix, expected)[0] for name in shapes}
     return {new: (name, shapes[name]) for name, new in names.items()}, rules
 
@@ -156,7 +153,7 @@ def check_weights(path):
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    model = meta_model(path, os.stat(os.path.join(path, "config.json")).st_mtime_ns)
+    model = meta_model(path, os.path.getmtime(os.path.join(path, "config.json")))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
     missing = [name for name in expected if name not in found]

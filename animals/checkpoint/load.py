@@ -36,8 +36,7 @@ def load_processor(path):
 
 def load_weights(path, **options):
     """The model in `path`. Raises UserError unless every parameter is there and fits. options: of from_pretrained()."""
-    problems = check_weights(path)
-    if problems:
+    if problems := check_weights(path):
         raise UserError("\n".join(problems))
     return model_class(model_config(path)).from_pretrained(path, **options)
 
@@ -82,11 +81,8 @@ def load_for_training(model_args, args):
     quantization = get_quantization_config(model_args)
     options = {} if zero3 else {"device_map": {"": PartialState().device}}  # no copy in host RAM on the way
     if quantization is not None:
-        quantization.llm_int8_skip_modules = [
-            "model.vision_tower",
-            "model.multi_modal_projector",
-            "lm_head",
-        ]  # 4 bit too
+        unquantized = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+        quantization.llm_int8_skip_modules = unquantized  # 4 bit reads it too
         options["quantization_config"] = quantization
     attention = model_args.attn_implementation or "sdpa"
     model = load_weights(path, dtype=getattr(torch, model_args.dtype), attn_implementation=attention, **options)

@@ -26,10 +26,9 @@ COPIED = (
 def complete(folder, source, processor, task, dtype=None):
     """Put beside the weights in `folder` what makes it a checkpoint like the one in `source`. Main process only.
 
-    source: where the model was loaded from; for an adapter, its base counts. processor: what load_processor() returned
-    for it. task: task.json's content; None if nobody trained this model. dtype: of the weights; None: as saved.
+    processor: as load_processor(source) returns it. task: None if nobody trained it. dtype: the weights'.
     """
-    folder, source = Path(folder), Path(base_of(source))
+    folder, source = Path(folder), Path(base_of(source))  # of an adapter only the base has these files
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -42,7 +41,7 @@ def complete(folder, source, processor, task, dtype=None):
     if (folder / "config.json").is_file():  # an adapter has none
         dtype = dtype or read_json(folder / "config.json")["dtype"]
         for part in (config, config["text_config"], config["vision_config"]):
-            part |= {"dtype": dtype, "torch_dtype": dtype}  # the second name is what transformers 4 reads
+            part |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 4 reads the second one
         if task is not None:  # for other tools; the order is that of the labels everywhere
             labels = list(dict.fromkeys(task["folder_to_label"].values()))
             config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its own task, in task.json: labels, question, wording of the answer, chat format. No torch."""
+"""What a checkpoint says about its own task, in task.json: labels, question, wording of the answer, chat format."""
 
 import copy
 import json

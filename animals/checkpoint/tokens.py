@@ -1,6 +1,5 @@
 """How many tokens a picture takes in the prompt, from a checkpoint's files alone: no picture is opened, no torch."""
 
-import math
 import os
 from collections import Counter
 from typing import NamedTuple
@@ -22,7 +21,7 @@ STOCK = Geometry()
 
 
 def read_geometry(path) -> Geometry:
-    """A checkpoint's geometry, from the files in the order in which transformers reads them; STOCK for what is in none."""
+    """A checkpoint's geometry, from its files in the order in which transformers reads them; else STOCK."""
 
     def read(name):
         file = os.path.join(path, name)
