@@ -5,7 +5,7 @@
 
 The hub repository's file names, config fields, parameter names, fp16 and shards, the real tokenizer (mistral-common
 ships Mistral's), the real 336 px tiles and five grid shapes; only the values of the weights are drawn at random.
-`VARIANTS` makes of such a folder what other copies of it look like.
+`VARIANTS` changes such a folder into what other copies of the hub's folder look like.
 """
 
 import argparse
@@ -14,53 +14,18 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-HUB_CONFIG = json.loads((Path(__file__).parent / "hub_config.json").read_text())
-HIDDEN_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}  # MistralConfig's
-CHAT_TEMPLATE = (  # the hub's: no BOS, a space after </s>
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
-    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-PREPROCESSOR = {
-    "aspect_ratio_setting": "anyres",
-    "crop_size": {"height": 336, "width": 336},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_pad": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_grid_pinpoints": HUB_CONFIG["image_grid_pinpoints"],
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "LlavaNextImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "processor_class": "LlavaNextProcessor",
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
-    "size": {"shortest_edge": 336},
-}
-PROCESSOR = {
-    "image_token": "<image>",
-    "num_additional_image_tokens": 1,
-    "patch_size": 14,
-    "processor_class": "LlavaNextProcessor",
-    "vision_feature_select_strategy": "default",
-}
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+HERE = Path(__file__).parent
+HUB_CONFIG = json.loads((HERE / "hub_config.json").read_text())
+HUB_FILES = json.loads((HERE / "hub_files.json").read_text())  # the other small files: name -> content
+MISTRAL_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}  # not in config.json
+CHAT_TEMPLATE = HUB_FILES["chat_template.json"]["chat_template"]  # no BOS, a space after </s>
 SHARDS = 4
 
 
 def hub_config(layers=32, vision_layers=24, full_width=True):
-    """The hub's config.json with fewer layers; narrow: 64 wide, 4 heads, everything else as it is."""
+    """The hub's config.json with fewer layers; if not full_width, with a hidden size of 64 and 4 heads."""
     config = json.loads(json.dumps(HUB_CONFIG))
     text, vision = config["text_config"], config["vision_config"]
     if layers != 32:
@@ -73,8 +38,8 @@ def hub_config(layers=32, vision_layers=24, full_width=True):
 
 
 def hub_shapes(config) -> dict[str, tuple]:
-    """Parameter name in the hub's files -> shape, in model order, written out: no transformers in it."""
-    text, vision = HIDDEN_DEFAULTS | config["text_config"], config["vision_config"]
+    """Parameter name in the hub's files -> shape, in model order, written out: transformers has no part in it."""
+    text, vision = MISTRAL_DEFAULTS | config["text_config"], config["vision_config"]
     wide, vocab, inner = text["hidden_size"], text["vocab_size"], text["intermediate_size"]
     kv = wide // text["num_attention_heads"] * text["num_key_value_heads"]
     seen, patch, grid = vision["hidden_size"], vision["patch_size"], vision["image_size"] // vision["patch_size"]
@@ -135,8 +100,7 @@ def real_tokenizer():
         (Path(folder) / "tokenizer.model").write_bytes(model)
         merged = json.loads(LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in merged["merges"]]
-    bpe = models.BPE(merged["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
+    tokenizer = Tokenizer(models.BPE(merged["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -151,97 +115,58 @@ def real_tokenizer():
     return model, json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def write_tokenizer(folder):
-    model, tokenizer = real_tokenizer()
-
-    def token(text):
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        return {"content": text} | flags
-
-    names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    dump(folder / "added_tokens.json", {"<image>": 32000, "<pad>": 32001})
-    dump(folder / "special_tokens_map.json", {key: token(text) for key, text in SPECIAL.items()})
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(i): token(text) | {"special": True} for i, text in names.items()},
-        "additional_special_tokens": [],
-        "clean_up_tokenization_spaces": False,
-        "extra_special_tokens": {"image_token": "<image>"},
-        "image_token": "<image>",
-        "legacy": True,
-        "model_max_length": 1000000000000000019884624838656,
-        "padding_side": "left",
-        "processor_class": "LlavaNextProcessor",
-        "sp_model_kwargs": {},
-        "spaces_between_special_tokens": False,
-        "tokenizer_class": "LlamaTokenizer",
-        "use_default_system_prompt": False,
-    }
-    dump(folder / "tokenizer_config.json", dict(sorted((config | SPECIAL).items())))
-
-
 def write_weights(folder, config, seed):
     """Random fp16 weights in SHARDS files and their index. Norms are 1, biases 0, the rest normal."""
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(seed)
-    shapes = hub_shapes(config)
-    names, shards, where = list(shapes), [], {}
-    for first in range(0, len(names), -(-len(names) // SHARDS)):
-        shard = {}
-        for name in names[first : first + -(-len(names) // SHARDS)]:
-            shape = shapes[name]
-            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-                value = torch.ones(shape)
-            elif name.endswith(".bias"):
-                value = torch.zeros(shape)
-            else:
-                spread = 0.5 if "_embedding" in name else 1 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1
-                value = torch.randn(shape, generator=generator) * spread
-            shard[name] = value.half()
-        shards.append(list(shard))
-        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
-    for i, names in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"part-{i}", folder / file)
-        where |= dict.fromkeys(names, file)
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    generator, shapes = torch.Generator().manual_seed(seed), hub_shapes(config)
+
+    def draw(name, shape):
+        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+            return torch.ones(shape).half()
+        if name.endswith(".bias"):
+            return torch.zeros(shape).half()
+        spread = 0.5 if "_embedding" in name else 1 / shape[-1] ** 0.5 if len(shape) > 1 else 0.1
+        return (torch.randn(shape, generator=generator) * spread).half()
+
+    names, shard_of, count = list(shapes), {}, -(-len(shapes) // SHARDS)
+    for shard in range(SHARDS):
+        values = {name: draw(name, shapes[name]) for name in names[shard * count : (shard + 1) * count]}
+        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        save_file(values, folder / file, metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(values, file)
+    size = 2 * sum(math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(shard_of.items()))}
     dump(folder / "model.safetensors.index.json", index)
 
 
 def write_holes(folder, config):
     """fp16 weights of which only the header is written: a sparse file of the full length, 15 GB that take no room."""
-    entries, at = {}, 0
+    entries, end = {}, 0
     for name, shape in hub_shapes(config).items():
-        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [at, at + 2 * math.prod(shape)]}
-        at = entries[name]["data_offsets"][1]
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + at)
+        file.truncate(8 + len(header) + end)
 
 
 def build(folder, layers=2, vision_layers=3, full_width=False, seed=0, holes=False) -> Path:
-    """Write the replica into `folder`, which is returned. Never narrower than one decoder and two vision layers.
+    """Write the replica into `folder`, which is returned. It needs at least one decoder and two vision layers.
 
-    holes: no weights, see write_holes(); whatever reads no more than headers takes it for the whole checkpoint.
+    holes: no weights, see write_holes(); what reads headers only takes it for the complete checkpoint.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = hub_config(layers, vision_layers, full_width)
     dump(folder / "config.json", config)
-    dump(folder / "generation_config.json", {
-        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.39.0.dev0",
-    })  # fmt: skip
-    dump(folder / "preprocessor_config.json", PREPROCESSOR)
-    dump(folder / "processor_config.json", PROCESSOR)
-    dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    write_tokenizer(folder)
+    for name, content in HUB_FILES.items():
+        dump(folder / name, content)
+    tokenizer_model, tokenizer_json = real_tokenizer()
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     if holes:
         write_holes(folder, config)
     else:
@@ -313,9 +238,15 @@ def hub_cache(folder):
 VARIANTS = {
     f.__name__: f
     for f in (
-        without_processor_config, old_template, jinja_template, no_template, transformers_5, modelscope, hub_cache,
+        without_processor_config,
+        old_template,
+        jinja_template,
+        no_template,
+        transformers_5,
+        modelscope,
+        hub_cache,
     )
-}  # fmt: skip
+}
 BROKEN = {f.__name__: f for f in (slow_tokenizer, only_tokenizer_model)}
 
 
@@ -346,14 +277,11 @@ def main():
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vision_layers", type=int, default=3)
     parser.add_argument("--full_width", action="store_true")
-    parser.add_argument("--variant", choices=[*VARIANTS, *BROKEN])
     parser.add_argument("--pictures", help="folder for two classes of noise to train on")
     args = parser.parse_args()
     if args.pictures:
         pictures(args.pictures)
     build(args.folder, args.layers, args.vision_layers, args.full_width)
-    if args.variant:
-        (VARIANTS | BROKEN)[args.variant](Path(args.folder))
     print(args.folder, sorted(os.listdir(args.folder)))
 
 
