@@ -1,7 +1,7 @@
-"""Read a checkpoint with whatever transformers is installed, and nothing of ours; leave what it saw.
+"""Read a checkpoint with the transformers that is installed, without any of our code, and write down what it gives.
 
-python tests/helpers/second_reader.py CHECKPOINT OUT.npz                 # tokens, pixels and fp32 logits of one picture
-python tests/helpers/second_reader.py --compare ONE.npz OTHER.npz        # equal? logits to 1e-5
+python tests/helpers/second_reader.py CHECKPOINT OUT.npz              # tokens, pixels and float32 logits of one picture
+python tests/helpers/second_reader.py --compare ONE.npz OTHER.npz     # exit code 1 if they differ; logits by over 1e-5
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def read(folder):
-    """One picture and question through the folder's own processor and chat template -> arrays; the loading report."""
+    """-> arrays by name: one picture and question through the folder's own processor, chat template and model."""
     import torch
     import transformers
     from PIL import Image
@@ -20,10 +20,10 @@ def read(folder):
 
     processor = AutoProcessor.from_pretrained(folder)
     options = {"torch_dtype": torch.float32} if transformers.__version__ < "5" else {"dtype": torch.float32}
-    whole = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "llava"  # --image_view whole
-    kind = LlavaForConditionalGeneration if whole else LlavaNextForConditionalGeneration
+    kinds = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+    kind = kinds[json.loads((Path(folder) / "config.json").read_text())["model_type"]]
     model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
     pixels = np.random.default_rng(0).integers(0, 256, (225, 300, 3), dtype=np.uint8)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What animal is this?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "squirrel"}]}
@@ -44,15 +44,14 @@ def read(folder):
 
 
 def compare(one, other):
-    """Prints what differs; True if nothing does."""
+    """Print what differs. -> whether nothing does."""
     a, b = np.load(one), np.load(other)
     same = True
     for name in ("text", "ids", "pixels", "rope_theta", "added"):
-        equal = a[name].shape == b[name].shape and bool((a[name] == b[name]).all())
-        same &= equal
-        if not equal:
+        if not np.array_equal(a[name], b[name]):
+            same = False
             print(f"  {name} differs:\n    {a[name].tolist()!s:.300}\n    {b[name].tolist()!s:.300}")
-    far = float(np.abs(a["logits"] - b["logits"]).max()) if a["logits"].shape == b["logits"].shape else float("inf")
+    far = np.abs(a["logits"] - b["logits"]).max() if a["logits"].shape == b["logits"].shape else np.inf
     verdict = "same" if same and far <= 1e-5 else "DIFFERENT"
     print(f"transformers {a['version']} and {b['version']}: {verdict}, logits differ by at most {far:.1e}")
     return verdict == "same"
