@@ -164,7 +164,7 @@ def check_weights(path):
     if missing:
         problems.append(f"{path}: {len(missing)} parameters are missing: {first_names(missing)}")
     if unexpected:
-        problems.append(f"{path}: {len(unexpected)} parameters are not in config.json: {first_names(unexpected)}")
+        problems.append(f"{path}: {len(unexpected)} parameters do not belong to the model: {first_names(unexpected)}")
     for name, (file_name, shape) in found.items():
         if shape != expected.get(name, shape):
             problems.append(f"{path}: {file_name} has shape {list(shape)}; config.json expects {list(expected[name])}")
