@@ -12,20 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from animals.checkpoint.task import how_to_ask, other_words, read_task, settings_for, task_of, write_task
+from animals.checkpoint.task import changed_task_flags, how_to_ask, read_task, settings_for, task_of, write_task
 from animals.command import UserError
 from animals.pictures.read import load_picture
 from animals.scoring.scorer import load_scorer
 from config import ANSWER, CHAT_TEMPLATE, FOLDER_TO_LABEL, PROMPT, Config
 
 TABLE = {"cat": "kitty", "ragno": "spider"}
-TASK = {
-    "image_view": "tiles",
-    "folder_to_label": TABLE,
-    "prompt": "Who? {labels}",
-    "answer": "A {label}.",
-    "chat_template": "its own",
-}
+TASK = {"folder_to_label": TABLE, "prompt": "Who? {labels}", "answer": "A {label}.", "chat_template": "its own"}
 
 
 @pytest.fixture
@@ -43,7 +37,6 @@ def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
         "folder_to_label": FOLDER_TO_LABEL,
         "prompt": PROMPT,
         "answer": ANSWER,
-        "image_view": "tiles",
         "chat_template": CHAT_TEMPLATE,
     }
     assert task_of(settings_for(Config(), tuned)) == TASK
@@ -52,10 +45,9 @@ def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
     assert task_of(settings_for(same, tuned)) == TASK, "asked twice is asked once"
     new = settings_for(Config(prompt="Now?"), tuned, training=True)
     assert task_of(new) == TASK | {"prompt": "Now?"}
-    assert other_words(new, tuned) == [
-        f'--prompt: found "Now?"; expected "Who? {{labels}}", with which {tuned} was trained'
-    ]
-    assert other_words(Config(prompt="Now?"), "no/such/folder") == other_words(Config(), tuned) == []
+    line = f'--prompt: found "Now?"; expected "Who? {{labels}}", with which {tuned} was trained'
+    assert changed_task_flags(new, tuned) == [line]
+    assert changed_task_flags(Config(prompt="Now?"), "no/such/folder") == changed_task_flags(Config(), tuned) == []
 
 
 @pytest.mark.parametrize(
@@ -68,11 +60,12 @@ def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
         ({"folder_to_label": '{"ragno": "spider", "cat": "kitty"}'}, '{"ragno": "spider", "cat": "kitty"}', '{"cat": '),
     ],
 )
-def test_scoring_with_other_words_is_refused_with_both(tuned, flags, found, trained):
+def test_scoring_with_another_task_is_refused_with_both(tuned, flags, found, trained):
     with pytest.raises(UserError) as error:
         settings_for(Config(**flags), tuned)
     (name,), (line,) = flags, str(error.value).splitlines()
     assert line.startswith(f"--{name}: found {found}; expected {trained}") and str(tuned) in line
+    assert line.endswith("; leave out the flag")
 
 
 def test_pictures_in_folders_of_other_names_are_no_contradiction(tuned):
@@ -82,13 +75,13 @@ def test_pictures_in_folders_of_other_names_are_no_contradiction(tuned):
 
 
 def test_where_it_is_looked_for(tmp_path):
-    """An adapter's own before its base's; a folder of checkpoint-N answers with the newest's, a model's with none."""
+    """An adapter's own before its base's; a folder of checkpoint-N has that of the newest, a model's folder none."""
     base, adapter, run = tmp_path / "base", tmp_path / "adapter", tmp_path / "run"
     for folder in (base, adapter, run / "checkpoint-9", run / "checkpoint-10"):
         folder.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     assert read_task(adapter) is None
-    write_task(base, TASK)
+    write_task(base, TASK | {"image_view": "tiles"})  # as older versions wrote it
     assert read_task(adapter) == TASK
     write_task(adapter, TASK | {"answer": "{label}"})
     assert read_task(adapter)["answer"] == "{label}"
@@ -101,7 +94,7 @@ def test_where_it_is_looked_for(tmp_path):
 
 def test_a_task_json_of_something_else_is_one_line(tuned):
     (tuned / "task.json").write_text('{"prompt": "Who?"}')
-    with pytest.raises(UserError, match="found no folder_to_label, answer, chat_template in it; expected what"):
+    with pytest.raises(UserError, match="found no answer, folder_to_label, chat_template in it; expected what"):
         settings_for(Config(), tuned)
 
 
@@ -130,147 +123,101 @@ def test_what_is_no_table_is_one_line(table):
 # --- the whole path ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(demo, run, tmp_path_factory):
-    """Three folders of invented names, another question and answer, 2 steps with a checkpoint and an evaluation."""
-    tmp = tmp_path_factory.mktemp("invented")
-    for split, n in (("train_data", 6), ("validation_data", 4)):
-        for i, name in enumerate(("red_zorx", "Quax", "blib blab")):
+@pytest.fixture(scope="module", params=["table", "120 folders", "invented names"])
+def trained(request, demo, run, tmp_path_factory):
+    """Two steps on other labels: three of the demo's folders, 120 folders, three folders with another wording."""
+    tmp, case = tmp_path_factory.mktemp("task"), request.param
+    model, table, prompt, answer, counts, evaluated = demo.model, "folders", "What is this?", "{label}", (2, 1), 0
+    if case == "table":
+        labels, table = ["kitty", "dog", "spider"], '{"cat": "kitty", "dog": "dog", "ragno": "spider"}'
+        model, prompt = demo.checkpoint, "Which one? {labels}."
+        for split, n in (("train_data", 16), ("validation_data", 12)):
+            for name in ("cat", "dog", "ragno"):
+                (tmp / "input" / split / name).mkdir(parents=True)
+                for path in sorted((demo.input / split / name).iterdir())[:n]:
+                    shutil.copy(path, tmp / "input" / split / name)
+    elif case == "120 folders":
+        labels = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
+    else:
+        labels, counts, evaluated = ["Quax", "blib blab", "red_zorx"], (6, 4), 9
+        prompt, answer = "Zorx or what? {labels}", "It is {label}."
+    for split, n in zip(("train_data", "validation_data"), counts if case != "table" else (), strict=False):
+        for k, name in enumerate(labels):
             (tmp / "input" / split / name).mkdir(parents=True)
-            for j in range(n):
-                Image.effect_noise((70 + 20 * i, 90), 40 + 9 * j + i).convert("RGB").save(
-                    tmp / "input" / split / name / f"{split}{i}{j}.png"
-                )
+            for i in range(n):
+                noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * n + i)
+                noise.convert("RGB").save(tmp / "input" / split / name / f"{i}.png")
     data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
-    words = "--folder_to_label folders --prompt 'Zorx or what? {labels}' --answer 'It is {label}.'"
-    where = SimpleNamespace(out=tmp / "sft", data=data, words=words, input=tmp / "input")
     done = run(
-        f"sh train.sh {data} {words} --model_name_or_path {demo.model} --output_dir {where.out} --max_steps 2 "
-        "--save_steps 2 --eval_steps 2 --eval_pictures 9 --learning_rate 1e-3 --gradient_accumulation_steps 1"
+        f"sh train.sh {data} --folder_to_label '{table}' --prompt '{prompt}' --answer '{answer}' --max_steps 2 "
+        f"--save_steps 2 --eval_steps 2 --eval_on_start False --eval_pictures {evaluated} --learning_rate 1e-3 "
+        f"--gradient_accumulation_steps 1 --model_name_or_path {model} --output_dir {tmp}/sft"
     )
     assert done.code == 0, done.output[-3000:]
-    return where
+    on = f"--on_eval_pictures --eval_pictures {evaluated}" if evaluated else ""
+    return SimpleNamespace(out=tmp / "sft", data=data, input=tmp / "input", labels=labels, prompt=prompt, on=on)
 
 
-def test_every_saved_folder_says_what_it_was_trained_on(trained):
-    labels = ["Quax", "blib blab", "red_zorx"]
+invented = pytest.mark.parametrize("trained", ["invented names"], indirect=True)
+
+
+@invented
+def test_every_saved_folder_says_what_it_was_trained_on(trained, run):
+    table = {label: label for label in trained.labels}
     for folder in (trained.out, trained.out / "checkpoint-2"):
-        assert json.loads((folder / "task.json").read_text(encoding="utf-8")) == {
-            "folder_to_label": {label: label for label in labels},
-            "prompt": "Zorx or what? {labels}",
-            "answer": "It is {label}.",
-            "chat_template": CHAT_TEMPLATE,
-            "image_view": "tiles",
-        }
+        task = {"folder_to_label": table, "prompt": "Zorx or what? {labels}", "answer": "It is {label}."}
+        saved = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        assert saved == task | {"chat_template": CHAT_TEMPLATE}
         config = json.loads((folder / "config.json").read_text())
-        assert config["id2label"] == dict(zip("012", labels, strict=True))
-        assert config["label2id"] == {label: i for i, label in enumerate(labels)}
+        assert config["id2label"] == dict(zip("012", trained.labels, strict=True))
+        assert config["label2id"] == {label: i for i, label in enumerate(trained.labels)}
         assert "<s>" not in json.loads((folder / "chat_template.json").read_text())["chat_template"], "the hub's"
     rows = json.loads((trained.input.parent / "cache" / "train.json").read_text(encoding="utf-8"))
-    assert rows[0]["messages"] == Config(
-        folder_to_label={label: label for label in labels}, prompt="Zorx or what? {labels}", answer="It is {label}."
-    ).conversation("Quax")
-
-
-def test_plain_commands_score_with_the_trained_words(trained, run, tmp_path):
-    """No flag says labels or question: the accuracy of the last evaluation, test.py's labels; other words exit 2."""
-    flags = f"{trained.data} --model_name_or_path {trained.out}"
-    done = run(f"sh validation.sh {flags} --on_eval_pictures --eval_pictures 9 --report_dir {tmp_path}/report")
-    assert done.code == 0, done.output[-3000:]
-    said = json.loads(done.output.strip().splitlines()[-1])
-    history = json.loads((trained.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    last = [log for log in history if "eval_accuracy" in log][-1]
-    assert (said["n"], said["accuracy"], said["macro_f1"]) == (9, last["eval_accuracy"], last["eval_macro_f1"])
-    done = run(
-        f"python test.py {trained.input}/validation_data --model_name_or_path {trained.out} --output {tmp_path}/n.csv"
-    )
-    assert done.code == 0, done.output[-3000:]
-    with open(tmp_path / "n.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and list(rows[0])[-3:] == ["Quax", "blib blab", "red_zorx"]
+    assert rows[0]["messages"] == Config(**task).conversation("Quax")
     for command in ("sh validation.sh", "python validation.py", "python test.py"):
         done = run(f"{command} --prompt other --model_name_or_path {trained.out}")
         assert done.code == 2 and done.output.count("\n") == 1, done.output
         assert 'error: --prompt: found "other"; expected "Zorx or what? {labels}"' in done.output
 
 
-FLOAT32 = {"CPU_BF16_SPEED": 0.01}  # as on a CPU without bf16 instructions: near ties are not decided by rounding
-KITTY = """--folder_to_label '{"cat": "kitty", "dog": "dog", "ragno": "spider"}' --prompt 'Which one? {labels}.'"""
-
-
-@pytest.fixture(scope="module", params=["table", "120 folders"])
-def walked(request, demo, run, tmp_path_factory):
-    """Three of the demo's folders under other words; 120 of invented names. Trained, evaluated on all held out."""
-    tmp, many = tmp_path_factory.mktemp("walked"), request.param != "table"
-    labels = ["kitty", "dog", "spider"] if not many else [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
-    for split, n in (("train_data", 2), ("validation_data", 1)) if many else ():
-        for k, name in enumerate(labels):
-            folder = tmp / "input" / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * n + i)
-                noise.convert("RGB").save(folder / f"{i}.png")
-    for split, n in () if many else (("train_data", 16), ("validation_data", 12)):
-        for name in ("cat", "dog", "ragno"):
-            (tmp / "input" / split / name).mkdir(parents=True)
-            for path in sorted((demo.input / split / name).iterdir())[:n]:
-                shutil.copy(path, tmp / "input" / split / name)
-    prompt = "What is this?" if many else "Which one? {labels}."
-    words = f"--folder_to_label folders --prompt '{prompt}'" if many else KITTY
-    where = SimpleNamespace(out=tmp / "sft", input=tmp / "input", labels=labels, prompt=prompt)
-    where.data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
-    done = run(
-        f"sh train.sh {where.data} {words} --output_dir {where.out} --max_steps 2 --save_steps 2 --eval_steps 2 "
-        f"--model_name_or_path {demo.model if many else demo.checkpoint} --learning_rate 1e-3 --eval_on_start False "
-        "--eval_pictures 0 --gradient_accumulation_steps 1",
-        **FLOAT32,
-    )
-    assert done.code == 0, done.output[-3000:]
-    return where
-
-
-def test_no_flag_is_needed_to_score_what_was_trained(walked, run, tmp_path):
+def test_no_flag_is_needed_to_score_what_was_trained(trained, run, tmp_path):
     """Plain validation.sh and test.py: the trained labels, and the accuracy of the training's last evaluation."""
-    where = f"{walked.data} --model_name_or_path {walked.out}"
-    done = run(f"sh validation.sh {where} --report_dir {tmp_path}", **FLOAT32)
+    flags = f"{trained.data} --model_name_or_path {trained.out}"
+    done = run(f"sh validation.sh {flags} {trained.on} --report_dir {tmp_path}")
     assert done.code == 0, done.output[-3000:]
     report = json.loads((tmp_path / "sft" / "report.json").read_text(encoding="utf-8"))
-    history = json.loads((walked.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((trained.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     [last] = [log for log in history if "eval_accuracy" in log]
-    assert last["eval_pictures"] == report["n"] == (36 if len(walked.labels) == 3 else 120)
+    n = len(trained.labels)
+    assert last["eval_pictures"] == report["n"] == (9 if trained.on else 36 if n == 3 else 120)
     assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
-    assert len(walked.labels) > 3 or report["accuracy"] > 0.4, "not one answer to everything"
-    assert sorted(report["labels"]) == sorted(walked.labels)
-    assert report["question"] == walked.prompt.replace("{labels}", ", ".join(report["labels"]))
-    with Image.open(tmp_path / "sft" / "confusion_matrix.png") as picture:
-        assert max(picture.size) < 4096, "120 labels are not drawn as 10 are"
-    pictures = " ".join(f"'{path}'" for path in sorted(walked.input.glob("validation_data/*/*"))[:24:8])
-    done = run(f"python test.py {pictures} --model_name_or_path {walked.out} --output {tmp_path}/n.csv", **FLOAT32)
+    assert n > 3 or trained.on or report["accuracy"] > 0.4, "not one answer to everything"
+    assert sorted(report["labels"]) == sorted(trained.labels)
+    assert report["question"] == trained.prompt.replace("{labels}", ", ".join(report["labels"]))
+    with open(tmp_path / "sft" / "predictions.csv", newline="", encoding="utf-8") as file:
+        scored = {row["image"]: row for row in csv.DictReader(file)}
+    pictures = " ".join(f"'{path}'" for path in list(scored)[:: len(scored) // 3][:3])
+    done = run(f"python test.py {pictures} --model_name_or_path {trained.out} --output {tmp_path}/n.csv")
     assert done.code == 0, done.output[-3000:]
     with open(tmp_path / "n.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and list(rows[0])[-len(walked.labels) :] == report["labels"]
-    with open(tmp_path / "sft" / "predictions.csv", newline="", encoding="utf-8") as file:
-        scored = {row["image"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 3 and list(rows[0])[-n:] == report["labels"]
     for row in rows:
         for label in report["labels"]:
             assert float(row[label]) == pytest.approx(float(scored[row["image"]][label]), abs=0.02)  # a GPU: bf16
-    done = run(f"sh validation.sh {where} --prompt other")
-    said = json.dumps(walked.prompt)
-    assert done.code == 2 and f'error: --prompt: found "other"; expected {said}' in done.output, done.output
 
 
-def test_the_trained_scorer_equals_teacher_forcing(walked):
+def test_the_trained_scorer_equals_teacher_forcing(trained):
     """log p of the answer's tokens and </s>, one label at a time, in float32."""
-    scorer, model = load_scorer(str(walked.out), Config(), "float32")
-    assert sorted(scorer.labels) == sorted(walked.labels)
-    picture, config = load_picture(next(walked.input.glob("validation_data/*/*"))), scorer.config
+    config = settings_for(Config(), str(trained.out))
+    scorer, model = load_scorer(str(trained.out), config, "float32")
+    assert sorted(scorer.labels) == sorted(trained.labels)
+    picture = load_picture(next(trained.input.glob("validation_data/*/*")))
     ours = scorer.score(model, scorer.collate([picture]))[0]
 
     def encode(label=None):
-        text = scorer.processor.apply_chat_template(
-            config.conversation(label), chat_template=config.chat_template, tokenize=False
-        )
+        chat = config.conversation(label)
+        text = scorer.processor.apply_chat_template(chat, chat_template=config.chat_template, tokenize=False)
         return scorer.processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
 
     prompt = encode()["input_ids"].shape[1]
@@ -283,7 +230,8 @@ def test_the_trained_scorer_equals_teacher_forcing(walked):
         assert abs(alone - score) < 1e-4, (label, alone, score)
 
 
-def test_training_on_top_with_other_words_is_said_and_recorded(trained, run, tmp_path):
+@invented
+def test_training_on_top_with_another_answer_is_said_and_recorded(trained, run, tmp_path):
     done = run(
         f"sh train.sh {trained.data} --model_name_or_path {trained.out} --output_dir {tmp_path}/sft "
         "--answer '{label}' --max_steps 1 --save_strategy no --eval_strategy no --gradient_accumulation_steps 1"
@@ -294,20 +242,20 @@ def test_training_on_top_with_other_words_is_said_and_recorded(trained, run, tmp
     assert after == before | {"answer": "{label}"}
 
 
+@invented
 def test_the_card_shows_how_to_ask_and_that_works(trained, demo):
-    """Its ten lines, in a process that knows nothing of ours, on a model that learned something."""
-    three = Config(folder_to_label="folders", input_dir=str(trained.input), prompt="Zorx or what? {labels}")
+    """Its ten lines, in a process that imports nothing of ours, on a model that learned something."""
+    three = Config(folder_to_label="folders", input_dir=str(trained.input), prompt=trained.prompt)
     card = (trained.out / "README.md").read_text(encoding="utf-8")
     [tokens] = re.findall(r"max_new_tokens=(\d+)", card)
     assert how_to_ask(str(trained.out), three, tokens) in card and "Quax, blib blab, red_zorx" in card
-    picture = demo.input / "validation_data" / "ragno"
-    picture = next(picture.iterdir())
+    picture = next((demo.input / "validation_data" / "ragno").iterdir())
     code = how_to_ask(str(demo.checkpoint), Config(), 6).removeprefix("```python\n").removesuffix("```")
     assert len(code.splitlines()) == 10
     code = code.replace('"picture.jpg"', repr(str(picture)))
     code += "\nassert (inputs['input_ids'] == processor.tokenizer.bos_token_id).sum() == 1"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    scorer, model = load_scorer(str(demo.checkpoint), Config(), "bfloat16")
+    scorer, model = load_scorer(str(demo.checkpoint), settings_for(Config(), str(demo.checkpoint)), "bfloat16")
     best = scorer.score(model, scorer.collate([load_picture(picture)])).argmax()
     assert done.stdout.strip() == scorer.labels[best]
