@@ -5,6 +5,7 @@ transformers of the past.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from animals.checkpoint.check import check_files, check_weights, match_names
-from animals.checkpoint.family import HUB_NAME
+from animals.checkpoint.family import HUB_NAME, model_class, model_config
 from animals.checkpoint.load import load_for_training, load_model, load_processor
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
@@ -79,17 +80,16 @@ def test_replica_has_the_hubs_small_files_to_the_byte(hub):
 
 
 def test_7b_has_the_hubs_names_and_shapes_both_ways():
-    """The whole model on meta: what we would save has the hub's 687 names, and none of them is unknown to the model."""
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    """All of the model on meta: what we would save has the hub's 687 names, and the model knows each of them."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    config = model_config(replica.HERE / "hub_config.json")
     with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(replica.hub_config()))
-    assert sum(value.numel() for value in model.parameters()) == 7_566_747_648
+        model = model_class(config)(config)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert sum(map(math.prod, shapes.values())) == 7_566_747_648
     found, rules = match_names(model, replica.hub_shapes(replica.hub_config()))
-    assert {name: shape for name, (_, shape) in found.items()} == {
-        n: tuple(v.shape) for n, v in model.named_parameters()
-    }
+    assert {name: shape for name, (_, shape) in found.items()} == shapes
     model._weight_conversions = [rule for rule in rules if rule.was_used()]  # as load_for_training leaves it
     saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()}
     assert len(saved) == 687 and saved == replica.hub_shapes(replica.hub_config())
@@ -121,42 +121,35 @@ def test_tokenizer_model_alone_is_refused_by_name(hub, tmp_path, name):
     assert f"tokenizer.json is missing: `hf download {HUB_NAME} tokenizer.json --local-dir {folder}" in problems
 
 
-def change_shard(folder, change):
-    file, index = folder / "model-00001-of-00004.safetensors", folder / "model.safetensors.index.json"
-    values = load_file(file)
-    change(values)
-    save_file(values, file, metadata={"format": "pt"})
-    names = {name: shard for name, shard in json.loads(index.read_text())["weight_map"].items() if shard != file.name}
-    replica.dump(index, {"metadata": {}, "weight_map": names | dict.fromkeys(values, file.name)})
+def change_shard(folder, name, value=None):
+    """Set a parameter in the first shard and in the index; None removes it."""
+    index = folder / "model.safetensors.index.json"
+    values = {key: old for key, old in load_file(folder / ONE).items() if key != name}
+    values |= {} if value is None else {name: value}
+    save_file(values, folder / ONE, metadata={"format": "pt"})
+    others = {key: shard for key, shard in json.loads(index.read_text())["weight_map"].items() if shard != ONE}
+    replica.dump(index, {"metadata": {}, "weight_map": others | dict.fromkeys(values, ONE)})
 
 
 def change_config(folder, **changes):
-    replica.dump(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
+    replica.dump(folder / "config.json", replica.hub_config(2, 3, full_width=False) | changes)
 
 
-def shard(number):
-    return f"model-0000{number}-of-00004.safetensors"
-
-
+ONE, TWO, THREE = (f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3))
+EXTRA = "vision_tower.extra", torch.zeros(3)
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4920000000\n"
 DAMAGE = {  # what happens to a folder -> what is said
-    "no shard": (lambda f: (f / shard(2)).unlink(), rf"{shard(2)}: not found; .*hf download \S+ {shard(2)}"),
+    "no shard": (lambda f: (f / TWO).unlink(), rf"{TWO}: not found; .*hf download \S+ {TWO}"),
     "cut short": (
-        lambda f: os.truncate(f / shard(3), (f / shard(3)).stat().st_size - 100),
-        rf"{shard(3)}: found [\d,]+ bytes where its header tells of [\d,]+; delete",
+        lambda f: os.truncate(f / THREE, (f / THREE).stat().st_size - 100),
+        rf"{THREE}: found [\d,]+ bytes where its header tells of [\d,]+; delete",
     ),
-    "pointer": (lambda f: (f / shard(2)).write_text(LFS_POINTER), rf"{shard(2)}: found a Git LFS pointer"),
+    "pointer": (lambda f: (f / TWO).write_text(LFS_POINTER), rf"{TWO}: found a Git LFS pointer"),
     "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], r"model.safetensors: not found"),
-    "missing": (
-        lambda f: change_shard(f, lambda v: v.pop("image_newline")),
-        r"1 parameters are missing: model.image_newline",
-    ),
-    "unexpected": (
-        lambda f: change_shard(f, lambda v: v.update({"vision_tower.extra": torch.zeros(3)})),
-        r"1 parameters do not belong to the model: vision_tower.extra",
-    ),
+    "missing": (lambda f: change_shard(f, "image_newline"), r"1 parameters are missing: model.image_newline"),
+    "unexpected": (lambda f: change_shard(f, *EXTRA), r"1 parameters do not belong to the model: vision_tower.extra"),
     "mismatched": (
-        lambda f: change_shard(f, lambda v: v.update(image_newline=torch.zeros(65))),
+        lambda f: change_shard(f, "image_newline", torch.zeros(65)),
         r"image_newline has shape \[65\]; config.json expects \[64\]",
     ),
     "foreign": (
@@ -319,9 +312,8 @@ def test_saved_folder_is_the_hubs(trained, hub, arithmetic):
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (trained, hub))
     for part in (before, before["text_config"], before["vision_config"]):
         part |= {"dtype": arithmetic, "torch_dtype": arithmetic}
-    labels = dict(enumerate(Config().labels))
-    before |= {"id2label": {str(i): label for i, label in labels.items()}}
-    assert config == before | {"label2id": {label: i for i, label in labels.items()}}
+    numbers = {label: i for i, label in enumerate(Config().labels)}
+    assert config == before | {"label2id": numbers, "id2label": {str(i): label for label, i in numbers.items()}}
 
 
 def json_or_bytes(path):
@@ -358,7 +350,7 @@ print(json.dumps([processor.decode(ours, skip_special_tokens=True), theirs[0]["g
 def test_what_zero3_cannot_train_is_said_before_the_weights_load(hub, data, run, tmp_path):
     """transformers says nothing of an unexpected parameter under ZeRO-3."""
     folder = shutil.copytree(hub, tmp_path / "model")
-    change_shard(folder, lambda values: values.update({"vision_tower.extra": torch.zeros(3)}))
+    change_shard(folder, *EXTRA)
     done = run(f"sh train.sh {data} --model_name_or_path {folder} --output_dir {tmp_path}/sft")
     assert done.code == 2 and "do not belong to the model: vision_tower.extra" in done.output, done.output[-2000:]
     assert "Traceback" not in done.output
