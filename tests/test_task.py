@@ -33,12 +33,8 @@ def tuned(tmp_path):
 
 
 def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
-    assert task_of(settings_for(Config(), "no/such/folder")) == {
-        "folder_to_label": FOLDER_TO_LABEL,
-        "prompt": PROMPT,
-        "answer": ANSWER,
-        "chat_template": CHAT_TEMPLATE,
-    }
+    defaults = {"folder_to_label": FOLDER_TO_LABEL, "prompt": PROMPT, "answer": ANSWER, "chat_template": CHAT_TEMPLATE}
+    assert task_of(settings_for(Config(), "no/such/folder")) == defaults
     assert task_of(settings_for(Config(), tuned)) == TASK
     same = settings_for(Config(prompt="Who? {labels}", max_excluded=0.5), tuned)
     assert task_of(same) == TASK and same.max_excluded == 0.5
@@ -123,38 +119,41 @@ def test_what_is_no_table_is_one_line(table):
 # --- the whole path ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["table", "120 folders", "invented names"])
+SYLLABLES = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
+CASES = {  # folder -> label, pictures per folder in each split, held-out ones that are scored (0: all), prompt, answer
+    "table": ({"cat": "kitty", "dog": "dog", "ragno": "spider"}, (16, 12), 0, "Which one? {labels}.", "{label}"),
+    "120 folders": (dict(zip(SYLLABLES, SYLLABLES, strict=True)), (2, 1), 0, "What is this?", "{label}"),
+    "invented names": (
+        {"Quax": "Quax", "blib blab": "blib blab", "red_zorx": "red_zorx"},
+        (6, 4), 9, "Zorx or what? {labels}", "It is {label}.",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
 def trained(request, demo, run, tmp_path_factory):
     """Two steps on other labels: three of the demo's folders, 120 folders, three folders with another wording."""
-    tmp, case = tmp_path_factory.mktemp("task"), request.param
-    model, table, prompt, answer, counts, evaluated = demo.model, "folders", "What is this?", "{label}", (2, 1), 0
-    if case == "table":
-        labels, table = ["kitty", "dog", "spider"], '{"cat": "kitty", "dog": "dog", "ragno": "spider"}'
-        model, prompt = demo.checkpoint, "Which one? {labels}."
-        for split, n in (("train_data", 16), ("validation_data", 12)):
-            for name in ("cat", "dog", "ragno"):
-                (tmp / "input" / split / name).mkdir(parents=True)
-                for path in sorted((demo.input / split / name).iterdir())[:n]:
-                    shutil.copy(path, tmp / "input" / split / name)
-    elif case == "120 folders":
-        labels = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
-    else:
-        labels, counts, evaluated = ["Quax", "blib blab", "red_zorx"], (6, 4), 9
-        prompt, answer = "Zorx or what? {labels}", "It is {label}."
-    for split, n in zip(("train_data", "validation_data"), counts if case != "table" else (), strict=False):
-        for k, name in enumerate(labels):
-            (tmp / "input" / split / name).mkdir(parents=True)
-            for i in range(n):
-                noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * n + i)
-                noise.convert("RGB").save(tmp / "input" / split / name / f"{i}.png")
+    tmp, real = tmp_path_factory.mktemp("task"), request.param == "table"
+    table, counts, scored, prompt, answer = CASES[request.param]
+    for split, count in zip(("train_data", "validation_data"), counts, strict=True):
+        for k, name in enumerate(table):
+            folder = tmp / "input" / split / name
+            folder.mkdir(parents=True)
+            for path in sorted((demo.input / split / name).iterdir())[:count] if real else ():
+                shutil.copy(path, folder)
+            for i in range(0 if real else count):
+                noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * count + i)
+                noise.convert("RGB").save(folder / f"{i}.png")
+    flag, model = (json.dumps(table), demo.checkpoint) if real else ("folders", demo.model)
     data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
     done = run(
-        f"sh train.sh {data} --folder_to_label '{table}' --prompt '{prompt}' --answer '{answer}' --max_steps 2 "
-        f"--save_steps 2 --eval_steps 2 --eval_on_start False --eval_pictures {evaluated} --learning_rate 1e-3 "
+        f"sh train.sh {data} --folder_to_label '{flag}' --prompt '{prompt}' --answer '{answer}' --max_steps 2 "
+        f"--save_steps 2 --eval_steps 2 --eval_on_start False --eval_pictures {scored} --learning_rate 1e-3 "
         f"--gradient_accumulation_steps 1 --model_name_or_path {model} --output_dir {tmp}/sft"
     )
     assert done.code == 0, done.output[-3000:]
-    on = f"--on_eval_pictures --eval_pictures {evaluated}" if evaluated else ""
+    on = f"--on_eval_pictures --eval_pictures {scored}" if scored else ""
+    labels = list(table.values())
     return SimpleNamespace(out=tmp / "sft", data=data, input=tmp / "input", labels=labels, prompt=prompt, on=on)
 
 
@@ -187,8 +186,7 @@ def test_no_flag_is_needed_to_score_what_was_trained(trained, run, tmp_path):
     assert done.code == 0, done.output[-3000:]
     report = json.loads((tmp_path / "sft" / "report.json").read_text(encoding="utf-8"))
     history = json.loads((trained.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    [last] = [log for log in history if "eval_accuracy" in log]
-    n = len(trained.labels)
+    [last], n = [log for log in history if "eval_accuracy" in log], len(trained.labels)
     assert last["eval_pictures"] == report["n"] == (9 if trained.on else 36 if n == 3 else 120)
     assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
     assert n > 3 or trained.on or report["accuracy"] > 0.4, "not one answer to everything"

@@ -1,4 +1,4 @@
-"""How many tokens a picture costs, from a checkpoint's files alone."""
+"""How many tokens a picture takes, from a checkpoint's files alone."""
 
 import json
 import random
