@@ -57,6 +57,9 @@ def test_geometry_comes_from_the_files_that_the_processor_reads(tmp_path):
     nested = {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": [[28, 56]]}
     write("processor_config.json", {"image_processor": nested, "patch_size": 14, "num_additional_image_tokens": 0})
     assert read_geometry(tmp_path) == Geometry(28, 14, ((28, 56),), 0)
+    write("adapter_config.json", {"base_model_name_or_path": str(tmp_path / "nothing")})
+    assert read_geometry(tmp_path) == Geometry(), "an adapter has its base's"
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         read_geometry(tmp_path)

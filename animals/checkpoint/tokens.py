@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from typing import NamedTuple
 
+from animals.checkpoint.check import base_of
 from animals.files import read_json
 
 
@@ -22,15 +23,15 @@ STOCK = Geometry()
 
 def read_geometry(path) -> Geometry:
     """A checkpoint's geometry, from its files in the order in which transformers reads them; else STOCK."""
+    folder = base_of(path)  # an adapter's own folder has no config.json, which names the view
 
     def read(name):
-        file = os.path.join(path, name)
+        file = os.path.join(folder, name)
         return read_json(file) if os.path.isfile(file) else {}
 
     model, processor = read("config.json"), read("processor_config.json")
     images = processor.get("image_processor") or read("preprocessor_config.json")
-    vision = model.get("vision_config") or {}
-    size = images.get("size") or {}
+    vision, size = model.get("vision_config") or {}, images.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     side = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))
     pinpoints = images.get("image_grid_pinpoints") or model.get("image_grid_pinpoints") or STOCK.pinpoints
