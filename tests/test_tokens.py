@@ -22,14 +22,11 @@ def test_image_tokens_of_the_stock_checkpoint():
     assert [list(pair) for pair in Geometry().pinpoints] == hub["image_grid_pinpoints"]
 
 
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        Geometry(),
-        Geometry(56, 14, ((56, 112), (112, 56), (112, 112)), 1, "default"),
-        Geometry(48, 8, ((48, 96), (96, 48)), 0, "full"),
-    ],
-)
+SMALL = Geometry(56, 14, ((56, 112), (112, 56), (112, 112)), 1, "default")
+FULL = Geometry(48, 8, ((48, 96), (96, 48)), 0, "full")
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), SMALL, FULL])
 def test_image_tokens_equal_the_processors(geometry):
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
