@@ -17,6 +17,7 @@ from animals.command import UserError
 from animals.pictures.read import load_picture
 from animals.scoring.scorer import load_scorer
 from config import ANSWER, CHAT_TEMPLATE, FOLDER_TO_LABEL, PROMPT, Config
+from scripts.whole_view import write_whole_view
 
 TABLE = {"cat": "kitty", "ragno": "spider"}
 TASK = {"folder_to_label": TABLE, "prompt": "Who? {labels}", "answer": "A {label}.", "chat_template": "its own"}
@@ -132,7 +133,7 @@ CASES = {  # folder -> label, pictures per folder in each split, held-out ones t
 
 @pytest.fixture(scope="module", params=CASES)
 def trained(request, demo, run, tmp_path_factory):
-    """Two steps on other labels: three of the demo's folders, 120 folders, three folders with another wording."""
+    """Two steps: three of the demo's folders with other labels; 120 folders; another wording, in the whole view."""
     tmp, real = tmp_path_factory.mktemp("task"), request.param == "table"
     table, counts, scored, prompt, answer = CASES[request.param]
     for split, count in zip(("train_data", "validation_data"), counts, strict=True):
@@ -145,6 +146,9 @@ def trained(request, demo, run, tmp_path_factory):
                 noise = Image.effect_noise((40 + k % 3 * 20, 40), 60 + k + 7 * count + i)
                 noise.convert("RGB").save(folder / f"{i}.png")
     flag, model = (json.dumps(table), demo.checkpoint) if real else ("folders", demo.model)
+    if request.param == "invented names":
+        model = tmp / "model"
+        write_whole_view(demo.model, model)
     data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
     done = run(
         f"sh train.sh {data} --folder_to_label '{flag}' --prompt '{prompt}' --answer '{answer}' --max_steps 2 "

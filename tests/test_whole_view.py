@@ -1,4 +1,7 @@
-"""The whole view as a plain llava checkpoint, which scripts/whole_view.py writes: read, trained, saved, scored."""
+"""The whole view as a plain llava checkpoint, which scripts/whole_view.py writes: read, trained, saved.
+
+test_task.py holds its scorer against teacher forcing and asks it by every command.
+"""
 
 import json
 import shutil
@@ -95,20 +98,8 @@ def test_pixels_features_and_tokens_are_those_of_the_base_view(hub, whole):
         assert counted == image_token_count(*size, read_geometry(whole)) == len(features) == 576
 
 
-def test_scorer_equals_teacher_forcing(whole):
-    scorer, model = Scorer(load_processor(whole), Config()), load_model(whole, "float32")
-    pictures = [PICTURE, PICTURE.rotate(90, expand=True)]
-    for row, picture in zip(scorer.score(model, scorer.collate(pictures)), pictures, strict=True):
-        for label, answer, found in zip(scorer.labels, scorer.answers, row, strict=True):
-            text = scorer._text(label)
-            batch = scorer.processor(images=[picture], text=[text], add_special_tokens=False, return_tensors="pt")
-            with torch.no_grad():
-                log_p = model(**batch).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
-            assert log_p[range(len(answer)), answer].sum() == pytest.approx(found.item(), abs=1e-4)
-
-
 def test_trained_it_stays_a_plain_llava_and_resumes_to_the_bit(whole, data, run, tmp_path):
-    """Two steps of 2-rank ZeRO-3, a checkpoint after each; then the second one again. test_paths.py scores with it."""
+    """Two steps of 2-rank ZeRO-3, a checkpoint after each; then the second one again."""
     out = tmp_path / "sft"
     command = f"sh train.sh {data} {STEPS} --model_name_or_path {whole} --output_dir {out}"
     done = run(command, NUM_PROCESSES=2)
@@ -126,11 +117,6 @@ def test_trained_it_stays_a_plain_llava_and_resumes_to_the_bit(whole, data, run,
     done = run(command, NUM_PROCESSES=2)
     assert done.code == 0 and f"resuming from {out}/checkpoint-1" in done.output, done.output[-3000:]
     assert (out / "model.safetensors").read_bytes() == before
-
-
-def test_untuned_it_is_scored_like_any_checkpoint(whole, data, run, tmp_path):
-    done = run(f"sh validation.sh {data} --report_dir {tmp_path}/report --model_name_or_path {whole}")
-    assert done.code == 0 and json.loads(done.output.strip().splitlines()[-1])["n"] > 0, done.output[-3000:]
 
 
 def test_the_user_is_told_what_the_whole_view_holds_and_saves(demo, run):
