@@ -1,82 +1,83 @@
-"""What is learned of every picture before training: the verdict, its size, hashes and thumbnail, on all cores."""
+"""What is learned of every picture before training, on all cores: is it usable, how large is it, what are its hashes?"""
 
+import base64
+import hashlib
 import math
 import os
-from collections import deque
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, ImageStat
 
-from animals.pictures.read import PictureError, _load
+from animals.pictures.read import PictureError, read_picture
 
-BATCH = 32  # pictures a task of the pool
+BATCH = 32  # pictures per task of the process pool
 
 
 class Facts(NamedTuple):
-    """What the check learns of one picture. `reason` is empty if load_picture() takes it, else its PictureError."""
+    """What the check learns of one picture; all but `reason` go into a row of the JSON as they are."""
 
-    reason: str
+    reason: str  # empty if load_picture() takes the picture, else the text of its PictureError
     width: int = 0
     height: int = 0
     sha256: str = ""  # of the file
-    pixels: str = ""  # xxh3-128 of size and RGB bytes: equal pictures, whatever the file format
-    phash: int = 0  # 64-bit perceptual hash; 0 for a flat picture, which has none
-    mirrored: int = 0  # the same of the picture mirrored
-    thumbnail: bytes = b""  # 32x32 grey
+    pixels: str = ""  # xxh3-128 of size and RGB bytes: equal pictures have equal ones, whatever the file format
+    phash: str = ""  # 64-bit perceptual hash in hex; zero for a flat picture, which has none
+    mirrored: str = ""  # the same of the mirrored picture
+    thumbnail: str = ""  # 32x32 grey bytes in base64
 
 
-def inspect(paths) -> list[Facts]:
-    """Decode pictures as training will, but whole whatever their size, and describe them."""
-    return [inspect_one(path) for path in paths]
-
-
-def inspect_one(path) -> Facts:
+def inspect(path) -> Facts:
+    """Decode a picture as training will, but all pixels of a large one too, and describe it."""
     import xxhash
 
     try:
-        picture, sha = _load(path, digest=True)
+        picture, content = read_picture(path)
     except PictureError as error:
         return Facts(str(error))
     pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
-    pixels.update(picture.tobytes("raw", "RGBX"))  # as it lies in memory; X is 255
-    return Facts("", *picture.size, sha.hex(), pixels.hexdigest(), *look(picture))
+    pixels.update(picture.tobytes("raw", "RGBX"))  # the layout in memory; X is 255
+    phash, mirrored, thumbnail = fingerprint(picture)
+    hashes = hashlib.sha256(content).hexdigest(), pixels.hexdigest(), f"{phash:016x}", f"{mirrored:016x}"
+    return Facts("", *picture.size, *hashes, base64.b64encode(thumbnail).decode())
 
 
-def look(picture: Image.Image) -> tuple[int, int, bytes]:
-    """What look-alikes are found by: perceptual hash, that of the mirrored picture, 32x32 grey thumbnail."""
-    thumb = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-    return perceptual_hash(thumb), perceptual_hash(ImageOps.mirror(thumb)), thumb.tobytes()
+def fingerprint(picture: Image.Image) -> tuple[int, int, bytes]:
+    """What near-duplicates are found by: perceptual hash, hash of the mirrored picture, 32x32 grey thumbnail."""
+    thumbnail = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+    return perceptual_hash(thumbnail), perceptual_hash(ImageOps.mirror(thumbnail)), thumbnail.tobytes()
 
 
-def perceptual_hash(thumb: Image.Image) -> int:
-    """imagehash.phash as a number: 32 of 64 bits are set, so distances are even. 0: too flat to have a shape."""
+def perceptual_hash(thumbnail: Image.Image) -> int:
+    """imagehash.phash as a number. Always 32 of 64 bits are set, so two differ in an even number of bits.
+
+    0 means that the picture is too flat to have a shape.
+    """
     import imagehash
 
-    return int(str(imagehash.phash(thumb)), 16) if ImageStat.Stat(thumb).stddev[0] >= 2 else 0
+    return int(str(imagehash.phash(thumbnail)), 16) if ImageStat.Stat(thumbnail).stddev[0] >= 2 else 0
 
 
 def cores(processes: int) -> int:
-    """config.data_processes, where 0 means one a core that this process may use."""
+    """config.data_processes, where 0 means one process per core that this process may use."""
     import joblib
 
     return processes if processes >= 1 else joblib.cpu_count()
 
 
 def inspect_all(paths, processes: int):
-    """The Facts of each path, in order, decoded by a pool of processes. A picture on which one dies is damaged.
+    """The Facts of each path, in order, from a pool of processes. A picture that crashes the decoder is damaged.
 
-    A dead process ends its pool, and nobody says on which batch it died. So what was under way is asked again one by
-    one by a process that does nothing else, and then the pool goes on.
+    A dead process ends its pool, and which batch it was working on is not known. So the batches that were under way
+    are checked again picture by picture in a process of their own, and then the pool goes on.
     """
     from joblib.externals.loky import BrokenProcessPool
 
     processes = min(cores(processes), math.ceil(len(paths) / BATCH))
-    done = careful = 0  # paths[done:careful] go one by one
+    done = careful = 0  # paths[done:careful] are checked one by one
     while done < len(paths):
         alone = done < careful
-        stop, how = (careful, (1, 1, 1)) if alone else (len(paths), (processes, BATCH, 4 * processes))
         try:
-            for facts in pooled(paths[done:stop], *how):
+            for facts in pooled(paths[done:careful] if alone else paths[done:], processes, alone):
                 done += 1
                 yield facts
         except BrokenProcessPool:
@@ -87,24 +88,22 @@ def inspect_all(paths, processes: int):
                 careful = min(done + 4 * processes * BATCH, len(paths))
 
 
-def pooled(paths, processes: int, batch: int, ahead: int):
-    """The Facts of each path, in order; at most `ahead` batches are under way. Raises BrokenProcessPool.
+def pooled(paths, processes: int, alone: bool):
+    """The Facts of each path, in order; alone: one path at a time. Raises BrokenProcessPool.
 
     loky's processes import this module and not __main__: a train.py with CUDA and threads is neither forked nor
     imported again.
     """
     from joblib.externals.loky import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(processes, initializer=hush, env={"OMP_NUM_THREADS": "1"}) as workers:
-        running = deque()
-        for start in range(0, len(paths), batch):
-            running.append(workers.submit(inspect, paths[start : start + batch]))
-            if len(running) == ahead:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
+    processes = 1 if alone else processes
+    with ProcessPoolExecutor(processes, initializer=silence, env={"OMP_NUM_THREADS": "1"}) as workers:
+        if alone:
+            yield from (workers.submit(inspect, path).result() for path in paths)
+        else:
+            yield from workers.map(inspect, paths, chunksize=BATCH)
 
 
-def hush() -> None:
-    """Decoders print complaints of their own; the verdict says what matters."""
+def silence() -> None:
+    """Close stderr of a worker: decoders print complaints of their own, and `reason` says what matters."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -1,21 +1,21 @@
-"""The one way pixels are read, by load_picture(): in training, validation, test.py and the check of the data.
+"""The one way pixels are read, by load_picture(): in training, validation, test.py and the check of the pictures.
 
     from animals.pictures.read import load_picture
     picture = load_picture("input/train_data/cat/1.jpg")  # PIL, RGB, 8 bit, upright; PictureError if it is unusable
 
-What decides is the content, not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, AVIF, BMP,
-GIF, TIFF. To take another one, EXTENSIONS and FORMATS below: there is no second list.
+The content decides and not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF.
+To take another one, add it to EXTENSIONS and FORMATS below: there is no second list.
 
-- Everything is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is read.
-- The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. 16-bit, 32-bit and float grey is
-  scaled to 8 bit, CMYK, grey, palette and 1-bit become RGB.
+- The complete file is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is
+  read.
+- The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. Grey of 16 bit, 32 bit or float is
+  scaled to 8 bit. CMYK, grey, palette and 1-bit pictures become RGB.
 - More than config.MAX_PIXELS pixels (a decompression bomb) or a side under config.MIN_SIDE is an error before decoding.
-- A JPEG of at least twice 1,008 pixels a side, the longest that the image processor scales any picture to, is decoded
-  at a half, a quarter or an eighth of its size: a 4000x3000 one is ready for the model in a third of the time.
-- Any aspect ratio is taken: LLaVA-NeXT's image processor scales 8000x10 to 672x1 and the model accepts it.
+- A JPEG whose sides are at least twice 1,008 pixels, the longest side to which the image processor scales any picture,
+  is decoded at a half, a quarter or an eighth of its size: 4000x3000 pixels are ready in a third of the time.
+- Any aspect ratio is taken: LLaVA-NeXT's image processor scales 8000x10 to 672x1, and the model accepts it.
 """
 
-import hashlib
 import io
 import os
 import stat
@@ -28,47 +28,35 @@ from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # any case
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # no other decoder is ever run; JPEG's opens MPO too
-ENOUGH = 1008  # pixels a side: 3 x 336, the longest side of the largest grid
+ENOUGH = 1008  # pixels per side: 3 x 336, the longest side of the largest grid of tiles
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: the verdict says what matters
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: PictureError says what matters
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used. str(error) is "category" or "category: detail", e.g. "truncated"."""
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
+    """A picture that cannot be used. str(error) is "category" or "category: detail", e.g. "too small: 4x4, ..."."""
 
 
 def load_picture(path) -> Image.Image:
     """The picture as 8-bit RGB, upright, without metadata. Raises PictureError, and nothing else, if it is unusable.
 
-    path: of a file, or a file's content as bytes.
+    path: the path of a file, or the content of a file as bytes. A large JPEG is decoded at a part of its size.
     """
-    return _load(path, enough=ENOUGH)[0]
+    return read_picture(path, ENOUGH)[0]
 
 
-def _load(path, digest=False, enough=None) -> tuple[Image.Image, bytes]:
-    """The picture and, if asked for, the sha256 of the file."""
+def read_picture(path, enough=None) -> tuple[Image.Image, bytes]:
+    """The picture and the content of its file. Raises PictureError, as load_picture() does.
+
+    enough: pixels per side that are enough, so that a larger JPEG may be decoded smaller; None: decode all pixels.
+    """
     try:
-        if isinstance(path, bytes):  # an upload, which never is a file
-            if not path:
-                raise PictureError("empty file")
-            return _decode(io.BytesIO(path), enough), hashlib.sha256(path).digest() if digest else b""
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise PictureError("is a directory")
-        if not stat.S_ISREG(status.st_mode):
-            raise PictureError("not a regular file")
-        if status.st_size == 0:
+        content = path if isinstance(path, bytes) else read_file(path)
+        if not content:
             raise PictureError("empty file")
-        if status.st_size > MAX_BYTES:
-            raise PictureError(f"too many bytes: {status.st_size:,}, at most {MAX_BYTES:,}")
-        with open(path, "rb") as file:
-            content = file.read()
-        return _decode(io.BytesIO(content), enough), hashlib.sha256(content).digest() if digest else b""
+        return decode(content, enough), content
     except PictureError:
         raise
     except FileNotFoundError:
@@ -86,29 +74,41 @@ def _load(path, digest=False, enough=None) -> tuple[Image.Image, bytes]:
         raise PictureError(f"damaged: {type(error).__name__}: {error}") from None
 
 
-def _decode(file, enough=None) -> Image.Image:
-    """enough: pixels a side that a JPEG must keep; None for all that it has."""
-    with Image.open(file, formats=FORMATS) as picture:
+def read_file(path) -> bytes:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise PictureError("is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise PictureError("not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise PictureError(f"too many bytes: {status.st_size:,}, at most {MAX_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def decode(content: bytes, enough=None) -> Image.Image:
+    """The upright RGB picture. Raises PictureError, or whatever the decoder raises."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise PictureError(f"too many pixels: {width}x{height}, at most {MAX_PIXELS:,}")
         if min(width, height) < MIN_SIDE:
-            raise PictureError(f"too small: {width}x{height}, at least {MIN_SIDE} a side")
+            raise PictureError(f"too small: {width}x{height}, at least {MIN_SIDE} per side")
         if enough:
             picture.draft(None, (enough, enough))
         picture.load()
         try:
             turned = picture.getexif().get(0x0112, 1) != 1
             upright = ImageOps.exif_transpose(picture) if turned else picture
-        except Exception:  # unreadable EXIF: the pixels are sound, taken as they lie
+        except Exception:  # the EXIF data cannot be read, but the pixels can: they are taken as they are stored
             upright = picture
-        # A JPEG is done with its file and needs no copy; other decoders may keep theirs for the next frame.
-        rgb = upright if upright.mode == "RGB" and picture.format == "JPEG" else _to_rgb(upright)
-        rgb.info = {}  # no second rotation, no colour profile to carry around
+        # A JPEG no longer needs its file and is not copied; other decoders may keep theirs for the next frame.
+        rgb = upright if upright.mode == "RGB" and picture.format == "JPEG" else to_rgb(upright)
+        rgb.info = {}  # no orientation that would be applied again, no colour profile
         return rgb
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         import numpy as np
 
@@ -127,14 +127,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
 def walk(folder, strays: Counter):
     """(path, os.stat_result or None) of every file with a picture's extension below `folder`, in the order of names.
 
-    Links are followed; a folder that was already read (a loop, a second link) is not read again. Everything else
-    (hidden files, Thumbs.db, .txt ...) is counted in `strays` by extension or name. Raises OSError if a folder cannot
+    Links are followed; a folder that was already read (a loop, a second link) is not read again. All other files
+    (hidden ones, Thumbs.db, .txt ...) are counted in `strays` by extension or name. Raises OSError if a folder cannot
     be listed.
     """
     seen = set()

@@ -1,36 +1,23 @@
-"""Cut a validation split off train_data, and put it back. Called by data_process_utils.py:
+"""Which pictures a cut of a validation split moves (data_process_utils.py, --validation_fraction).
 
-    python data_process_utils.py --validation_fraction 0.2 --seed 42
-    python data_process_utils.py --undo_split
-
-The cut moves round(fraction * n) pictures of each class folder, at least one, never all. Which ones depends on the
-seed and on the pictures' pixels only, not on their names or their order on the disk. Pictures that are the same or
-near-duplicates of each other (leaks.py) go together, so a class of many look-alikes may get a smaller share.
-
-Every cut is a step of <input_dir>/validation_split.json (moves.py): a killed cut is finished by the next one or undone
-by --undo_split, which takes back one cut at a time, newest first.
+It takes round(fraction * n) pictures of each class folder, at least one and never all. Which ones depends on the seed
+and on the pictures' pixels only, not on their names or their order on the disk. Duplicates and near-duplicates
+(duplicates.py) go together, so a class with many of them may get a smaller share.
 """
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 
 from animals.command import UserError
-from animals.pictures import moves
-
-
-def manifest(input_dir: str) -> str:
-    return os.path.join(input_dir, "validation_split.json")
 
 
 def choose(pictures, fraction: float, seed: int) -> list[str]:
-    """The names to move, sorted. `pictures`: (name, class folder, pixel hash, group, already held out) each.
+    """The names to move, sorted. `pictures`: (name, class folder, pixel hash, group, is already held out) each.
 
-    Groups are taken in the order of a hash of seed and pixels, each if no class then exceeds its share. Groups with a
-    member that is already held out come first, whatever they cost: they belong on that side.
+    Groups are taken in the order of a hash of seed and pixels, each one if no class then exceeds its share. Groups
+    with a picture that is already held out come first, whatever their size: they belong on that side.
     """
-    groups, sizes = defaultdict(list), Counter()
-    forced = set()
+    groups, sizes, forced = defaultdict(list), Counter(), set()
     for name, folder, pixels, group, held in pictures:
         if held:
             forced.add(group)
@@ -49,11 +36,6 @@ def choose(pictures, fraction: float, seed: int) -> list[str]:
             taken += cost
             chosen += [name for name, _, _ in groups[group]]
     return sorted(chosen)
-
-
-def cut(input_dir: str, names: list[str], about: dict) -> None:
-    """Move `names` (below train_data) to validation_data. Raises UserError before the first move, or moves all."""
-    moves.start(manifest(input_dir), [(f"train_data/{name}", f"validation_data/{name}") for name in names], about)
 
 
 def check_fraction(fraction: float) -> None:

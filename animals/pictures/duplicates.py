@@ -1,0 +1,259 @@
+"""Which pictures are the same: across the splits, under two labels, or so near that they belong on one side of a cut.
+
+Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near-duplicates are pictures
+whose 64-bit perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and
+where one picture is mirrored, their 32x32 thumbnails must correlate too: drawings with few shapes come that near by
+chance. A flat picture has no hash and is compared by its pixels only. Measured in benchmarks/results/near_duplicates.md.
+
+duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
+split, label, other_image, other_split, other_label. Of each pair `image` is the one to take away: not the training
+picture, else the later one. Identical pictures in both splits or under two labels stop the command unless
+config.allow_leaks; the others are a warning.
+"""
+
+import base64
+import json
+import os
+import time
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from animals.pictures.cache import (
+    SPLITS,
+    csv_file,
+    fresh_entries,
+    listing,
+    read_cache,
+    read_rows,
+    split_folder,
+    temp_path,
+    write_cache,
+)
+from config import Config
+
+SURE = 4  # bits: below that a pair is near whatever the thumbnails say, unless one picture is mirrored
+CORRELATION = 0.87  # of the other pairs' thumbnails; photographs cropped by 2 % reach 0.873 and more
+BLOCK = 1 << 22  # hashes that are compared at once: 32 MB
+COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
+
+
+class Pictures(NamedTuple):
+    """The usable pictures of some splits, train first; the fields are as long as each other."""
+
+    image: list[str]  # path, as in the JSON
+    split: np.ndarray  # int8, index in SPLITS
+    label: np.ndarray  # int32, index in config.labels
+    pixels: list[str]  # hash of the pixels
+    phash: np.ndarray  # uint64, 0 = none
+    mirrored: np.ndarray  # uint64, of the mirrored picture
+    thumbnail: np.ndarray  # [n, 32, 32] uint8
+
+
+class Duplicate(NamedTuple):
+    problem: str  # "both splits", "two labels" or "one split"
+    match: str  # "same pixels" or "near"
+    distance: int  # bits
+    row: int  # index of the picture in Pictures, and of the earlier one that it equals
+    other: int
+
+
+def load_pictures(config: Config, splits) -> Pictures:
+    """What the JSON files of some splits know of their pictures."""
+    found = [(k, row) for k, split in enumerate(SPLITS) if split in splits for row in read_rows(config, split)]
+    names = [os.path.relpath(row["images"][0], split_folder(config, SPLITS[k])) for k, row in found]
+    labels = [config.folder_to_label[name.partition(os.sep)[0]] for name in names]  # the row's may be those of before
+    hashes = [np.array([int(row[name], 16) for _, row in found], np.uint64) for name in ("phash", "mirrored")]
+    thumbnails = b"".join(base64.b64decode(row["thumbnail"]) for _, row in found)
+    return Pictures(
+        [row["images"][0] for _, row in found],
+        np.array([k for k, _ in found], np.int8),
+        np.array([config.labels.index(label) for label in labels], np.int32),
+        [row["pixels"] for _, row in found],
+        *hashes,
+        np.frombuffer(thumbnails, np.uint8).reshape(-1, 32, 32),
+    )
+
+
+def near_pairs(pictures: Pictures, distance: int):
+    """Yield arrays (row, other, bits) of near-duplicates, other < row. All pairs of a row come in one yield."""
+    from tqdm import tqdm
+
+    hashed = np.flatnonzero(pictures.phash)  # flat pictures have none
+    phash, mirrored, thumbnail = pictures.phash[hashed], pictures.mirrored[hashed], pictures.thumbnail[hashed]
+    n = len(hashed)
+    rows = max(1, BLOCK // max(n, 1))
+    with tqdm(total=n, desc="comparing pictures", unit=" pictures", disable=None) as bar:
+        for start in range(0, n, rows):
+            stop = min(start + rows, n)
+            found = []
+            for others, step, sure in ((phash, 1, SURE), (mirrored, -1, -1)):
+                bits = np.bitwise_count(phash[start:stop, None] ^ others[None, :stop])  # [rows, stop]
+                row, other = np.nonzero(bits <= distance)
+                bits, row = bits[row, other], row + start
+                near = (other < row) & (bits <= sure)
+                doubtful = np.flatnonzero((other < row) & (bits > sure))
+                near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::step], other[doubtful])
+                found.append((hashed[row[near]], hashed[other[near]], bits[near]))
+            bar.update(stop - start)
+            yield tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+
+def correlate(a: np.ndarray, rows: np.ndarray, b: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each pair of thumbnails a[row] and b[other]: do they correlate at CORRELATION or more (Pearson)?"""
+    result = np.zeros(len(rows), bool)
+    for start in range(0, len(rows), 4096):  # 32 MB
+        part = slice(start, start + 4096)
+        x, y = (t[i[part]].reshape(-1, 1024).astype(np.float32) for t, i in ((a, rows), (b, others)))
+        x, y = (t - t.mean(axis=1, keepdims=True) for t in (x, y))
+        norm = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+        result[part] = (x * y).sum(axis=1) >= CORRELATION * norm
+    return result
+
+
+def find_duplicates(pictures: Pictures, distance: int, limit: int) -> tuple[list[Duplicate], np.ndarray]:
+    """The duplicates, identical pictures first, and a group number per picture.
+
+    Pictures that are equal or near, directly or through others, have one number. A picture is listed at most once per
+    problem, with the first that it equals, else with the nearest: the list is linear in n. Near-duplicates are
+    searched only among at most `limit` pictures.
+    """
+    n, first = len(pictures.image), {}
+    equals = np.array([first.setdefault(pixels, row) for row, pixels in enumerate(pictures.pixels)], np.int64)
+    copies = np.flatnonzero(equals != np.arange(n))
+    found = list(classify(pictures, "same pixels", copies, equals[copies], np.zeros(len(copies), np.int64)))
+    listed = {(duplicate.problem, duplicate.row) for duplicate in found}
+    group, links = np.arange(n), [(copies, equals[copies])]
+    for row, other, bits in near_pairs(pictures, distance) if n <= limit else ():
+        links.append((row, other))
+        if sum(len(rows) for rows, _ in links) > BLOCK:  # before they fill the memory
+            group, links = join(group, links), []
+        found += (d for d in classify(pictures, "near", row, other, bits) if (d.problem, d.row) not in listed)
+    return found, join(group, links)
+
+
+def classify(pictures: Pictures, match: str, row: np.ndarray, other: np.ndarray, bits: np.ndarray):
+    """Yield a Duplicate for each problem and row of some pairs: the pair with the nearest other picture."""
+    splits, labels = (kind[row] != kind[other] for kind in (pictures.split, pictures.label))
+    for problem, wanted in (("both splits", splits), ("two labels", labels), ("one split", ~splits & ~labels)):
+        order = np.flatnonzero(wanted)[np.lexsort((other[wanted], bits[wanted], row[wanted]))]
+        for k in order[np.flatnonzero(np.diff(row[order], prepend=-1))]:
+            yield Duplicate(problem, match, int(bits[k]), int(row[k]), int(other[k]))
+
+
+def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The groups after those of the two pictures of each link were joined, numbered from 0 in the order of rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(group)  # each picture is linked to a node of its group and to what it resembles
+    i, j = (np.concatenate(side) for side in zip((np.arange(n), n + group), *links, strict=True))
+    return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(2 * n, 2 * n)), False)[1][:n]
+
+
+# --- the search over the caches, whose result is kept in cache.json ---------------------------------------------------
+
+
+def built_from(config: Config, entries: dict[str, dict]) -> str:
+    """What a search in the splits of `entries` (fresh ones of cache.json) depends on."""
+    limits = [config.near_duplicate_distance, config.near_duplicate_limit]
+    stamps = [(split, entries[split]["stamp"]) for split in SPLITS if split in entries]
+    return json.dumps([*limits, list(config.folder_to_label.items()), stamps])
+
+
+def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:
+    """The result of an earlier search of the same pictures, or None."""
+    found = read_cache(config).get("duplicates", {})
+    return found if found.get("built_from") == built_from(config, entries) else None
+
+
+def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
+    """Find the duplicates in the splits of `entries`; write duplicates.csv and, for others to ask, into cache.json.
+
+    kinds: [{match, problem, splits, n, examples}], where `splits` hold the pairs. compared: near-duplicates were
+    searched. identical, near_duplicates: see known_duplicates(). groups: the paths of each group of several pictures.
+    """
+    start = time.perf_counter()
+    pictures = load_pictures(config, entries)
+    found, group = find_duplicates(pictures, config.near_duplicate_distance, config.near_duplicate_limit)
+    names = np.array(SPLITS)[pictures.split].tolist(), np.array(config.labels)[pictures.label].tolist()
+    about = list(zip(pictures.image, *names, strict=True))
+    rows = [dict(zip(COLUMNS, (*pair[:3], *about[pair.row], *about[pair.other]), strict=True)) for pair in found]
+    with csv_file(config, "duplicates.csv", COLUMNS) as out:
+        out.writerows(row.values() for row in rows)
+    kinds, groups = {}, defaultdict(list)
+    for row in rows:
+        key = {"match": row["match"], "problem": row["problem"], "splits": sorted({row["split"], row["other_split"]})}
+        kind = kinds.setdefault(str(key), key | {"n": 0, "examples": []})
+        kind["n"] += 1
+        kind["examples"] += [row] if kind["n"] <= 3 else []
+    for image, number in zip(pictures.image, group.tolist(), strict=True):
+        groups[number].append(image)
+    across = [(row["match"], row["image"]) for row in rows if row["problem"] == "both splits"]
+    result = {
+        "built_from": built_from(config, entries),
+        "kinds": list(kinds.values()),
+        "compared": len(pictures.image) <= config.near_duplicate_limit,
+        "identical": [image for match, image in across if match == "same pixels"],
+        "near_duplicates": [image for match, image in across if match == "near"],
+        "groups": [images for images in groups.values() if len(images) > 1],
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    write_cache(config, read_cache(config) | {"duplicates": result})
+    return result
+
+
+def known_duplicates(config: Config) -> dict | None:
+    """What is known of duplicates; None unless near-duplicates were searched in exactly today's pictures.
+
+    identical: the held-out pictures with an identical one in train. near_duplicates: those with a near-duplicate there
+    and no identical one. group: {picture: number} of all usable pictures of both splits; pictures that are equal or
+    near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files. Reads the
+    listing of both splits and no picture.
+    """
+    entries = fresh_entries(config, read_cache(config))
+    found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
+    if not found or not found["compared"]:
+        return None
+    unusable = {path for entry in entries.values() for path, _ in entry["excluded"]}
+    usable = [path for split in SPLITS for path in listing(config, split)[0] if path not in unusable]
+    several = {path: images[0] for images in found["groups"] for path in images}
+    numbers = {}
+    group = {path: numbers.setdefault(several.get(path, path), len(numbers)) for path in usable}
+    return {"identical": set(found["identical"]), "near_duplicates": set(found["near_duplicates"]), "group": group}
+
+
+def stopping(duplicates: dict, splits) -> list[dict]:
+    """The kinds of identical pictures within `splits` that make the accuracy a wrong number."""
+    found = [kind for kind in duplicates["kinds"] if kind["match"] == "same pixels" and kind["problem"] != "one split"]
+    return [kind for kind in found if set(kind["splits"]) <= set(splits)]
+
+
+def describe_identical(config: Config, kinds: list[dict]) -> str:
+    """The error about the kinds that stop."""
+    said = "; ".join(f"{kind['n']:,} {kind['match']}, {kind['problem']}" for kind in kinds)
+    first = kinds[0]["examples"][0]
+    where = temp_path(config, "duplicates.csv")
+    return (
+        f"{config.input_dir}: found identical pictures ({said}), e.g. {first['image']} = {first['other_image']}; "
+        "expected none, because they make the accuracy a wrong number; take one of each pair away "
+        f"(python scripts/quarantine.py {where}), or go on with --allow_leaks"
+    )
+
+
+def describe_duplicates(config: Config, duplicates: dict) -> list[str]:
+    """Warnings, a line each: every kind of duplicates with its number, and its first few pairs."""
+    lines, where = [], temp_path(config, "duplicates.csv")
+    for kind in duplicates["kinds"]:
+        splits = "" if kind["problem"] == "both splits" else f" of {' and '.join(kind['splits'])}"
+        lines.append(f"warning: {kind['n']:,} {kind['match']}, {kind['problem']}{splits} ({where})")
+        for pair in kind["examples"]:
+            labels = f" ({pair['label']}, {pair['other_label']})" if pair["label"] != pair["other_label"] else ""
+            lines.append(f"    {pair['image']} ~ {pair['other_image']}{labels}, {pair['distance']} of 64 bits differ")
+    if not duplicates["compared"]:
+        lines.append(
+            f"warning: near-duplicates were not searched: more than {config.near_duplicate_limit:,} pictures, and the "
+            "time grows with the square of their number; ask for it with --near_duplicate_limit"
+        )
+    return lines
