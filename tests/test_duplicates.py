@@ -15,25 +15,31 @@ from statsmodels.stats.proportion import proportion_confint
 
 from animals.command import UserError, yes_or_no
 from animals.pictures import check, read
-from animals.pictures import leaks as search
+from animals.pictures import duplicates as search
 from animals.pictures import prepare as data
+from animals.pictures.cache import fresh_entries, read_cache
 from config import Config
 from tests.helpers.browser import Browser, find_chromium
 from tests.helpers.pictures import command, drawn, held, problems, train
 
 
-def leaks(config, image=None, problem=None):
-    """(problem, match, image, other image) a row of leaks.csv, or the other image of one row."""
-    with open(Path(config.temp_dir) / "leaks.csv", encoding="utf-8", newline="") as file:
+def listed(config, image=None, problem=None):
+    """(problem, match, image, other image) a row of duplicates.csv, or the other image of one row."""
+    with open(Path(config.temp_dir) / "duplicates.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     below = lambda path: os.path.relpath(path, config.input_dir)  # noqa: E731
     found = [(row["problem"], row["match"], below(row["image"]), below(row["other_image"])) for row in rows]
     return next(row[3] for row in found if row[::2] == (problem, image)) if image else found
 
 
-def test_clean_splits_have_no_leaks(tree):
+def found(config) -> dict:
+    """What cache.json knows of the duplicates."""
+    return search.read_duplicates(config, fresh_entries(config, read_cache(config)))
+
+
+def test_clean_splits_have_no_duplicates(tree):
     data.prepare(tree)
-    assert leaks(tree) == []
+    assert listed(tree) == []
 
 
 def test_the_same_file_in_both_splits_stops(tree):
@@ -41,7 +47,7 @@ def test_the_same_file_in_both_splits_stops(tree):
     for _ in range(2):  # built, then from the cache
         (line,) = problems(tree)
         assert "1 same pixels, both splits" in line and "copy.jpg" in line and "--allow_leaks" in line
-    assert leaks(tree) == [("both splits", "same pixels", "validation_data/cat/copy.jpg", "train_data/cat/1.jpg")]
+    assert listed(tree) == [("both splits", "same pixels", "validation_data/cat/copy.jpg", "train_data/cat/1.jpg")]
     tree.allow_leaks = True
     assert data.prepare(tree)["validation"]["n"] == 7
 
@@ -56,9 +62,9 @@ def test_one_picture_under_two_labels_stops(tree):
     shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
     (line,) = problems(tree)
     assert "1 same pixels, two labels" in line
-    assert leaks(tree) == [("two labels", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
+    assert listed(tree) == [("two labels", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
     (line,) = problems(tree, splits=("train",))
-    assert "two labels" in line and "leaks.csv" in line
+    assert "two labels" in line and "duplicates.csv" in line
     data.prepare(tree, splits=("validation",))
 
 
@@ -72,9 +78,13 @@ def test_a_recompressed_copy_across_splits_warns(tree):
     original = read.load_picture(train(tree, "cat", "1.jpg"))
     original.save(held(tree, "cat", "small.jpg"), quality=40)
     original.resize((128, 96), Image.Resampling.BICUBIC).save(held(tree, "cat", "large.jpg"), quality=80)
-    found = data.prepare(tree)["train"]["leaks"]
-    assert [(kind["match"], kind["problem"], kind["n"]) for kind in found["kinds"]][0] == ("near", "both splits", 2)
-    assert {(match, image, other) for problem, match, image, other in leaks(tree) if problem == "both splits"} == {
+    data.prepare(tree)
+    assert [(kind["match"], kind["problem"], kind["n"]) for kind in found(tree)["kinds"]][0] == (
+        "near",
+        "both splits",
+        2,
+    )
+    assert {(match, image, other) for problem, match, image, other in listed(tree) if problem == "both splits"} == {
         ("near", f"validation_data/cat/{name}", "train_data/cat/1.jpg") for name in ("small.jpg", "large.jpg")
     }
     done = command("--input_dir", tree.input_dir, "--temp_dir", tree.temp_dir)
@@ -85,10 +95,10 @@ def test_every_kind_is_counted_and_three_pairs_are_shown(tree):
     for k in range(4):
         shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", f"copy {k}.jpg"))
     tree.allow_leaks = True
-    found = data.prepare(tree)["train"]["leaks"]
-    (kind,) = [kind for kind in found["kinds"] if kind["problem"] == "both splits"]
+    data.prepare(tree)
+    (kind,) = [kind for kind in found(tree)["kinds"] if kind["problem"] == "both splits"]
     assert (kind["n"], len(kind["examples"]), kind["splits"]) == (4, 3, ["train", "validation"])
-    lines = search.leak_table(tree, found).splitlines()
+    lines = search.describe_duplicates(tree, found(tree))
     assert lines[0].startswith("warning: 4 same pixels, both splits (") and lines[4].startswith("warning: ")
     assert lines[1].endswith("copy 0.jpg ~ " + str(train(tree, "cat", "1.jpg")) + ", 0 of 64 bits differ")
 
@@ -97,19 +107,21 @@ def test_flat_pictures_are_compared_by_pixels_only(tree):
     Image.new("RGB", (64, 48), "red").save(train(tree, "cat", "red.png"))
     Image.new("RGB", (64, 48), "blue").save(held(tree, "cat", "blue.png"))
     data.prepare(tree)
-    assert leaks(tree) == []
+    assert listed(tree) == []
 
 
 def searched(pictures, distance=8, limit=10**6):
-    """find_leaks() on pictures of one label in train: (pairs, group)."""
-    looks = [check.look(picture) for picture in pictures]
+    """find_duplicates() on pictures of one label in train: (pairs, group)."""
+    looks = [check.fingerprint(picture) for picture in pictures]
     zeros = np.zeros(len(looks), np.int8)
     phash, mirrored, thumbnail = zip(*looks, strict=True)
     thumbnail = np.frombuffer(b"".join(thumbnail), np.uint8).reshape(-1, 32, 32)
     hashes = np.array(phash, np.uint64), np.array(mirrored, np.uint64)
     names = [str(i) for i in range(len(looks))]
-    found, group = search.find_leaks(search.Pictures(names, zeros, zeros, names, *hashes, thumbnail), distance, limit)
-    return {(leak.other, leak.row) for leak in found}, group
+    found, group = search.find_duplicates(
+        search.Pictures(names, zeros, zeros, names, *hashes, thumbnail), distance, limit
+    )
+    return {(pair.other, pair.row) for pair in found}, group
 
 
 def test_copies_are_found_mirrored_ones_too():
@@ -166,11 +178,11 @@ def test_a_pair_may_be_a_problem_in_more_than_one_way(tree):
     read.load_picture(held(tree, "cat", "0.jpg")).save(held(tree, "cat", "z.jpg"), quality=50)
     shutil.copy(train(tree, "ragno", "0.jpg"), train(tree, "ragno", "z.jpg"))
     data.prepare(tree)
-    assert set(leaks(tree)) == {
+    assert set(listed(tree)) == {
         ("one split", "same pixels", "train_data/ragno/z.jpg", "train_data/ragno/0.jpg"),
         ("two labels", "near", "train_data/dog/z.jpg", "train_data/cat/1.jpg"),
         ("two labels", "near", "validation_data/dog/z.jpg", "train_data/cat/1.jpg"),
-        ("both splits", "near", "validation_data/dog/z.jpg", leaks(tree, "validation_data/dog/z.jpg", "both splits")),
+        ("both splits", "near", "validation_data/dog/z.jpg", listed(tree, "validation_data/dog/z.jpg", "both splits")),
         ("one split", "near", "validation_data/cat/z.jpg", "validation_data/cat/0.jpg"),
     }
 
@@ -180,39 +192,42 @@ def test_what_the_report_is_told(tree):
     read.load_picture(train(tree, "dog", "1.jpg")).save(held(tree, "dog", "near.jpg"), quality=40)
     read.load_picture(held(tree, "dog", "0.jpg")).save(held(tree, "dog", "twin.jpg"), quality=40)
     data.prepare(tree, splits=("validation",))
-    assert search.known_leaks(tree) is None  # nothing is known of train
+    assert search.known_duplicates(tree) is None  # nothing is known of train
     tree.allow_leaks = True
     data.prepare(tree, splits=("train",))
     tree.allow_leaks = False
     for _ in range(2):
         data.prepare(tree, splits=("validation",))  # alone it does not stop: the report says it
-        found = search.known_leaks(tree)
-        assert found["identical"] == {str(held(tree, "cat", "copy.jpg"))}
-        assert found["look_alikes"] == {str(held(tree, "dog", "near.jpg"))}
-        assert sorted(found["group"]) == sorted(str(path) for path in held(tree).rglob("*.jpg"))
-        assert found["group"][str(held(tree, "dog", "0.jpg"))] == found["group"][str(held(tree, "dog", "twin.jpg"))]
-        assert len(set(found["group"].values())) == 8
+        known = search.known_duplicates(tree)
+        assert known["identical"] == {str(held(tree, "cat", "copy.jpg"))}
+        assert known["near_duplicates"] == {str(held(tree, "dog", "near.jpg"))}
+        group = known["group"]
+        assert sorted(group) == sorted(map(str, [*held(tree).rglob("*.jpg"), *train(tree).rglob("*.jpg")]))
+        assert group[str(held(tree, "dog", "0.jpg"))] == group[str(held(tree, "dog", "twin.jpg"))]
+        assert group[str(held(tree, "cat", "copy.jpg"))] == group[str(train(tree, "cat", "1.jpg"))]
+        assert len({number for path, number in group.items() if "validation_data" in path}) == 8
+        assert len(set(group.values())) == 12 + 6
         tree.prompt = "Which one? {labels}"  # another checkpoint's wording: the pictures are the same
     train(tree, "cat", "3.jpg").unlink()
-    assert search.known_leaks(tree) is None
+    assert search.known_duplicates(tree) is None
     data.prepare(tree, splits=("validation",))
-    assert search.known_leaks(tree) is None
+    assert search.known_duplicates(tree) is None
 
 
 def test_more_pictures_than_the_limit_are_said(tree, capsys):
     read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "near.jpg"), quality=40)
-    tree.look_alike_limit = 10
+    tree.near_duplicate_limit = 10
     data.prepare(tree)
     said = capsys.readouterr().err
-    assert "look-alikes were not searched" in said and "--look_alike_limit" in said and leaks(tree) == []
-    assert search.known_leaks(tree) is None
+    assert "near-duplicates were not searched" in said and "--near_duplicate_limit" in said and listed(tree) == []
+    assert search.known_duplicates(tree) is None
 
 
 def test_the_perceptual_hash_is_imagehashs():
     for seed in range(20):
         picture = drawn(seed, (300, 200))
         thumb = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-        found = check.look(picture)
+        found = check.fingerprint(picture)
         assert found[0] == int(str(imagehash.phash(thumb)), 16) and found[0].bit_count() == 32
         assert found[1] == int(str(imagehash.phash(ImageOps.mirror(thumb))), 16) and found[2] == thumb.tobytes()
 
@@ -224,7 +239,7 @@ def test_the_settings_are_checked():
     assert yes_or_no("False") is False
 
 
-def test_a_leaked_split_says_so_where_its_accuracy_is_read(demo, run, tmp_path):
+def test_a_split_with_duplicates_says_so_where_its_accuracy_is_read(demo, run, tmp_path):
     """30 of 71 held-out pictures are training ones: 10 to the byte, 5 as PNG, 5 smaller, 10 compressed again."""
     for k, folder in enumerate(Config().folder_to_label):
         sides = {split: tmp_path / "input" / split / folder for split in ("train_data", "validation_data")}
@@ -257,16 +272,18 @@ def test_a_leaked_split_says_so_where_its_accuracy_is_read(demo, run, tmp_path):
     low, high = proportion_confint(sum(clean), 41, method="wilson")
     assert len(rows) == 71 and len(clean) == 41
     assert report["accuracy"] == sum(row["correct"] == "True" for row in rows) / 71
-    assert report["leaks"] == {
+    assert report["duplicates"] == {
         "checked": True,
         "identical": 15,
-        "look_alikes": 15,
+        "near_duplicates": 15,
         "n_without": 41,
         "accuracy_without": by_hand,
         "accuracy_without_ci95": pytest.approx([low, high]),
         "groups": 71,
     }
-    said = "leaks: 30 of the 71 pictures have a twin (15) or look-alike (15) in train; accuracy without them "
+    said = (
+        "of the 71 pictures, 15 identical to a training picture and 15 near-duplicates of one; accuracy without them "
+    )
     assert f"{said}{by_hand:.4f} (95 % interval {low:.4f} to {high:.4f}, n = 41)" in done.output
 
     if not find_chromium():
@@ -276,7 +293,9 @@ def test_a_leaked_split_says_so_where_its_accuracy_is_read(demo, run, tmp_path):
         browser.open((folder / "report.html").as_uri())
         sentence = browser.js("document.querySelector('header .warning').innerText")
         box = browser.js("document.querySelector('header .warning').getBoundingClientRect().toJSON()")
-        shown = browser.js("document.querySelector('header .warning [data-key=\"leaks.accuracy_without\"]').value")
-    assert sentence.startswith("30 held-out pictures have a twin or a look-alike among the training pictures")
+        shown = browser.js("document.querySelector('header .warning [data-key=\"duplicates.accuracy_without\"]').value")
+    assert sentence.startswith(
+        "Held-out pictures that are identical to a training picture: 15; near-duplicates of one: 15"
+    )
     assert 0 < box["top"] < box["bottom"] <= 800 and 0 <= box["left"] < box["right"] <= 1280
     assert float(shown) == pytest.approx(by_hand)

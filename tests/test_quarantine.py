@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from animals.pictures import moves
-from tests.test_split import ROOT, call, contents, cut, fingerprint, held_out, original, picture, tree, undo  # noqa: F401
+from scripts import quarantine as program
+from tests.helpers.pictures import drawn
+from tests.test_split import ROOT, call, contents, cut, fingerprint, held_out, original, tree, undo  # noqa: F401
 
 
 def write_list(path, columns, rows) -> Path:
@@ -23,13 +25,13 @@ def write_list(path, columns, rows) -> Path:
 
 
 def quarantine(tree, path, *more):  # noqa: F811
-    done = call(tree, "--quarantine", path, *more)
+    done = call(tree, path, *more, program=program)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def put_back(tree):  # noqa: F811
-    done = call(tree, "--undo_quarantine")
+    done = call(tree, "--undo", program=program)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,18 +41,18 @@ def quarantined(tree) -> list[str]:  # noqa: F811
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def test_the_list_of_leaks_as_it_is(tree):  # noqa: F811
+def test_the_list_of_duplicates_as_it_is(tree):  # noqa: F811
     """The held-out picture and the later one go; the next check finds nothing; undo restores every byte."""
     for folder in ("cat", "dog", "ragno"):
         (tree / "validation_data" / folder).mkdir(parents=True)
         for i in range(11):
-            picture(7000 + 100 * ord(folder[0]) + i).save(tree / "validation_data" / folder / f"{i:02}.jpg")
+            drawn(7000 + 100 * ord(folder[0]) + i).save(tree / "validation_data" / folder / f"{i:02}.jpg")
     (tree / "validation_data" / "cat" / "00.jpg").write_bytes((tree / "train_data" / "cat" / "03.jpg").read_bytes())
     (tree / "train_data" / "ragno" / "z.jpg").write_bytes((tree / "train_data" / "dog" / "04.jpg").read_bytes())
     before = fingerprint(tree)
     found = call(tree)
-    assert found.returncode == 2 and "--quarantine" in found.stderr
-    said = quarantine(tree, tree.parent / "temp" / "leaks.csv")
+    assert found.returncode == 2 and "scripts/quarantine.py" in found.stderr
+    said = quarantine(tree, tree.parent / "temp" / "duplicates.csv")
     assert quarantined(tree) == ["train/ragno/z.jpg", "validation/cat/00.jpg"] and "2 pictures moved" in said
     assert call(tree).returncode == 0
     assert "2 pictures are back" in put_back(tree)
@@ -69,7 +71,7 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):  # noqa:
     quarantine(tree, write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]]), "--force")
     assert quarantined(tree) == ["train/cat/05.jpg", "train/cat/deep/er/1.png", f"validation/{held}"]
     done = call(tree, "--undo_split")
-    assert done.returncode == 2 and held in done.stderr and "--undo_quarantine" in done.stderr
+    assert done.returncode == 2 and held in done.stderr and "--undo" in done.stderr and "quarantine" in done.stderr
     assert "1 earlier ones remain" in put_back(tree)
     undo(tree)
     assert fingerprint(tree) == between
@@ -81,22 +83,22 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):  # noqa:
     "columns, names, said",
     [
         (["image"], ["train_data/cat/00.jpg", "train_data/cat/nowhere.jpg"], "nowhere.jpg"),
-        (["image"], ["train_data/cat"], "no pictures of a class"),
-        (["image"], ["../elsewhere.jpg"], "no pictures of a class"),
+        (["image"], ["train_data/cat"], "not pictures of a class"),
+        (["image"], ["../elsewhere.jpg"], "not pictures of a class"),
         (["picture"], ["train_data/cat/00.jpg"], "found the columns picture"),
         (["image"], [f"train_data/dog/{i:02}.jpg" for i in range(3)], "3 of the 21 pictures of train_data/dog"),
     ],
 )
 def test_refusals_move_nothing(tree, columns, names, said):  # noqa: F811
     before = fingerprint(tree)
-    done = call(tree, "--quarantine", write_list(tree.parent / "list.csv", columns, [[tree / name] for name in names]))
+    done = call(tree, write_list(tree.parent / "list.csv", columns, [[tree / name] for name in names]), program=program)
     assert done.returncode == 2 and said in done.stderr and fingerprint(tree) == before
     if "dog" in said:
         quarantine(tree, tree.parent / "list.csv", "--force")
         assert len(quarantined(tree)) == 3
     else:
-        assert call(tree, "--quarantine", tree.parent / "nowhere.csv").returncode == 2
-        assert "nothing to undo" in call(tree, "--undo_quarantine").stderr
+        assert call(tree, tree.parent / "nowhere.csv", program=program).returncode == 2
+        assert "nothing to undo" in call(tree, "--undo", program=program).stderr
 
 
 def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
@@ -106,14 +108,15 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
     manifest = str(tree / "quarantine.json")
     script = (  # slowed down so that the kill lands among the moves
         "import sys, time, os\n"
-        "from animals.pictures import moves, quarantine\n"
+        "from animals.pictures import moves\n"
         "from config import Config\n"
+        "from scripts import quarantine\n"
         "rename, replace = os.rename, os.replace\n"
         "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b), print('moved', flush=True))\n"
         "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
         "tree, verb, path = sys.argv[1:]\n"
         "print('go', flush=True)\n"
-        "if verb == 'undo': moves.undo(quarantine.manifest(tree))\n"
+        "if verb == 'undo': moves.undo(tree, 'quarantine')\n"
         "else: quarantine.quarantine(Config(input_dir=tree), path, True)\n"
     )
     rng, states = random.Random(2), Counter()
@@ -126,14 +129,15 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
             process.stdout.readline()
         process.kill()
         process.communicate()
-        states[moves.unfinished(manifest)] += 1
+        states[bool(moves.interrupted(str(tree)))] += 1
         assert contents(tree) == pictures, k
         if k % 2:
-            if moves.unfinished(manifest) and rng.random() < 0.5:
+            if moves.interrupted(str(tree)) and rng.random() < 0.5:
                 stopped = call(tree)
                 assert stopped.returncode == 2 and "a quarantine that was interrupted" in stopped.stderr
-                assert "finished the interrupted quarantine" in quarantine(tree, where)
+                done = call(tree, where, program=program)
+                assert done.returncode == 2 and "the arguments of today were not used" in done.stderr
                 assert len(quarantined(tree)) == len(names)
-            call(tree, "--undo_quarantine")
+            call(tree, "--undo", program=program)
             assert fingerprint(tree) == before, k
     assert states[True]

@@ -163,9 +163,9 @@ def test_equal_pixels_have_equal_hashes_in_every_format(tmp_path):
     jpeg = tmp_path / "x.jpg"
     jpeg.write_bytes(saved(drawn(2), "JPEG"))
     read.load_picture(jpeg).save(tmp_path / "y.png")
-    facts = check.inspect(paths)
+    facts = list(map(check.inspect, paths))
     assert len({f.pixels for f in facts}) == 1 and len({f.sha256 for f in facts}) == 5
-    assert len({f.pixels for f in check.inspect([jpeg, tmp_path / "y.png"])}) == 1
+    assert len({f.pixels for f in map(check.inspect, [jpeg, tmp_path / "y.png"])}) == 1
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):

@@ -14,7 +14,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,21 +22,17 @@ from animals.command import UserError
 from animals.pictures import moves
 from animals.pictures import split as data_split
 from config import FOLDER_TO_LABEL
+from tests.helpers.pictures import drawn
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cat", "dog", "ragno")
-
-
-def picture(seed) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC)
 
 
 def make(root, folders=FOLDERS, n=20) -> Path:
     for k, folder in enumerate(folders):
         (root / "train_data" / folder).mkdir(parents=True)
         for i in range(n):
-            picture(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
+            drawn(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
     return root
 
 
@@ -46,7 +41,7 @@ def original(tmp_path_factory):
     root = make(tmp_path_factory.mktemp("original") / "input")
     (root / "train_data" / "cat" / "deep" / "er").mkdir(parents=True)
     for i in range(5):
-        picture(5000 + i).save(root / "train_data" / "cat" / "deep" / "er" / f"{i}.png")
+        drawn(5000 + i).save(root / "train_data" / "cat" / "deep" / "er" / f"{i}.png")
     (root / "train_data" / "dog" / "notes.txt").write_text("stays")
     (root / "train_data" / "dog" / "bad.jpg").write_bytes(b"stays too")
     return root
@@ -68,18 +63,20 @@ def fingerprint(root) -> str:
     return digest.hexdigest()
 
 
-def arguments(tree, *more):
-    flags = ["--input_dir", tree, "--temp_dir", tree.parent / "temp", "--max_excluded", "0.5", *more]
-    return [sys.executable, str(ROOT / "data_process_utils.py"), *map(str, flags)]
+def arguments(tree, *more, program=data_process_utils):
+    flags = ["--input_dir", tree, "--temp_dir", tree.parent / "temp", *more]
+    flags += ["--max_excluded", "0.5"] if program is data_process_utils else []
+    return [sys.executable, program.__file__, *map(str, flags)]
 
 
-def call(tree, *more):
+def call(tree, *more, program=data_process_utils):
     """The command within this process: .returncode, .stdout, .stderr."""
     said, complaints, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaints):
-        patch.setattr(sys, "argv", [*arguments(tree, *more, "--data_processes", "1")[1:]])
+        words = arguments(tree, *more, program=program)[1:]
+        patch.setattr(sys, "argv", words + ["--data_processes", "1"] * (program is data_process_utils))
         try:
-            data_process_utils.main()
+            program.main()
         except UserError as error:
             code = 2
             print(error, file=sys.stderr)
@@ -110,9 +107,6 @@ def held_out(tree) -> list[str]:
 
 def contents(tree) -> Counter:
     return Counter(path.read_bytes() for path in tree.rglob("*") if path.suffix in (".jpg", ".png"))
-
-
-# --- which pictures ---------------------------------------------------------------------------------------------------
 
 
 def test_the_cut_is_stratified_and_undone_to_the_byte(tree):
@@ -150,7 +144,7 @@ def test_names_and_their_order_on_the_disk_do_not_matter(tree):
     assert {path.read_bytes() for path in (tree / "validation_data").rglob("*.*g")} == chosen
 
 
-def test_look_alikes_stay_on_one_side(tree):
+def test_near_duplicates_stay_on_one_side(tree):
     for i in range(0, 20, 2):
         with Image.open(tree / "train_data" / "cat" / f"{i:02}.jpg") as whole:
             whole.save(tree / "train_data" / "cat" / f"{i:02}_again.jpg", quality=50)
@@ -174,12 +168,9 @@ def test_choose_takes_whole_groups_and_never_a_whole_class():
     assert len(chosen) == 6  # of round(7.5) = 8: two groups of three
     assert chosen == data_split.choose(list(reversed(names)), 0.25, 0)
     held = [(*row[:4], row[0] == "cat/0") for row in names]
-    assert {"cat/1", "cat/2"} <= set(data_split.choose(held, 0.01, 0))  # their look-alike is held out already
+    assert {"cat/1", "cat/2"} <= set(data_split.choose(held, 0.01, 0))  # their near-duplicate is held out already
     alone = [("cow/0", "cow", b"x", 0, False)]
     assert data_split.choose(alone, 0.5, 0) == []
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_cut_is_refused_unless_told_to_add(tree):
@@ -200,7 +191,7 @@ def test_a_second_cut_is_refused_unless_told_to_add(tree):
 
 def test_pictures_of_the_users_own_in_validation_stay(tree):
     (tree / "validation_data" / "cat").mkdir(parents=True)
-    picture(9999).save(tree / "validation_data" / "cat" / "mine.jpg")
+    drawn(9999).save(tree / "validation_data" / "cat" / "mine.jpg")
     before = fingerprint(tree)
     assert call(tree, "--validation_fraction", "0.2").returncode == 2
     assert fingerprint(tree) == before
@@ -232,7 +223,7 @@ def test_linked_pictures_are_not_moved(tree):
 def test_a_taken_name_refuses_before_the_first_move(tree):
     (tree / "validation_data" / "cat").mkdir(parents=True)
     for i in range(20):
-        picture(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
+        drawn(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
     before = fingerprint(tree)
     done = call(tree, "--validation_fraction", "0.5", "--add_to_validation")
     assert (
@@ -253,19 +244,18 @@ def test_undo_never_overwrites_and_says_what_is_gone(tree):
     assert (tree / "train_data" / first).exists()
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
-
-
 def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     names = ["cat/00.jpg", "dog/01.jpg"]
-    data_split.cut(str(tree), names, {"said": "2 pictures"})
-    manifest = tree / "validation_split.json"
-    moves.write(str(manifest), {**moves.read(str(manifest)), "finished": False})
+    pairs = [(f"train_data/{name}", f"validation_data/{name}") for name in names]
+    moves.start(str(tree), "cut", pairs, {"said": "2 pictures"})
+    moves.write(str(tree), "cut", {**moves.read(str(tree), "cut"), "finished": False})
     (tree / "validation_data" / "dog" / "01.jpg").rename(tree / "train_data" / "dog" / "01.jpg")
     done = call(tree)
     assert done.returncode == 2 and "interrupted" in done.stderr and "--undo_split" in done.stderr
-    assert "finished the interrupted cut: 2 pictures" in cut(tree)
-    assert held_out(tree) == names and not moves.unfinished(str(manifest))
+    done = call(tree, "--validation_fraction", "0.2")
+    assert done.returncode == 2 and "finished it (2 pictures)" in done.stderr
+    assert "the arguments of today were not used" in done.stderr and "--undo_split" in done.stderr
+    assert held_out(tree) == names and not moves.interrupted(str(tree))
 
 
 def test_kills_at_random_moments_lose_nothing(tree, kills):
@@ -274,22 +264,22 @@ def test_kills_at_random_moments_lose_nothing(tree, kills):
     manifest = str(tree / "validation_split.json")
     script = (  # the moves alone, slowed down so that the kill lands among them
         "import sys, time, os\n"
-        "from animals.pictures import moves, split\n"
+        "from animals.pictures import moves\n"
         "rename, replace = os.rename, os.replace\n"
         "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b))\n"
         "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
         "tree, verb = sys.argv[1:3]\n"
-        "manifest = split.manifest(tree)\n"
         "names = sorted(f'{c}/{i:02}.jpg' for c in ('cat', 'dog', 'ragno') for i in range(0, 20, 2))\n"
         "names.append('cat/deep/er/1.png')\n"
         "print('go', flush=True)\n"
-        "if verb == 'undo': moves.undo(manifest)\n"
-        "elif moves.unfinished(manifest): moves.finish(manifest)\n"
-        "else: split.cut(tree, names, {'said': ''})\n"
+        "pairs = [(f'train_data/{name}', f'validation_data/{name}') for name in names]\n"
+        "if verb == 'undo': moves.undo(tree, 'cut')\n"
+        "elif moves.interrupted(tree): moves.finish(tree, 'cut')\n"
+        "else: moves.start(tree, 'cut', pairs, {'said': ''})\n"
     )
     rng, among_moves = random.Random(0), 0
     for k in range(4 * kills):
-        verb = "cut" if not os.path.exists(manifest) or rng.random() < 0.3 and moves.unfinished(manifest) else "undo"
+        verb = "cut" if not os.path.exists(manifest) or rng.random() < 0.3 and moves.interrupted(str(tree)) else "undo"
         process = subprocess.Popen(
             [sys.executable, "-c", script, tree, verb], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -297,7 +287,7 @@ def test_kills_at_random_moments_lose_nothing(tree, kills):
         time.sleep(rng.uniform(0, 0.16))
         process.kill()
         process.communicate()
-        among_moves += moves.unfinished(manifest)
+        among_moves += bool(moves.interrupted(str(tree)))
         assert contents(tree) == pictures, k  # no file lost, none in both places
         if k % 4 == 3:  # the next real run
             if any(tree.glob("validation_split.json")):
@@ -327,7 +317,7 @@ def test_the_real_command_killed_at_random_moments(tree):
 def test_a_broken_manifest_is_named(tree):
     (tree / "validation_split.json").write_text("{")
     with pytest.raises(UserError, match="validation_split.json"):
-        moves.undo(str(tree / "validation_split.json"))
+        moves.undo(str(tree), "cut")
 
 
 def test_the_manifest_records_every_move(tree):
