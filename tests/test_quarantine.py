@@ -136,7 +136,7 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
                 stopped = call(tree)
                 assert stopped.returncode == 2 and "a quarantine that was interrupted" in stopped.stderr
                 done = call(tree, where, program=program)
-                assert done.returncode == 2 and "the arguments of today were not used" in done.stderr
+                assert done.returncode == 2 and "today's arguments were not used" in done.stderr
                 assert len(quarantined(tree)) == len(names)
             call(tree, "--undo", program=program)
             assert fingerprint(tree) == before, k

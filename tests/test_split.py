@@ -254,7 +254,7 @@ def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     assert done.returncode == 2 and "interrupted" in done.stderr and "--undo_split" in done.stderr
     done = call(tree, "--validation_fraction", "0.2")
     assert done.returncode == 2 and "finished it (2 pictures)" in done.stderr
-    assert "the arguments of today were not used" in done.stderr and "--undo_split" in done.stderr
+    assert "today's arguments were not used" in done.stderr and "--undo_split" in done.stderr
     assert held_out(tree) == names and not moves.interrupted(str(tree))
 
 

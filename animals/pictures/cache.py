@@ -159,8 +159,8 @@ def build(config: Config, split: str, geometry: Geometry, entry: dict | None) ->
     """
     start = time.perf_counter()
     if entry:
-        rows, excluded = read_rows(config, split), entry["excluded"]
-        ignored, stamp = entry["summary"]["ignored"], entry["stamp"]
+        rows, excluded, stamp = read_rows(config, split), entry["excluded"], entry["stamp"]
+        ignored = entry["summary"]["ignored"]
     else:
         paths, ignored, stamp = listing(config, split)
         excluded = []
@@ -178,7 +178,7 @@ def build(config: Config, split: str, geometry: Geometry, entry: dict | None) ->
 
 
 def decode(config: Config, split: str, paths: list[str], excluded: list):
-    """Yield path, size and hashes of each usable picture as a row; append (path, reason) of the others to `excluded`."""
+    """Yield path, size and hashes of each usable picture; append (path, reason) of the others to `excluded`."""
     from tqdm import tqdm
 
     from animals.pictures.check import inspect_all

@@ -1,4 +1,4 @@
-"""What is learned of every picture before training, on all cores: is it usable, how large is it, what are its hashes?"""
+"""What is learned of every picture before training, on all cores: is it usable, its size and its hashes."""
 
 import base64
 import hashlib

@@ -3,7 +3,7 @@
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near-duplicates are pictures
 whose 64-bit perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and
 where one picture is mirrored, their 32x32 thumbnails must correlate too: drawings with few shapes come that near by
-chance. A flat picture has no hash and is compared by its pixels only. Measured in benchmarks/results/near_duplicates.md.
+chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 
 duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
 split, label, other_image, other_split, other_label. Of each pair `image` is the one to take away: not the training
@@ -20,17 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from animals.pictures.cache import (
-    SPLITS,
-    csv_file,
-    fresh_entries,
-    listing,
-    read_cache,
-    read_rows,
-    split_folder,
-    temp_path,
-    write_cache,
-)
+from animals.pictures import cache
+from animals.pictures.cache import SPLITS, csv_file, split_folder, temp_path
 from config import Config
 
 SURE = 4  # bits: below that a pair is near whatever the thumbnails say, unless one picture is mirrored
@@ -61,7 +52,7 @@ class Duplicate(NamedTuple):
 
 def load_pictures(config: Config, splits) -> Pictures:
     """What the JSON files of some splits know of their pictures."""
-    found = [(k, row) for k, split in enumerate(SPLITS) if split in splits for row in read_rows(config, split)]
+    found = [(k, row) for k, split in enumerate(SPLITS) if split in splits for row in cache.read_rows(config, split)]
     names = [os.path.relpath(row["images"][0], split_folder(config, SPLITS[k])) for k, row in found]
     labels = [config.folder_to_label[name.partition(os.sep)[0]] for name in names]  # the row's may be those of before
     hashes = [np.array([int(row[name], 16) for _, row in found], np.uint64) for name in ("phash", "mirrored")]
@@ -164,7 +155,7 @@ def built_from(config: Config, entries: dict[str, dict]) -> str:
 
 def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:
     """The result of an earlier search of the same pictures, or None."""
-    found = read_cache(config).get("duplicates", {})
+    found = cache.read_cache(config).get("duplicates", {})
     return found if found.get("built_from") == built_from(config, entries) else None
 
 
@@ -187,7 +178,7 @@ def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
         key = {"match": row["match"], "problem": row["problem"], "splits": sorted({row["split"], row["other_split"]})}
         kind = kinds.setdefault(str(key), key | {"n": 0, "examples": []})
         kind["n"] += 1
-        kind["examples"] += [row] if kind["n"] <= 3 else []
+        kind["examples"] = [*kind["examples"], row][:3]
     for image, number in zip(pictures.image, group.tolist(), strict=True):
         groups[number].append(image)
     across = [(row["match"], row["image"]) for row in rows if row["problem"] == "both splits"]
@@ -200,7 +191,7 @@ def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
         "groups": [images for images in groups.values() if len(images) > 1],
         "seconds": round(time.perf_counter() - start, 2),
     }
-    write_cache(config, read_cache(config) | {"duplicates": result})
+    cache.write_cache(config, cache.read_cache(config) | {"duplicates": result})
     return result
 
 
@@ -212,29 +203,26 @@ def known_duplicates(config: Config) -> dict | None:
     near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files. Reads the
     listing of both splits and no picture.
     """
-    entries = fresh_entries(config, read_cache(config))
+    entries = cache.fresh_entries(config, cache.read_cache(config))
     found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
     if not found or not found["compared"]:
         return None
     unusable = {path for entry in entries.values() for path, _ in entry["excluded"]}
-    usable = [path for split in SPLITS for path in listing(config, split)[0] if path not in unusable]
+    usable = [path for split in SPLITS for path in cache.listing(config, split)[0] if path not in unusable]
     several = {path: images[0] for images in found["groups"] for path in images}
     numbers = {}
     group = {path: numbers.setdefault(several.get(path, path), len(numbers)) for path in usable}
     return {"identical": set(found["identical"]), "near_duplicates": set(found["near_duplicates"]), "group": group}
 
 
-def stopping(duplicates: dict, splits) -> list[dict]:
-    """The kinds of identical pictures within `splits` that make the accuracy a wrong number."""
-    found = [kind for kind in duplicates["kinds"] if kind["match"] == "same pixels" and kind["problem"] != "one split"]
-    return [kind for kind in found if set(kind["splits"]) <= set(splits)]
-
-
-def describe_identical(config: Config, kinds: list[dict]) -> str:
-    """The error about the kinds that stop."""
+def describe_identical(config: Config, duplicates: dict, splits) -> str | None:
+    """The error if there are identical pictures within `splits` that make the accuracy a wrong number."""
+    kinds = [kind for kind in duplicates["kinds"] if kind["match"] == "same pixels" and kind["problem"] != "one split"]
+    kinds = [kind for kind in kinds if set(kind["splits"]) <= set(splits)]
+    if not kinds:
+        return None
     said = "; ".join(f"{kind['n']:,} {kind['match']}, {kind['problem']}" for kind in kinds)
-    first = kinds[0]["examples"][0]
-    where = temp_path(config, "duplicates.csv")
+    first, where = kinds[0]["examples"][0], temp_path(config, "duplicates.csv")
     return (
         f"{config.input_dir}: found identical pictures ({said}), e.g. {first['image']} = {first['other_image']}; "
         "expected none, because they make the accuracy a wrong number; take one of each pair away "

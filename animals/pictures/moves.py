@@ -26,12 +26,9 @@ class Kind(NamedTuple):
     back: str  # the flag that moves the pictures of the newest step back
 
 
-KINDS = {
-    "cut": Kind(
-        "validation_split.json", "data_process_utils.py", "--validation_fraction 0.2 --seed 42", "--undo_split"
-    ),
-    "quarantine": Kind("quarantine.json", "scripts/quarantine.py", "temp/duplicates.csv", "--undo"),
-}
+CUT = Kind("validation_split.json", "data_process_utils.py", "--validation_fraction 0.2 --seed 42", "--undo_split")
+QUARANTINE = Kind("quarantine.json", "scripts/quarantine.py", "temp/duplicates.csv", "--undo")
+KINDS = {"cut": CUT, "quarantine": QUARANTINE}
 
 
 def command(input_dir: str, kind: str, arguments: str) -> str:
@@ -77,38 +74,40 @@ def require_finished(input_dir: str) -> None:
         back = command(input_dir, kind, KINDS[kind].back)
         lines.append(
             f"{manifest(input_dir, kind)}: found a {kind} that was interrupted; finished it ({finish(input_dir, kind)})"
-            f"; expected none, so the arguments of today were not used; give the command again, or take back what was "
-            f"finished: {back}"
+            f"; expected none, so today's arguments were not used; give the command again, or take that back: {back}"
         )
     if lines:
         raise UserError("\n".join(lines))
 
 
 def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) -> None:
-    """Do the moves as a new step, `about` it: at least `said`, a sentence. Raises before the first move, or does all."""
-    path = lambda name: os.path.join(input_dir, name)  # noqa: E731
-    linked = [source for source, _ in moves if behind_link(input_dir, source)]
-    taken = [target for _, target in moves if os.path.lexists(path(target))]
+    """Do the moves as a new step; raise UserError before the first move, or do all.
+
+    about: what the manifest says of the step beside its moves, at least `said`, a sentence.
+    """
+    linked = [os.path.join(input_dir, source) for source, _ in moves if behind_link(input_dir, source)]
+    taken = [path for path in (os.path.join(input_dir, target) for _, target in moves) if os.path.lexists(path)]
     if linked:
         raise UserError(
-            f"{path(linked[0])}: found {len(linked):,} pictures behind symbolic links; expected files, because they "
-            "are moved; put the files themselves there, or move them by hand"
+            f"{linked[0]}: found {len(linked):,} pictures behind symbolic links; expected files, because they are "
+            "moved; put the files themselves there, or move them by hand"
         )
     if taken:
         raise UserError(
-            f"{path(taken[0])}: found {len(taken):,} files with names that pictures would be moved to; expected none; "
-            "rename or remove them"
+            f"{taken[0]}: found {len(taken):,} files with names that pictures would be moved to; expected none; rename "
+            "or remove them"
         )
     created = set()
     for folder in {os.path.dirname(target) for _, target in moves}:
-        while not os.path.isdir(path(folder)):
+        while not os.path.isdir(os.path.join(input_dir, folder)):
             created.add(folder)
             folder = os.path.dirname(folder)
         for source in {source.split("/")[0] for source, _ in moves}:
-            if os.stat(path(folder)).st_dev != os.stat(path(source)).st_dev:
+            there, here = (os.path.join(input_dir, name) for name in (folder, source))
+            if os.stat(there).st_dev != os.stat(here).st_dev:
                 raise UserError(
-                    f"{path(folder)}: found another file system than that of {path(source)}; expected the same one, "
-                    "because files are moved by renaming; put both on one disk"
+                    f"{there}: found another file system than that of {here}; expected the same one, because files are "
+                    "moved by renaming; put both on one disk"
                 )
     step = {**about, "created": sorted(created), "moves": moves}
     write(input_dir, kind, {"finished": False, "steps": [*read(input_dir, kind)["steps"], step]})

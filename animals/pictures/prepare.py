@@ -57,8 +57,8 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
             found = duplicates.read_duplicates(config, entries) or duplicates.search_duplicates(config, entries)
     built = [split for split in splits if summaries[split]["built"]]
     said = [line for split in built for line in notes(config, split, summaries[split])]
-    if not problems and (stopping := duplicates.stopping(found, splits)) and not config.allow_leaks:
-        problems = [duplicates.describe_identical(config, stopping)]
+    if not problems and not config.allow_leaks:
+        problems = [line for line in [duplicates.describe_identical(config, found, splits)] if line]
     if built and not problems:
         said += duplicates.describe_duplicates(config, found)
     for line in said:
