@@ -1,13 +1,13 @@
-"""How many changed copies of a picture are found as its look-alikes, and how many strangers are taken for one.
+"""How many changed copies of a picture are found as near-duplicates, and how many other pictures are taken for some.
 
-    python benchmarks/look_alikes.py                        # 600 pictures drawn by demo/make_pictures.py
-    python benchmarks/look_alikes.py FOLDER [--limit 600]   # the pictures below a folder
-    python benchmarks/look_alikes.py FOLDER --name photographs --near_duplicate_distance 4
+    python benchmarks/near_duplicates.py                        # 600 pictures drawn by demo/make_pictures.py
+    python benchmarks/near_duplicates.py FOLDER [--limit 600]   # the pictures below a folder
+    python benchmarks/near_duplicates.py FOLDER --name photographs --near_duplicate_distance 4
 
-Every picture is copied with each change in memory, and the search of animals/pictures/leaks.py runs over originals and
-copies. Recall: share of the copies that are found near their original. False pairs: pairs of originals that are found
-near each other; some of a folder may be true, look at them (--show). Puts its table, under --name, into
-benchmarks/results/look_alikes.md; last line of stdout is the same as JSON. About 30 ms a picture and core.
+Every picture is copied with each change in memory, and the search of animals/pictures/duplicates.py runs over originals
+and copies. Recall: share of the copies that are found near their original. False pairs: pairs of originals that are
+found near each other; some of a folder may be true, look at them (--show). Puts its table, under --name, into
+benchmarks/results/near_duplicates.md; last line of stdout is the same as JSON. About 30 ms per picture and core.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from animals.pictures.check import look
-from animals.pictures.leaks import Pictures, near_pairs
+from animals.pictures.check import fingerprint
+from animals.pictures.duplicates import Pictures, near_pairs
 from animals.pictures.read import PictureError, list_pictures, load_picture
 from config import Config
 
-RESULTS = ROOT / "benchmarks" / "results" / "look_alikes.md"
+RESULTS = ROOT / "benchmarks" / "results" / "near_duplicates.md"
 
 
 def scaled(factor):
@@ -68,8 +68,8 @@ CHANGES = {
     **{f"JPEG {quality}": jpeg(quality) for quality in (30, 50, 75, 95)},
     "mirrored": ImageOps.mirror,
     "mirrored, x0.63, JPEG 50": lambda p: jpeg(50)(scaled(0.63)(ImageOps.mirror(p))),
-    "cropped by 2 % a side": cropped(0.02),
-    "cropped by 5 % a side": cropped(0.05),
+    "cropped by 2 % per side": cropped(0.02),
+    "cropped by 5 % per side": cropped(0.05),
     "white border of 2 %": bordered(0.02),
     "white border of 5 %": bordered(0.05),
     "black banner of 8 %": banner(0.08),
@@ -78,13 +78,13 @@ CHANGES = {
 }
 
 
-def looks(path) -> list | None:
-    """look() of a picture and of each changed copy; None if it is unusable."""
+def fingerprints(path) -> list | None:
+    """fingerprint() of a picture and of each changed copy; None if it is unusable."""
     try:
         picture = load_picture(path)
     except PictureError:
         return None
-    return [look(change(picture)) for change in (lambda p: p, *CHANGES.values())]
+    return [fingerprint(change(picture)) for change in (lambda p: p, *CHANGES.values())]
 
 
 def pictures_of(rows) -> Pictures:
@@ -97,7 +97,7 @@ def pictures_of(rows) -> Pictures:
 
 def measure(paths, distance: int, show: bool) -> dict:
     with ProcessPoolExecutor() as pool:
-        found = list(pool.map(looks, paths, chunksize=8))
+        found = list(pool.map(fingerprints, paths, chunksize=8))
     paths = [path for path, row in zip(paths, found, strict=True) if row]
     found = [row for row in found if row]
     n, recall = len(found), {}
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--near_duplicate_distance", type=int, default=Config().near_duplicate_distance)
     parser.add_argument("--show", action="store_true", help="list the pairs of originals that are found near")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="benchmark-look-alikes-") as drawn:
+    with tempfile.TemporaryDirectory(prefix="benchmark-near-duplicates-") as drawn:
         if not args.folder:
             count = ["--train", str(max(args.limit, 10) // 10 + 1), "--validation", "1", "--test", "0"]
             subprocess.run([sys.executable, ROOT / "demo" / "make_pictures.py", drawn, *count], check=True)
@@ -149,8 +149,8 @@ def main():
     flags = [f"--limit {args.limit}"] * (args.limit != 600) + [f"--name {args.name}"] * (args.name != "drawings")
     if args.near_duplicate_distance != Config().near_duplicate_distance:
         flags.append(f"--near_duplicate_distance {args.near_duplicate_distance}")
-    command = " ".join(["python benchmarks/look_alikes.py", *["FOLDER"] * bool(args.folder), *flags])
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Look-alikes: what is found\n\n"
+    command = " ".join(["python benchmarks/near_duplicates.py", *["FOLDER"] * bool(args.folder), *flags])
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Near-duplicates: what is found\n\n"
     text = re.sub(rf"## {re.escape(args.name)}\n.*?(?=## |\Z)", "", text, flags=re.S)
     RESULTS.write_text(text.rstrip() + "\n\n" + report(args.name, command, found), encoding="utf-8")
     print(report(args.name, command, found), file=sys.stderr)

@@ -82,19 +82,21 @@ def prepare(root):
 
 
 def step_check(root):
-    """data_process_utils.prepare(): cold where temp is empty, else warm."""
-    summary = prepare(root)[1]["train"]
-    return {"decoded": summary["decoded"] if summary["built"] else 0, "search": summary["leaks"]["seconds"]}
+    """prepare(): cold where temp is empty, else warm."""
+    from animals.pictures.cache import read_cache
+
+    config, summaries = prepare(root)
+    summary, duplicates = summaries["train"], read_cache(config)["duplicates"]
+    return {"decoded": summary["decoded"] if summary["built"] else 0, "search": duplicates["seconds"]}
 
 
 def step_build(root):
-    """The first build of a tree of scale(): real listing, caches and leak search; the verdicts of the 500 sources are
-    looked up instead of decoding each link to them again."""
-    from animals.pictures import cache
-    from animals.pictures.check import inspect
+    """The first build of a tree of scale(): real listing, caches and search for duplicates; the facts about the 500
+    sources are looked up instead of decoding each link to them again."""
+    from animals.pictures import check
 
-    facts = inspect([root.parent / "small" / f"{i}.jpg" for i in range(500)])
-    cache.inspect_all = lambda paths, _: (facts[int(Path(path).stem) % 500] for path in paths)
+    facts = [check.inspect(root.parent / "small" / f"{i}.jpg") for i in range(500)]
+    check.inspect_all = lambda paths, _: (facts[int(Path(path).stem) % 500] for path in paths)
     prepare(root)
 
 
@@ -134,7 +136,7 @@ def usable(row):
 
 
 def step_imagefolder(root):
-    """The nearest a user gets without this repository. It still knows no leaks and stops at the first bad picture."""
+    """The nearest a user gets without this repository. It knows no duplicates and stops at the first bad picture."""
     from datasets import load_dataset
 
     for split in ("train", "validation"):
@@ -144,8 +146,8 @@ def step_imagefolder(root):
 
 
 def step_search(root):
-    """The leak search alone on `root` random hashes, a fifth of them held out, 1 % of those near-copies."""
-    from animals.pictures.leaks import Pictures, find_leaks
+    """The search for duplicates alone on `root` random hashes, a fifth of them held out, 1 % of those near-copies."""
+    from animals.pictures.duplicates import Pictures, find_duplicates
 
     n, rng = int(root.name), np.random.default_rng(0)
     split = (np.arange(n) >= n - n // 5).astype(np.int8)
@@ -155,8 +157,8 @@ def step_search(root):
     names = [str(i) for i in range(n)]
     pictures = Pictures(names, split, np.zeros(n, np.int32), names, phash, mirrored, np.zeros((n, 32, 32), np.uint8))
     start = time.perf_counter()
-    leaks, _ = find_leaks(pictures, 4, n)
-    assert len(leaks) == len(copies), (len(leaks), len(copies))
+    found, _ = find_duplicates(pictures, 4, n)
+    assert len(found) == len(copies), (len(found), len(copies))
     return {"seconds": time.perf_counter() - start}
 
 
@@ -254,10 +256,10 @@ def pairs_report(pairs: list[dict], pictures: int) -> list[str]:
         "| step | seconds (median) |",
         "|---|---|",
         f"| decode only (Pillow, process pool) | {median['decode']:.2f} |",
-        f"| `prepare()` cold: verdict, sizes, tokens, three hashes, both caches, leak search | {median['cold']:.2f} |",
-        f"| of it the leak search, near-duplicates included | {search:.3f} |",
+        f"| `prepare()` cold: verdict, sizes, tokens, three hashes, search for duplicates | {median['cold']:.2f} |",
+        f"| of it the search for duplicates | {search:.3f} |",
         f"| `prepare()` warm: nothing changed | {median['warm']:.3f} |",
-        f"| imagefolder + map to the same columns, cold; no leak search | {median['imagefolder']:.2f} |",
+        f"| imagefolder + map to the same columns, cold; no search for duplicates | {median['imagefolder']:.2f} |",
         f"| the same, warm | {median['imagefolder warm']:.2f} |",
         "",
         "| ratio | median (range over the rounds) |",
@@ -277,10 +279,10 @@ def scale_report(sizes: list[dict]) -> list[str]:
         f"`python benchmarks/picture_check.py --scale` {MACHINE}",
         "",
         "Hard links to 500 JPEGs of 16x16, a fifth of them held out. Build: the first `prepare()` with "
-        "the decoding left out (the verdicts of the 500 are looked up). Warm: a fresh process that "
+        "the decoding left out (the facts about the 500 are looked up). Warm: a fresh process that "
         "calls `prepare()` with nothing changed and `load_split()`, and reads 1,000 rows at random; its CPU time "
-        "includes 1 s of imports. Listing: `os.scandir` and `stat` of the same files. "
-        "Search: the leak search alone on that many random hashes, 1 in 500 a near-copy. MiB: the main process.",
+        "includes 1 s of imports. Listing: `os.scandir` and `stat` of the same files. Search: the search "
+        "for duplicates alone on that many random hashes, 1 in 500 a near-copy. MiB: the main process.",
         "",
         "| entries | build, s | CPU s | MiB | warm, s | CPU s | MiB | listing, s | CPU s | search, s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -298,7 +300,7 @@ def scale_report(sizes: list[dict]) -> list[str]:
     ]
     if steps:
         each = ", ".join(f"{step:.1f}" for step in steps)
-        lines += ["", f"From row to row the warm start grows by {each} µs an entry."]
+        lines += ["", f"From row to row the warm start grows by {each} µs per entry."]
     return lines
 
 

@@ -135,6 +135,19 @@ def test_nothing_is_written_outside_temp(tree, tmp_path):
     assert list(home.rglob("*")) == [] and sorted(os.walk(tree.input_dir)) == before
 
 
+def test_check_inputs_says_all_problems_at_once_and_needs_no_torch(tree, tmp_path):
+    shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
+    script = (
+        "import sys; from animals.pictures.prepare import check_inputs; from config import Config\n"
+        "try: check_inputs(Config(input_dir=sys.argv[1], temp_dir=sys.argv[2]), sys.argv[3])\n"
+        "except Exception as error: print(error, 'torch' in sys.modules, sep='\\n')"
+    )
+    words = [sys.executable, "-c", script, tree.input_dir, tree.temp_dir, tmp_path / "model"]
+    done = subprocess.run(words, env=with_root(), capture_output=True, text=True)
+    model, pictures, torch = done.stdout.splitlines()
+    assert "found no config.json" in model and "identical pictures" in pictures and torch == "False"
+
+
 def test_import_and_help_need_no_torch():
     script = (
         "import sys, data_process_utils; sys.argv = ['x', '--help']\n"

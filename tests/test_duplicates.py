@@ -70,8 +70,11 @@ def test_one_picture_under_two_labels_stops(tree):
 
 def test_two_folders_of_one_label_do_not_conflict(tree):
     shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
+    assert "two labels" in problems(tree)[0]
     tree.folder_to_label = {"cat": "pet", "dog": "pet", "ragno": "spider"}
-    assert data.prepare(tree)["train"]["classes"] == {"pet": 9, "spider": 4}
+    summary = data.prepare(tree)["train"]  # classified again, without decoding
+    assert summary["classes"] == {"pet": 9, "spider": 4} and summary["decoded"] == 0
+    assert listed(tree) == [("one split", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
 
 
 def test_a_recompressed_copy_across_splits_warns(tree):

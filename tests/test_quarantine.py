@@ -1,4 +1,5 @@
 """The quarantine: lists as the other commands leave them, refusals, and every byte back, also after kill -9."""
+# ruff: noqa: F401, F811  (fixtures of the cut's tests)
 
 import csv
 import os
@@ -13,7 +14,7 @@ import pytest
 from animals.pictures import moves
 from scripts import quarantine as program
 from tests.helpers.pictures import drawn
-from tests.test_split import ROOT, call, contents, cut, fingerprint, held_out, original, tree, undo  # noqa: F401
+from tests.test_split import ROOT, call, contents, cut, done_well, fingerprint, held_out, original, refused, tree, undo
 
 
 def write_list(path, columns, rows) -> Path:
@@ -24,24 +25,16 @@ def write_list(path, columns, rows) -> Path:
     return path
 
 
-def quarantine(tree, path, *more):  # noqa: F811
-    done = call(tree, path, *more, program=program)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def quarantine(tree, *arguments):
+    return done_well(tree, *arguments, program=program)
 
 
-def put_back(tree):  # noqa: F811
-    done = call(tree, "--undo", program=program)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def quarantined(tree) -> list[str]:  # noqa: F811
+def quarantined(tree) -> list[str]:
     root = tree / "quarantine"
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def test_the_list_of_duplicates_as_it_is(tree):  # noqa: F811
+def test_the_list_of_duplicates_as_it_is(tree):
     """The held-out picture and the later one go; the next check finds nothing; undo restores every byte."""
     for folder in ("cat", "dog", "ragno"):
         (tree / "validation_data" / folder).mkdir(parents=True)
@@ -55,11 +48,11 @@ def test_the_list_of_duplicates_as_it_is(tree):  # noqa: F811
     said = quarantine(tree, tree.parent / "temp" / "duplicates.csv")
     assert quarantined(tree) == ["train/ragno/z.jpg", "validation/cat/00.jpg"] and "2 pictures moved" in said
     assert call(tree).returncode == 0
-    assert "2 pictures are back" in put_back(tree)
+    assert "2 pictures are back" in quarantine(tree, "--undo")
     assert fingerprint(tree) == before
 
 
-def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):  # noqa: F811
+def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):
     before = fingerprint(tree)
     columns = ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
     names = ["cat/deep/er/1.png", "cat/05.jpg"]
@@ -70,12 +63,12 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):  # noqa:
     held = held_out(tree)[0]
     quarantine(tree, write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]]), "--force")
     assert quarantined(tree) == ["train/cat/05.jpg", "train/cat/deep/er/1.png", f"validation/{held}"]
-    done = call(tree, "--undo_split")
-    assert done.returncode == 2 and held in done.stderr and "--undo" in done.stderr and "quarantine" in done.stderr
-    assert "1 earlier ones remain" in put_back(tree)
+    said = refused(tree, "--undo_split")
+    assert held in said and "scripts/quarantine.py" in said and "--undo" in said
+    assert "1 earlier ones remain" in quarantine(tree, "--undo")
     undo(tree)
     assert fingerprint(tree) == between
-    put_back(tree)
+    quarantine(tree, "--undo")
     assert fingerprint(tree) == before
 
 
@@ -89,19 +82,20 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):  # noqa:
         (["image"], [f"train_data/dog/{i:02}.jpg" for i in range(3)], "3 of the 21 pictures of train_data/dog"),
     ],
 )
-def test_refusals_move_nothing(tree, columns, names, said):  # noqa: F811
-    before = fingerprint(tree)
-    done = call(tree, write_list(tree.parent / "list.csv", columns, [[tree / name] for name in names]), program=program)
-    assert done.returncode == 2 and said in done.stderr and fingerprint(tree) == before
+def test_refusals_move_nothing(tree, columns, names, said):
+    where = write_list(tree.parent / "list.csv", columns, [[tree / name] for name in names])
+    assert said in refused(tree, where, program=program)
     if "dog" in said:
-        quarantine(tree, tree.parent / "list.csv", "--force")
+        quarantine(tree, where, "--force")
         assert len(quarantined(tree)) == 3
     else:
-        assert call(tree, tree.parent / "nowhere.csv", program=program).returncode == 2
-        assert "nothing to undo" in call(tree, "--undo", program=program).stderr
+        assert "nowhere.csv" in refused(tree, tree.parent / "nowhere.csv", program=program)
+        assert "nothing to undo" in refused(tree, "--undo", program=program)
+        with pytest.raises(SystemExit):  # they exclude each other
+            call(tree, where, "--undo", program=program)
 
 
-def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
+def test_kills_at_random_moments_lose_nothing(tree, request):
     before, pictures = fingerprint(tree), contents(tree)
     names = [f"{folder}/{i:02}.jpg" for folder in ("cat", "dog", "ragno") for i in range(0, 20, 2)]
     where = write_list(tree.parent / "list.csv", ["image"], [[tree / "train_data" / name] for name in names])
@@ -133,8 +127,7 @@ def test_kills_at_random_moments_lose_nothing(tree, request):  # noqa: F811
         assert contents(tree) == pictures, k
         if k % 2:
             if moves.interrupted(str(tree)) and rng.random() < 0.5:
-                stopped = call(tree)
-                assert stopped.returncode == 2 and "a quarantine that was interrupted" in stopped.stderr
+                assert "a quarantine that was interrupted" in refused(tree)
                 done = call(tree, where, program=program)
                 assert done.returncode == 2 and "today's arguments were not used" in done.stderr
                 assert len(quarantined(tree)) == len(names)

@@ -28,17 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cat", "dog", "ragno")
 
 
-def make(root, folders=FOLDERS, n=20) -> Path:
-    for k, folder in enumerate(folders):
-        (root / "train_data" / folder).mkdir(parents=True)
-        for i in range(n):
-            drawn(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
-    return root
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    root = make(tmp_path_factory.mktemp("original") / "input")
+    root = tmp_path_factory.mktemp("original") / "input"
+    for k, folder in enumerate(FOLDERS):
+        (root / "train_data" / folder).mkdir(parents=True)
+        for i in range(20):
+            drawn(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
     (root / "train_data" / "cat" / "deep" / "er").mkdir(parents=True)
     for i in range(5):
         drawn(5000 + i).save(root / "train_data" / "cat" / "deep" / "er" / f"{i}.png")
@@ -83,21 +79,26 @@ def call(tree, *more, program=data_process_utils):
     return SimpleNamespace(returncode=code, stdout=said.getvalue(), stderr=complaints.getvalue())
 
 
-def cut(tree, *more):
-    done = call(tree, "--validation_fraction", "0.2", *more)
+def done_well(*arguments, **options) -> str:
+    """What the command prints where it succeeds."""
+    done = call(*arguments, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def cut(tree, *more):
+    return done_well(tree, "--validation_fraction", "0.2", *more)
 
 
 def undo(tree):
-    done = call(tree, "--undo_split")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done_well(tree, "--undo_split")
 
 
-@pytest.fixture
-def kills(request) -> int:
-    return request.config.getoption("--kills")
+def refused(tree, *arguments, **options) -> str:
+    """What the command says where it refuses and leaves everything as it is."""
+    before, done = fingerprint(tree), call(tree, *arguments, **options)
+    assert done.returncode == 2 and fingerprint(tree) == before
+    return done.stderr
 
 
 def held_out(tree) -> list[str]:
@@ -134,36 +135,31 @@ def test_the_seed_decides(tree, tmp_path):
 
 def test_names_and_their_order_on_the_disk_do_not_matter(tree):
     cut(tree, "--seed", "1")
-    chosen = {path.read_bytes() for path in (tree / "validation_data").rglob("*.*g")}
+    chosen = contents(tree / "validation_data")
     undo(tree)
     paths = [path for path in tree.rglob("*") if path.suffix in (".jpg", ".png")]
     random.Random(0).shuffle(paths)
     for i, path in enumerate(paths):
         path.rename(path.with_name(f"renamed{i:03}{path.suffix}"))
     cut(tree, "--seed", "1")
-    assert {path.read_bytes() for path in (tree / "validation_data").rglob("*.*g")} == chosen
+    assert contents(tree / "validation_data") == chosen
 
 
 def test_near_duplicates_stay_on_one_side(tree):
     for i in range(0, 20, 2):
-        with Image.open(tree / "train_data" / "cat" / f"{i:02}.jpg") as whole:
-            whole.save(tree / "train_data" / "cat" / f"{i:02}_again.jpg", quality=50)
-            whole.save(tree / "train_data" / "cat" / f"{i:02}_same.png")
+        with Image.open(tree / "train_data" / "cat" / f"{i:02}.jpg") as picture:
+            picture.save(tree / "train_data" / "cat" / f"{i:02}_again.jpg", quality=50)
+            picture.save(tree / "train_data" / "cat" / f"{i:02}_same.png")
     cut(tree)
-    assert {path for path in held_out(tree) if path.startswith("cat")}
-    sides = [
-        {f"cat/{i:02}{end}" in held_out(tree) for end in (".jpg", "_again.jpg", "_same.png")} for i in range(0, 20, 2)
-    ]
-    assert all(len(side) == 1 for side in sides)
+    cats, ends = {path for path in held_out(tree) if path.startswith("cat")}, (".jpg", "_again.jpg", "_same.png")
+    assert cats and all(len({f"cat/{i:02}{end}" in cats for end in ends}) == 1 for i in range(0, 20, 2))
     done = call(tree)
     assert done.returncode == 0 and "both splits" not in done.stdout + done.stderr
 
 
 def test_choose_takes_whole_groups_and_never_a_whole_class():
-    names = [(f"cat/{i}", "cat", bytes([i]), i // 3, False) for i in range(30)] + [
-        (f"dog/{i}", "dog", bytes([100 + i]), 99, False)
-        for i in range(2)  # one group: cannot be divided
-    ]
+    names = [(f"cat/{i}", "cat", bytes([i]), i // 3, False) for i in range(30)]
+    names += [(f"dog/{i}", "dog", bytes([100 + i]), 99, False) for i in range(2)]  # one group: cannot be divided
     chosen = data_split.choose(names, 0.25, 0)
     assert len(chosen) == 6  # of round(7.5) = 8: two groups of three
     assert chosen == data_split.choose(list(reversed(names)), 0.25, 0)
@@ -177,9 +173,8 @@ def test_a_second_cut_is_refused_unless_told_to_add(tree):
     before = fingerprint(tree)
     cut(tree)
     first = set(held_out(tree))
-    done = call(tree, "--validation_fraction", "0.2")
-    assert done.returncode == 2 and "--add_to_validation" in done.stderr and "--undo_split" in done.stderr
-    assert set(held_out(tree)) == first
+    said = refused(tree, "--validation_fraction", "0.2")
+    assert "--add_to_validation" in said and "--undo_split" in said
     between = fingerprint(tree)
     cut(tree, "--add_to_validation", "--seed", "7")
     assert first < set(held_out(tree))
@@ -193,8 +188,7 @@ def test_pictures_of_the_users_own_in_validation_stay(tree):
     (tree / "validation_data" / "cat").mkdir(parents=True)
     drawn(9999).save(tree / "validation_data" / "cat" / "mine.jpg")
     before = fingerprint(tree)
-    assert call(tree, "--validation_fraction", "0.2").returncode == 2
-    assert fingerprint(tree) == before
+    refused(tree, "--validation_fraction", "0.2")
     cut(tree, "--add_to_validation")
     undo(tree)
     assert fingerprint(tree) == before
@@ -202,42 +196,32 @@ def test_pictures_of_the_users_own_in_validation_stay(tree):
 
 @pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.1", "nan"])
 def test_a_fraction_that_is_none(tree, fraction):
-    done = call(tree, "--validation_fraction", fraction)
-    assert done.returncode == 2 and "between 0 and 1" in done.stderr
+    assert "between 0 and 1" in refused(tree, "--validation_fraction", fraction)
 
 
 def test_undo_without_a_cut(tree):
-    before = fingerprint(tree)
-    done = call(tree, "--undo_split")
-    assert done.returncode == 2 and "nothing to undo" in done.stderr and fingerprint(tree) == before
+    assert "nothing to undo" in refused(tree, "--undo_split")
 
 
 def test_linked_pictures_are_not_moved(tree):
     (tree / "train_data" / "cat").rename(tree.parent / "cats")
     (tree / "train_data" / "cat").symlink_to(tree.parent / "cats", target_is_directory=True)
-    before = fingerprint(tree)
-    done = call(tree, "--validation_fraction", "0.2")
-    assert done.returncode == 2 and "symbolic links" in done.stderr and fingerprint(tree) == before
+    assert "symbolic links" in refused(tree, "--validation_fraction", "0.2")
 
 
 def test_a_taken_name_refuses_before_the_first_move(tree):
     (tree / "validation_data" / "cat").mkdir(parents=True)
     for i in range(20):
         drawn(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
-    before = fingerprint(tree)
-    done = call(tree, "--validation_fraction", "0.5", "--add_to_validation")
-    assert (
-        done.returncode == 2 and "names that pictures would be moved to" in done.stderr and fingerprint(tree) == before
-    )
+    said = refused(tree, "--validation_fraction", "0.5", "--add_to_validation")
+    assert "names that pictures would be moved to" in said
 
 
 def test_undo_never_overwrites_and_says_what_is_gone(tree):
     cut(tree)
     first, second = held_out(tree)[:2]
     (tree / "train_data" / first).write_bytes(b"a new picture")
-    before = fingerprint(tree)
-    done = call(tree, "--undo_split")
-    assert done.returncode == 2 and first in done.stderr and fingerprint(tree) == before
+    assert first in refused(tree, "--undo_split")
     (tree / "train_data" / first).unlink()
     (tree / "validation_data" / second).unlink()
     assert f"{second}: no longer there" in undo(tree)
@@ -250,15 +234,15 @@ def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     moves.start(str(tree), "cut", pairs, {"said": "2 pictures"})
     moves.write(str(tree), "cut", {**moves.read(str(tree), "cut"), "finished": False})
     (tree / "validation_data" / "dog" / "01.jpg").rename(tree / "train_data" / "dog" / "01.jpg")
-    done = call(tree)
-    assert done.returncode == 2 and "interrupted" in done.stderr and "--undo_split" in done.stderr
+    said = refused(tree)
+    assert "interrupted" in said and "--undo_split" in said
     done = call(tree, "--validation_fraction", "0.2")
     assert done.returncode == 2 and "finished it (2 pictures)" in done.stderr
     assert "today's arguments were not used" in done.stderr and "--undo_split" in done.stderr
     assert held_out(tree) == names and not moves.interrupted(str(tree))
 
 
-def test_kills_at_random_moments_lose_nothing(tree, kills):
+def test_kills_at_random_moments_lose_nothing(tree, request):
     """Cut and undo are killed in turn at random moments, then undone: the tree is as it was."""
     before, pictures = fingerprint(tree), contents(tree)
     manifest = str(tree / "validation_split.json")
@@ -277,7 +261,7 @@ def test_kills_at_random_moments_lose_nothing(tree, kills):
         "elif moves.interrupted(tree): moves.finish(tree, 'cut')\n"
         "else: moves.start(tree, 'cut', pairs, {'said': ''})\n"
     )
-    rng, among_moves = random.Random(0), 0
+    rng, among_moves, kills = random.Random(0), 0, request.config.getoption("--kills")
     for k in range(4 * kills):
         verb = "cut" if not os.path.exists(manifest) or rng.random() < 0.3 and moves.interrupted(str(tree)) else "undo"
         process = subprocess.Popen(
@@ -331,8 +315,6 @@ def test_the_manifest_records_every_move(tree):
 def test_the_demos_pictures(tmp_path):
     """The drawn animals of the demo can be cut and put back to the byte."""
     script = ROOT / "demo" / "make_pictures.py"
-    if not script.exists():
-        pytest.skip("demo/make_pictures.py is not in this tree")
     tree = tmp_path / "input"
     subprocess.run([sys.executable, script, tree, "--train", "20", "--validation", "1", "--test", "0"], check=True)
     shutil.rmtree(tree / "validation_data")
