@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ from tests.helpers.pictures import (
     held,
     images,
     problems,
+    python,
     rotated,
     saved,
     train,
-    with_root,
 )
 
 
@@ -127,10 +128,8 @@ def test_nothing_is_written_outside_temp(tree, tmp_path):
         "p.prepare(c); s = cache.load_split(c, 'train').map(lambda row: {'n': 1})\n"
         "print(len(s), 'torch' in sys.modules)"
     )
-    environment = {k: v for k, v in with_root().items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": str(home)}
-    done = subprocess.run(
-        [sys.executable, "-c", script, tree.input_dir, tree.temp_dir], env=environment, capture_output=True, text=True
-    )
+    others = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    done = python(script, tree.input_dir, tree.temp_dir, env=others | {"HOME": str(home)})
     assert done.stdout.split()[0] == "12", done.stderr
     assert list(home.rglob("*")) == [] and sorted(os.walk(tree.input_dir)) == before
 
@@ -142,9 +141,8 @@ def test_check_inputs_says_all_problems_at_once_and_needs_no_torch(tree, tmp_pat
         "try: check_inputs(Config(input_dir=sys.argv[1], temp_dir=sys.argv[2]), sys.argv[3])\n"
         "except Exception as error: print(error, 'torch' in sys.modules, sep='\\n')"
     )
-    words = [sys.executable, "-c", script, tree.input_dir, tree.temp_dir, tmp_path / "model"]
-    done = subprocess.run(words, env=with_root(), capture_output=True, text=True)
-    model, pictures, torch = done.stdout.splitlines()
+    said = python(script, tree.input_dir, tree.temp_dir, tmp_path / "model").stdout
+    model, pictures, torch = said.splitlines()
     assert "found no config.json" in model and "identical pictures" in pictures and torch == "False"
 
 
@@ -154,7 +152,7 @@ def test_import_and_help_need_no_torch():
         "try: data_process_utils.main()\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=with_root(), capture_output=True, text=True)
+    done = python(script)
     assert done.stdout.splitlines()[-1] == "[]" and "--validation_fraction" in done.stdout
 
 
@@ -164,15 +162,12 @@ def test_flags_are_strict():
         assert command(*arguments).returncode == 2
 
 
-def state(config) -> dict:
-    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(config.temp_dir).iterdir()}
-
-
 def test_an_unchanged_tree_is_not_read_again(tree):
+    files = Path(tree.temp_dir)
+    state = lambda: {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files.iterdir()}  # noqa: E731
     assert data.prepare(tree)["train"]["built"]
-    before = state(tree)
-    summary = data.prepare(tree)["train"]
-    assert not summary["built"] and state(tree) == before
+    before = state()
+    assert not data.prepare(tree)["train"]["built"] and state() == before
 
 
 def test_a_changed_listing_decodes_everything_again(tree):
@@ -227,25 +222,18 @@ def test_another_geometry_rewrites_the_counts_and_decodes_nothing(tree, tmp_path
 
 
 @pytest.mark.parametrize("name", ["train.json", "cache.json"])
-@pytest.mark.parametrize("harm", ["removed", "cut short"])
+@pytest.mark.parametrize("harm", ["removed", "cut short", "of another format"])
 def test_a_harmed_cache_is_rebuilt(tree, name, harm):
     data.prepare(tree)
     path = Path(tree.temp_dir) / name
-    if harm == "removed":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:50])
-    assert data.prepare(tree)["train"]["built"]
+    content = path.read_text()
+    path.unlink()
+    harmed = {"cut short": content[:50], "of another format": content.replace(f'"[{cache.FORMAT},', '"[0,')}
+    if harm in harmed:
+        path.write_text(harmed[harm])
+    summary = data.prepare(tree)["train"]
+    assert summary["built"] and summary["decoded"] == 12
     assert len(json.loads((Path(tree.temp_dir) / "train.json").read_text())) == len(load_split(tree, "train")) == 12
-
-
-def test_a_cache_of_another_format_is_rebuilt(tree):
-    data.prepare(tree)
-    path = Path(tree.temp_dir) / "cache.json"
-    found = json.loads(path.read_text())
-    found["rules"] = found["rules"].replace(f"[{cache.FORMAT},", f"[{cache.FORMAT + 1},")
-    path.write_text(json.dumps(found))
-    assert data.prepare(tree)["train"]["decoded"] == 12
 
 
 def test_a_picture_excluded_for_its_format_is_looked_at_again_when_the_formats_change(tree, monkeypatch):
@@ -274,11 +262,9 @@ def test_four_processes_at_once_build_once(tree):
         "rows = cache.load_split(Config(temp_dir=sys.argv[2]), 'train')\n"
         "print(s['train']['built'], s['validation']['built'], len(rows))"
     )
-    started = [
-        subprocess.Popen([sys.executable, "-c", script, tree.input_dir, tree.temp_dir], env=with_root(), stdout=-1)
-        for _ in range(4)
-    ]
-    said = sorted(process.communicate()[0].decode().strip() for process in started)
+    with ThreadPoolExecutor(4) as four:
+        started = [four.submit(python, script, tree.input_dir, tree.temp_dir) for _ in range(4)]
+    said = sorted(process.result().stdout.strip() for process in started)
     assert said == ["False False 12"] * 3 + ["True True 12"]
 
 

@@ -4,8 +4,6 @@ import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -30,13 +28,11 @@ from tests.helpers.pictures import (
     grey16,
     half_transparent,
     images,
+    python,
     rotated,
     saved,
     train,
-    with_root,
 )
-
-# --- single files: name, bytes, outcome -------------------------------------------------------------------------------
 
 
 def bomb() -> bytes:
@@ -177,12 +173,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
         # of this program alone: ru_maxrss would count what it was forked from
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=with_root())
-    reason, peak_kib = done.stdout.splitlines()
+    reason, peak_kib = python(script, cwd=tmp_path).stdout.splitlines()
     assert reason.startswith("too many pixels") and int(peak_kib) < 300_000  # decoded it would be 7.5 GB
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def test_odd_folders(tree):

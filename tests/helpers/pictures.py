@@ -67,8 +67,18 @@ def command(*arguments, **options):
     )  # fmt: skip
 
 
-def with_root():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+def python(script, *arguments, **options):
+    """Run a script that imports from the root in a Python of its own."""
+    environment = options.pop("env", os.environ) | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, **options)
+
+
+def problems(config, **more) -> list[str]:
+    """The lines of the error that prepare() raises."""
+    with pytest.raises(UserError) as error:
+        data.prepare(config, **more)
+    return str(error.value).splitlines()
 
 
 JPEG = saved(drawn(1), "JPEG", quality=90)
@@ -93,17 +103,11 @@ def grey16() -> bytes:
 
 def half_transparent(mode) -> bytes:
     """Left half opaque black, right half transparent black."""
+    if mode == "P":
+        picture = Image.new("P", (64, 48), 0)
+        picture.putpalette([0, 0, 0, 0, 0, 0])
+        picture.paste(1, (32, 0, 64, 48))
+        return saved(picture, "PNG", transparency=1)
     picture = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (32, 0, 64, 48))
-    if mode == "P":
-        palette = Image.new("P", (64, 48), 0)
-        palette.putpalette([0, 0, 0, 0, 0, 0])
-        palette.paste(1, (32, 0, 64, 48))
-        return saved(palette, "PNG", transparency=1)
     return saved(picture.convert(mode), "PNG")
-
-
-def problems(config, **more) -> list[str]:
-    with pytest.raises(UserError) as error:
-        data.prepare(config, **more)
-    return str(error.value).splitlines()
