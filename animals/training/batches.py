@@ -1,31 +1,33 @@
-"""What a micro-batch holds: which pictures share one, and how they become tensors.
+"""What a micro-batch holds: which pictures are in it, and how they become tensors.
 
---train_sampling_strategy batch_rebalance, levelled: micro-batches of like numbers of tokens, padding included. Each
-step's pictures are sorted by length and cut into accumulation x ranks groups: long pictures travel in small
-micro-batches, short ones in large, hardly anything is padded, and all ranks work as long as each other. The library's
-sampler evens out time, with a quadratic term that lets micro-batches of short pictures grow; here it evens out tokens,
-which is what memory follows. largest_micro_batch() says beforehand what a run on these very pictures will need.
+--train_sampling_strategy batch_rebalance sorts each step's pictures by length and cuts them into accumulation x ranks
+micro-batches with nearly equal numbers of tokens, padding included: few long pictures in one, many short ones in
+another. Hardly anything is padded, and all ranks work for the same time.
 
-Whatever the sampler: where an epoch's last step has fewer pictures than the ranks need, the libraries repeat some. Here
-those repetitions are fillers: they take part in the forward pass and teach nothing.
+Where the last step of an epoch has too few pictures for all ranks, the libraries repeat some. Here these repetitions
+are fillers: they take part in the forward pass, and no token of them is learned.
 """
 
 import itertools
 
-import config as settings
+import datasets
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-TEXT_TOKENS = 60  # prompt, answer and </s> around the picture, where nobody has counted them
+import config as settings
+from animals.pictures.read import load_picture
+
+TEXT_TOKENS = 60  # tokens of prompt, answer and </s> beside the picture's, where nobody has counted them
 
 
 class PictureCollator:
-    """TRL's vision collator on pictures opened by load_picture, with our template: BOS once, answers marked.
+    """TRL's vision collator on pictures opened by load_picture, with our template: one BOS, and the answer marked.
 
-    Adds `pictures`, the paths, so that a bad loss can name them. A row whose label is None is a filler: no token of it
-    is learned. Pickles, for a data worker may be spawned.
+    Adds `pictures`, the paths, so that an error can name them. A row whose label is None is a filler. The collator can
+    be pickled, for a data worker may be a new process.
     """
 
     def __init__(self, processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):
-        from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+        from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # takes seconds to import
 
         self.processor = processor
         self.collate = DataCollatorForVisionLanguageModeling(
@@ -33,8 +35,6 @@ class PictureCollator:
         )
 
     def __call__(self, examples):
-        from animals.pictures.read import load_picture  # Pillow: the launcher comes by here before `pip install`
-
         batch = self.collate([{**row, "images": [load_picture(path) for path in row["images"]]} for row in examples])
         for labels, row in zip(batch["labels"], examples, strict=True):
             if row.get("label", "") is None:
@@ -42,32 +42,33 @@ class PictureCollator:
         return {**batch, "pictures": [row["images"][0] for row in examples]}
 
 
-def fillers(lengths, micro_batch, accumulation, ranks, balanced):
-    """Indices of the shortest pictures, as many as are missing for an epoch that no library has to fill up.
+def fillers(lengths, micro_batch, accumulation, ranks, balanced) -> list[int]:
+    """The indices of the shortest pictures, as many as an epoch lacks for its last step.
 
-    batch_rebalance wants a picture for every rank and micro-batch of the last step; the other samplers as many
-    micro-batches on each rank, all full.
+    batch_rebalance needs one picture for each rank and micro-batch of that step; the other samplers need full
+    micro-batches, equally many on each rank.
     """
+    missing = -len(lengths) % (micro_batch * ranks)
     if balanced:
-        least, rest = accumulation * ranks, len(lengths) % (micro_batch * accumulation * ranks)
-        missing = max(0, least - rest) if rest else 0
-    else:
-        missing = -len(lengths) % (micro_batch * ranks)
+        rest = len(lengths) % (micro_batch * accumulation * ranks)
+        missing = max(0, accumulation * ranks - rest) if rest else 0
     shortest = sorted(range(len(lengths)), key=lengths.__getitem__)
     return list(itertools.islice(itertools.cycle(shortest), missing))
 
 
-def fill_up(dataset, args):
-    """The training pictures, and their fillers as rows with the label None."""
-    from datasets import concatenate_datasets
-
-    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+def add_fillers(dataset, args):
+    """The training pictures, and after them the fillers: rows with the label None."""
     balanced = args.train_sampling_strategy == "batch_rebalance"
-    chosen = fillers(list(dataset[args.length_column_name]), *sizes, balanced)
+    chosen = fillers(list(dataset[args.length_column_name]), *batch_sizes(args), balanced)
     if args.dataloader_drop_last or not chosen:
         return dataset
     blank = dataset.select(chosen).map(lambda row: {"label": None}, features=dataset.features, keep_in_memory=True)
-    return concatenate_datasets([dataset, blank])
+    return datasets.concatenate_datasets([dataset, blank])
+
+
+def batch_sizes(args) -> tuple[int, int, int]:
+    """(pictures per micro-batch, micro-batches per rank and step, ranks): their product is the effective batch."""
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
 
 
 def shuffle_seed(args):
@@ -75,35 +76,30 @@ def shuffle_seed(args):
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def level(sampler, seed, text_tokens=TEXT_TOKENS):
-    """The library's BatchRebalanceSampler, made to even out tokens and to follow --seed, which it does not."""
-    sampler.QUADRATIC_COST_COEF = 0
-    sampler.lengths = [tokens + text_tokens for tokens in sampler.lengths]
-    sampler.seed = seed
-    return sampler
+class TokenBalancedSampler(BatchRebalanceSampler):
+    """The library's sampler, which here makes equal numbers of tokens and follows --seed.
+
+    The library's own makes equal times: its quadratic term lets micro-batches of short pictures grow, and with them
+    the memory, which follows the number of tokens.
+    """
+
+    QUADRATIC_COST_COEF = 0
+
+    def __init__(self, image_tokens, micro_batch, accumulation, ranks, *, text_tokens=TEXT_TOKENS, **options):
+        lengths = [tokens + text_tokens for tokens in image_tokens]
+        super().__init__(lengths, micro_batch * accumulation * ranks, ranks, accumulation, **options)
 
 
 def heaviest_micro_batch(
     image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS
 ) -> tuple[list[int], list[int]]:
-    """(indices, image tokens) of the pictures in the micro-batch with the most tokens that so many epochs form."""
-    from transformers.trainer_pt_utils import BatchRebalanceSampler
-
-    extra = fillers(image_tokens, micro_batch, accumulation, ranks, balanced=True)
-    lengths = [*image_tokens, *(image_tokens[i] for i in extra)]
-    effective, worst, most = micro_batch * accumulation * ranks, [], 0
-    sampler = BatchRebalanceSampler(lengths, effective, ranks, accumulation, drop_last=False)
-    level(sampler, seed, text_tokens)
-    for epoch, sampler.rank in itertools.product(range(epochs), range(ranks)):
-        sampler.set_epoch(epoch)
-        for batch in sampler:
-            tokens = len(batch) * (max(lengths[i] for i in batch) + text_tokens)
-            if tokens > most:
-                worst, most = batch, tokens
-    return worst, [lengths[i] for i in worst]
-
-
-def largest_micro_batch(*run, **more) -> tuple[int, int]:
-    """(pictures, image tokens of the longest) of heaviest_micro_batch()."""
-    tokens = heaviest_micro_batch(*run, **more)[1]
-    return len(tokens), max(tokens)
+    """The micro-batch with the most tokens that batch_rebalance forms in so many epochs: (indices, image tokens)."""
+    sizes, formed = (micro_batch, accumulation, ranks), []
+    tokens = [*image_tokens, *(image_tokens[i] for i in fillers(image_tokens, *sizes, balanced=True))]
+    for rank in range(ranks):
+        sampler = TokenBalancedSampler(tokens, *sizes, rank=rank, seed=seed, drop_last=False, text_tokens=text_tokens)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            formed += sampler
+    worst = max(formed, key=lambda batch: len(batch) * (max(tokens[i] for i in batch) + text_tokens))
+    return worst, [tokens[i] for i in worst]
