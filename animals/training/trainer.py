@@ -113,7 +113,7 @@ class AnimalTrainer(SFTTrainer):
     def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, **kwargs):
         args = copy.copy(args)  # the caller's stay as they are
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
-        # The library would delete old checkpoints before the new one has its manifest; _save_checkpoint() does it after.
+        # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.sampler = None  # of --train_sampling_strategy batch_rebalance
         super().__init__(train_dataset=add_fillers(train_dataset, args), args=args, **kwargs)
