@@ -11,9 +11,6 @@ in the type in which the model was loaded, and exactly, for resuming, in the fil
 import os
 import re
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from animals.command import UserError
 
 PARTS = {  # part -> pattern for the beginning of its parameters' names
@@ -90,19 +87,24 @@ def trained_weights(model):
 
 def in_type(model, dtype: str):
     """The model's state dict in `dtype`, such as "bfloat16"."""
+    import torch  # the launcher imports this file and may have no packages yet
+
     return {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
 
 
 def save_trained(model, folder):
     """Write the trained weights as they are, so that a resumed run continues bit for bit. Main process only."""
+    from safetensors.torch import save_file
+
     values = {name: value.detach().cpu().contiguous() for name, value in trained_weights(model).items()}
     save_file(values, os.path.join(folder, TRAINED), metadata={"format": "pt"})
 
 
-@torch.no_grad()
 def load_trained(model, folder):
     """Load what save_trained() wrote, if it is there. All ranks."""
+    from safetensors.torch import load_file
+
     file = os.path.join(folder, TRAINED)
     values = load_file(file) if os.path.isfile(file) else {}
     for name, value in trained_weights(model).items() if values else ():
-        value.copy_(values[name])
+        value.data.copy_(values[name])
