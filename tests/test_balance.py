@@ -1,4 +1,4 @@
-"""balance.py: every picture once, like numbers of tokens, the seed's order, and a plan that knows the largest."""
+"""batches.py: every picture once, nearly equal numbers of tokens, the seed's order, and the heaviest micro-batch."""
 
 import json
 import random
@@ -6,11 +6,8 @@ import re
 
 import pytest
 from PIL import Image
-from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from animals.training import memory as memory_plan
-from animals.training.batches import TEXT_TOKENS, largest_micro_batch, level
-from tests.conftest import ROOT
+from animals.training.batches import TEXT_TOKENS, TokenBalancedSampler, heaviest_micro_batch
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +17,12 @@ def tokens():
 
 
 def batches(tokens, ranks=4, accumulation=4, seed=1, epoch=0, micro_batch=4):
+    """The micro-batches of one epoch, as indices: [ranks][micro-batches]."""
     found = []
     for rank in range(ranks):
-        size = micro_batch * accumulation * ranks
-        sampler = BatchRebalanceSampler(tokens, size, ranks, accumulation, rank=rank, drop_last=False)
-        level(sampler, seed).set_epoch(epoch)
+        options = {"rank": rank, "seed": seed, "drop_last": False}
+        sampler = TokenBalancedSampler(tokens, micro_batch, accumulation, ranks, **options)
+        sampler.set_epoch(epoch)
         found.append(list(sampler))
     return found
 
@@ -48,12 +46,12 @@ def test_hardly_any_padding_and_no_micro_batch_near_four_of_the_largest(tokens):
     draw = random.Random(0)
     order = [t + TEXT_TOKENS for t in draw.sample(tokens, len(tokens))]
     chance = [order[i : i + 4] for i in range(0, len(order), 4)]
-    assert sum(map(sum, chance)) / sum(len(b) * max(b) for b in chance) < 0.86, "random order pads"
+    assert sum(map(sum, chance)) / sum(len(b) * max(b) for b in chance) < 0.86, "a random order pads much more"
     assert max(len(b) * max(b) for b in found) < 0.8 * 4 * (2340 + TEXT_TOKENS)
 
 
-def test_a_levelled_step_learns_what_a_step_in_random_order_does(demo, run, tmp_path):
-    """Every picture weighs the same, however many share its micro-batch: one step of 2 ranks on all pictures."""
+def test_a_balanced_step_learns_what_a_step_in_random_order_does(demo, run, tmp_path):
+    """Every picture counts the same, whatever the size of its micro-batch: one step of 2 ranks on all pictures."""
     for split in ("train", "validation"):
         for picture in demo.input.glob(f"{split}_data/*/00[01].jpg"):
             copy = tmp_path / "input" / picture.relative_to(demo.input)
@@ -73,15 +71,9 @@ def test_a_levelled_step_learns_what_a_step_in_random_order_does(demo, run, tmp_
     assert norms[0] == pytest.approx(norms[1], rel=2e-3)
 
 
-def test_the_plan_knows_the_largest_micro_batch(tokens):
-    config = memory_plan.load_config(ROOT / "tests" / "helpers" / "hub_config.json")
-    zero3 = memory_plan.load_zero3(ROOT / "scripts" / "zero3.json")
-    shapes = memory_plan.parameters(config)
-    formed = largest_micro_batch(tokens, 4, 4, 4, seed=1, epochs=3)
+def test_the_heaviest_micro_batch_is_known_before_the_run(tokens):
+    chosen, longest = heaviest_micro_batch(tokens, 4, 4, 4, seed=1, epochs=3)
     every = [b for epoch in range(3) for rank in batches(tokens, epoch=epoch) for b in rank]
     most = max(every, key=lambda b: len(b) * (max(tokens[i] for i in b) + 60))
-    assert formed[0] * (formed[1] + 60) == len(most) * (max(tokens[i] for i in most) + 60)
-    sizes = (1368, 2340)
-    random_order = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes)["peaks"]
-    levelled = memory_plan.plan(config, zero3, 4, 4, 4, sizes, shapes=shapes, formed=formed)["peaks"]
-    assert levelled["median"] == random_order["median"] and levelled["largest"] < random_order["largest"] - 0.5
+    assert len(chosen) * (max(longest) + 60) == len(most) * (max(tokens[i] for i in most) + 60)
+    assert chosen in every and longest == [tokens[i] for i in chosen]

@@ -1,6 +1,5 @@
-"""--train_parts: exactly the named parameters move, bit for bit the others do not; with ZeRO-3 and without."""
+"""--train_parts: the named parameters change, all others stay the same bit for bit; with ZeRO-3 and without."""
 
-import json
 import shutil
 
 import pytest
@@ -18,13 +17,13 @@ IN_MEMORY = (("language_model.lm_head.", "lm_head."), ("language_model.model.", 
 
 @pytest.fixture
 def train(demo, run, tmp_path):
-    """Run two steps on 2 ranks -> (done, the command, its folder)."""
+    """Run two steps in bfloat16 on 2 ranks -> (done, the command, its folder)."""
 
     def start(flags):
         out = tmp_path / "sft"
         command = f"sh train.sh --input_dir {demo.input} --temp_dir {demo.cache} --logging_dir {tmp_path}/logs {STEPS} "
         command += f"--model_name_or_path {demo.model} --output_dir {out} {flags}"
-        return run(command, NUM_PROCESSES=2), command, out
+        return run(command, NUM_PROCESSES=2, BF16_ON_CPU=1), command, out
 
     return start
 
@@ -46,22 +45,21 @@ def weights(folder):
         ("vision,language", ""),
         ("projector", "--config_file scripts/ddp.yaml"),
         ("vision,projector", "--config_file scripts/ddp.yaml"),
-        ("language", "--config_file scripts/ddp.yaml --image_view whole"),
+        ("language", "--config_file scripts/ddp.yaml"),
     ],
 )
-def test_named_parts_move_and_the_others_do_not(train, demo, parts, launch):
+def test_named_parts_change_and_the_others_do_not(train, demo, parts, launch):
     done, _, out = train(f"--train_parts {parts} --save_strategy no {launch}")
     assert done.code == 0 and "eval_accuracy" in done.output, done.output[-3000:]
     config, before, after = LlavaNextConfig.from_pretrained(demo.model), weights(demo.model), weights(out)
-    dtype = getattr(torch, json.loads((out / "run.json").read_text())["model"]["dtype"])  # float32 on slow CPUs
-    assert {value.dtype for value in after.values()} == {dtype}
-    moved = {name for name, value in after.items() if not torch.equal(value, before[name].to(dtype))}
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name].to(torch.bfloat16))}
     named = {name for name in after if trains(name, read_parts(parts), config)}
-    assert named and moved == named, sorted(moved ^ named)
+    assert named and changed == named, sorted(changed ^ named)
 
 
 def test_projector_without_zero3_resumes_to_the_bit(train, run):
-    """Its float32 weights come back, not the bfloat16 ones that are saved for readers."""
+    """A resumed run reads the float32 weights, not the bfloat16 ones that other programs read."""
     flags = "--train_parts projector --config_file scripts/ddp.yaml --save_steps 1 --eval_strategy no"
     done, command, out = train(flags)
     assert done.code == 0, done.output[-3000:]
@@ -71,26 +69,24 @@ def test_projector_without_zero3_resumes_to_the_bit(train, run):
     before = (out / "model.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoint-2")
     (out / "model.safetensors").unlink()
-    done = run(command, NUM_PROCESSES=2)
+    done = run(command, NUM_PROCESSES=2, BF16_ON_CPU=1)
     assert done.code == 0 and f"resuming from {out}/checkpoint-1" in done.output, done.output[-3000:]
     assert (out / "model.safetensors").read_bytes() == before
     again = load_file(out / "checkpoint-2" / TRAINED)
     assert all(torch.equal(again[name], value) for name, value in last.items())
 
 
-def test_what_makes_no_sense_is_refused_in_a_line(train):
+def test_what_cannot_work_is_one_line(train):
     with pytest.raises(UserError, match="--train_parts: found 'head'; expected some of vision,projector,language"):
         read_parts("head,projector")
     assert read_parts("language,vision") == ["vision", "language"]
     done, _, _ = train("--config_file scripts/ddp.yaml --dry_run")
-    assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output[
-        -3000:
-    ]
+    assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output
     done, _, _ = train("--use_peft --train_parts projector --dry_run")
     assert done.code == 2 and "give one of the two" in done.output, done.output[-3000:]
 
 
-def test_every_parameter_is_of_one_part_and_clips_end_never_trains(demo):
+def test_every_parameter_is_of_one_part_and_clips_last_layer_never_trains(demo):
     config, names = LlavaNextConfig.from_pretrained(demo.model), weights(demo.model)
     owners = {name: [part for part in PARTS if trains(name, [part], config)] for name in names}
     none = {name for name, parts in owners.items() if not parts}

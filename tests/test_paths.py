@@ -1,7 +1,7 @@
-"""Every documented way to train, walked from end to end with train.sh, on real ranks with the tiny model.
+"""Every documented way to train, from end to end with train.sh, on real ranks with the tiny model.
 
-Launch recipe x ranks x method x sampling, by pairs: evaluated before step 1, trained, evaluated and saved at each step,
-killed with -9, started again, saved, validated, used; an adapter is also merged. What cannot work is one line.
+Launch recipe x ranks x method x sampling: each run is evaluated before step 1, trains, is evaluated and saved at each
+step, is killed with -9, is started again, and its model is validated and used; an adapter is also merged.
 """
 
 import csv
@@ -11,11 +11,12 @@ import time
 import pytest
 
 from animals.checkpoint.check import check_files, check_weights
+from animals.checkpoint.steps import missing_files
 from tests.conftest import start
 
 LORA = "--use_peft --lora_r 4"
 DDP = "--config_file scripts/ddp.yaml"
-PATHS = {  # every pair of two columns stands here at least once
+PATHS = {  # every pair of values from two columns is here at least once
     "zero3-1-full-random": (1, "--train_sampling_strategy random"),
     "zero3-2-full-rebalance": (2, ""),
     "zero3-2-lora-random": (2, f"{LORA} --train_sampling_strategy random"),
@@ -23,7 +24,7 @@ PATHS = {  # every pair of two columns stands here at least once
     "ddp-1-lora-random": (1, f"{DDP} {LORA} --train_sampling_strategy random"),
     "ddp-2-lora-rebalance": (2, f"{DDP} {LORA}"),
     "ddp-1-qlora-rebalance": (1, f"{DDP} {LORA} --load_in_4bit"),
-    "zero3-2-whole-rebalance": (2, "--image_view whole"),
+    "zero3-2-whole-rebalance": (2, ""),  # of a folder that scripts/whole_view.py has written
     "ddp-1-projector-rebalance": (1, f"{DDP} --train_parts projector"),
     "ddp-2-qlora-random": (2, f"{DDP} {LORA} --load_in_4bit --train_sampling_strategy random"),
 }
@@ -36,24 +37,27 @@ STEPS = (
 @pytest.mark.parametrize("name", PATHS)
 def test_path(name, demo, others_pictures, run, tmp_path):
     ranks, flags = PATHS[name]
-    out, data = tmp_path / "out", f"--input_dir {others_pictures} --temp_dir {tmp_path}/cache"
+    out, data, model = tmp_path / "out", f"--input_dir {others_pictures} --temp_dir {tmp_path}/cache", demo.model
+    if "whole" in name:
+        model = tmp_path / "model-whole"
+        assert run(f"python scripts/whole_view.py {demo.model} {model}").code == 0
     command = (
-        f"sh train.sh {data} --model_name_or_path {demo.model} --output_dir {out} --logging_dir {tmp_path}/logs "
+        f"sh train.sh {data} --model_name_or_path {model} --output_dir {out} --logging_dir {tmp_path}/logs "
         f"{STEPS} {flags}"
     )
     first = start(command, NUM_PROCESSES=ranks)
-    while not (out / "checkpoint-1").exists() and first.poll() is None:
+    while missing_files(out / "checkpoint-1") and first.poll() is None:
         time.sleep(0.1)
-    first.kill()  # -9; the ranks end with their launcher
+    first.kill()  # with -9; the ranks end with their launcher
     output, _ = first.communicate()
-    assert (out / "checkpoint-1").exists(), output[-4000:]
+    assert not missing_files(out / "checkpoint-1"), output[-4000:]
 
     done = run(command, NUM_PROCESSES=ranks)
     assert done.code == 0, done.output[-4000:]
     assert f"resuming from {out}/checkpoint-" in done.output
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     evaluated = [log["step"] for log in state["log_history"] if "eval_accuracy" in log]
-    assert evaluated == [0, 1, 2, 3], "before step 1 and after each, and not again on the resume"
+    assert evaluated == [0, 1, 2, 3], "before step 1 and after each step, and not again after the resume"
 
     path = str(out)
     if "lora" in name:
@@ -80,7 +84,7 @@ def test_path(name, demo, others_pictures, run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (DDP, "scripts/deepspeed_zero3.yaml"),  # all weights on DDP: no float32 master, and CLIP's last layer unused
+        (DDP, "scripts/deepspeed_zero3.yaml"),  # all weights with DDP: no float32 master weights
         (f"{LORA} --load_in_4bit", "scripts/ddp.yaml"),  # ZeRO-3 cannot partition 4-bit weights
         (f"{DDP} --load_in_4bit", "--use_peft"),
     ],

@@ -1,8 +1,9 @@
-"""Kill a run, cut its files short, give it a bad loss: nothing is lost, and what happened is said.
+"""Kill a run, cut its files short, give it a bad loss: no work is lost, and a message says what happened.
 
-`sh tests/helpers/soak.sh` does the killing ten times, on 1 and 2 ranks.
+`sh tests/helpers/soak.sh` kills each run 20 times, on 1 and 2 ranks.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from animals.checkpoint.steps import check_resume, newest_complete
+from animals.checkpoint.steps import check_resume, missing_files, newest_complete
 from animals.command import UserError
 from tests.conftest import start
 
@@ -52,7 +53,7 @@ def run_until(line, command, then, **environment):
 
 @pytest.fixture(scope="module")
 def uninterrupted_on(demo, run, tmp_path_factory):
-    """-> a function: output_dir of a run on so many ranks that nothing disturbed."""
+    """-> a function of the number of ranks: output_dir of a run that nothing has interrupted."""
 
     @functools.cache
     def finish(ranks):
@@ -70,35 +71,53 @@ def uninterrupted(uninterrupted_on):
     return uninterrupted_on(2)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ranks, tmp_path, request):
-    """kill -9 and SIGTERM in turn, at random moments after the first step; the last start runs to the end."""
-    out, rng = tmp_path / "sft", random.Random(0)
-    outputs = []
-    for kill in range(request.config.getoption("--kills")):
-        number = (signal.SIGTERM, signal.SIGKILL)[kill % 2]
+def wait_for_a_save(out, process):
+    """Until the run writes a checkpoint that it began after this call, and another one is complete."""
+    started = time.time()
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # a folder that is deleted meanwhile
+            incomplete = [path for path in out.glob("checkpoint-*") if missing_files(path)]
+            if newest_complete(out)[0] and any(path.stat().st_mtime >= started for path in incomplete):
+                return
+        time.sleep(0.002)
 
-        def end(process, number=number):
-            time.sleep(rng.uniform(0, 4))
+
+@pytest.mark.parametrize(("ranks", "saving"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2-saving"])
+def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ranks, saving, tmp_path, request):
+    """kill -9 and SIGTERM in turn after the first step, or always -9 and while it saves; the last start is left alone.
+
+    saving: with --save_total_limit 1, and a complete checkpoint is there after each kill.
+    """
+    out, rng, outputs, incomplete = tmp_path / "sft", random.Random(0), [], 0
+    run = command(demo, out, *(["--save_steps 1 --save_total_limit 1"] if saving else []))
+    for kill in range(request.config.getoption("--kills")):
+        number = signal.SIGTERM if kill % 2 == 0 and not saving else signal.SIGKILL
+
+        def end(process, number=number, most=(0.3 if kill else 0) if saving else 4):
+            if saving:
+                wait_for_a_save(out, process)
+            time.sleep(rng.uniform(0, most))
             process.send_signal(number)
 
-        code, output = run_until("{'loss'", command(demo, out), end, NUM_PROCESSES=ranks)
+        code, output = run_until("{'loss'", run, end, NUM_PROCESSES=ranks)
         outputs.append(output)
-        if code == 0:
-            continue  # it was faster than the signal
-        if number == signal.SIGTERM:
+        newest, passed_over = newest_complete(out)
+        if code == 0:  # the run was faster than the signal
+            shutil.rmtree(out)
+        elif number == signal.SIGTERM:
             assert code == 143, output[-3000:]
-            steps = output.count("{'loss'")
-            resumed = newest_complete(str(out))[0]
-            assert f"stopped after step {resumed.rsplit('-', 1)[1]}" in output and steps > 0
+            assert f"stopped after step {newest.rsplit('-', 1)[1]}" in output and "{'loss'" in output
         else:
             assert code == -9
-    code, output = run_until("nothing", command(demo, out), None, NUM_PROCESSES=ranks)
+            assert newest or not saving, output[-3000:]
+            incomplete += len(passed_over)
+    assert incomplete or not saving, "no kill met a checkpoint that was being written"
+    code, output = run_until("nothing", run, None, NUM_PROCESSES=ranks)
     assert code == 0, output[-3000:]
     assert any("resuming from" in text for text in [*outputs[1:], output])
     ours, theirs = load_file(out / "model.safetensors"), load_file(uninterrupted_on(ranks) / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
-    assert not (out / ".saving").exists()
+    assert not (out / ".saving").exists() and not any(map(missing_files, out.glob("checkpoint-*")))
 
 
 def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
@@ -116,19 +135,20 @@ def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
     assert last.startswith("error: rank 1 was killed by signal 9") and "sh train.sh" in last
 
 
-def test_levelled_micro_batches_resume_to_the_bit(demo, run, tmp_path):
-    flags = "--gradient_accumulation_steps 2 --max_steps 4 --save_steps 2"
-    done = run(command(demo, tmp_path / "whole", flags))
+def test_balanced_micro_batches_in_bfloat16_resume_to_the_bit(demo, run, tmp_path):
+    flags = "--gradient_accumulation_steps 2 --max_steps 4 --save_steps 2 --bf16 True"
+    done = run(command(demo, tmp_path / "all", flags), BF16_ON_CPU=1)
     assert done.code == 0, done.output[-3000:]
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
-    done = run(command(demo, tmp_path / "half", flags))
+    shutil.copytree(tmp_path / "all" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    done = run(command(demo, tmp_path / "half", flags), BF16_ON_CPU=1)
     assert done.code == 0 and "half/checkpoint-2" in done.output, done.output[-3000:]
-    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
-    assert whole.keys() == half.keys() and all(torch.equal(whole[name], half[name]) for name in whole)
+    complete, half = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "half"))
+    assert complete.keys() == half.keys() and all(torch.equal(complete[name], half[name]) for name in complete)
+    assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
 
 def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted, tmp_path):
-    """Every file of the newest checkpoint in turn: cut short, then gone."""
+    """Each file of the newest checkpoint in turn is cut short, then removed."""
     newest, _ = newest_complete(str(uninterrupted))
     assert newest.endswith(f"checkpoint-{STEPS}")
     files = [os.path.relpath(os.path.join(d, f), newest) for d, _, names in os.walk(newest) for f in names]
@@ -181,7 +201,7 @@ def test_accuracy_while_training_is_validations(demo, run, tmp_path):
     best = "--load_best_model_at_end --metric_for_best_model accuracy"
     done = run(command(demo, tmp_path / "sft", flags, best).replace("--eval_strategy no", ""), NUM_PROCESSES=2)
     assert done.code == 0, done.output[-3000:]
-    *_, line = [line for line in done.output.splitlines() if "'eval_accuracy'" in line]  # before step 1 too
+    *_, line = [line for line in done.output.splitlines() if "'eval_accuracy'" in line]  # the last one
     logged = float(line.split("'eval_accuracy': '")[1].split("'")[0])
     done = run(
         f"sh validation.sh --model_name_or_path {tmp_path}/sft/checkpoint-2 --input_dir {demo.input} "

@@ -1,21 +1,24 @@
-"""AnimalTrainer beside what it changes: no mask, the head let go, evaluation, fillers, the collator in a worker."""
+"""AnimalTrainer and what it changes: no mask in training, evaluation before step 1, fillers, the signals, the args."""
 
 import json
 import pickle
 import re
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import TrainerControl, TrainerState
 
 from animals.checkpoint.load import load_model, load_processor, load_weights
 from animals.command import UserError
 from animals.scoring.scorer import Scorer, score_batches
-from animals.training.batches import PictureCollator, fill_up, fillers
+from animals.training.batches import PictureCollator, add_fillers, fillers
 from animals.training.lora import LORA_TARGETS
-from animals.training.trainer import without_mask
+from animals.training.trainer import StopOnSignal, without_mask
 from config import Config
 
 
@@ -29,7 +32,7 @@ def row(path, size, label="cat"):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Pictures of three lengths, the shortest not last."""
+    """Pictures with three different numbers of tokens; the shortest is the first."""
     folder = tmp_path_factory.mktemp("rows")
     return [row(folder / f"{i}.png", size) for i, size in enumerate([(96, 96), (192, 192), (300, 90)])]
 
@@ -41,7 +44,7 @@ def collator(demo):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_loss_and_gradients_need_no_mask(demo, rows, collator, monkeypatch, lora):
-    """Right padding under causal attention, mixed lengths, float32; and SDPA gets is_causal, grouped heads, no mask."""
+    """The same loss and gradients in float32; SDPA gets is_causal and grouped heads instead of a mask."""
     batch = dict(collator(rows))
     batch.pop("pictures")
     assert batch["attention_mask"].sum(1).unique().numel() == 3, "padded"
@@ -67,7 +70,7 @@ def test_loss_and_gradients_need_no_mask(demo, rows, collator, monkeypatch, lora
         return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     loss, gradients = step()
-    assert set(calls) == {(False, False, False, 1)}, "with its mask: materialised, keys and values repeated"
+    assert set(calls) == {(False, False, False, 1)}, "with its mask: keys and values are repeated"
     calls.clear()
     base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
     loss_without, gradients_without = step()
@@ -78,7 +81,7 @@ def test_loss_and_gradients_need_no_mask(demo, rows, collator, monkeypatch, lora
 
 
 def test_scoring_keeps_its_mask(demo, rows, collator):
-    """The hook leaves evaluation alone: the scorer's 4-D mask and positions arrive."""
+    """In evaluation the hook changes nothing: the scorer's 4-D mask and positions reach the model."""
     scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
     batch = scorer.collate([Image.open(r["images"][0]) for r in rows])
     before = scorer.score(model, batch)
@@ -97,12 +100,10 @@ def test_fillers_leave_nothing_to_repeat(n, balanced):
 
 
 def test_a_filler_teaches_nothing_and_survives_a_worker(demo, rows, collator):
-    from types import SimpleNamespace
-
     data = Dataset.from_list([{**r, "image_tokens": tokens} for r, tokens in zip(rows, (136, 250, 200), strict=True)])
     args = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=2)
     args.train_sampling_strategy, args.length_column_name, args.dataloader_drop_last = "random", "image_tokens", False
-    filled = fill_up(data, args)
+    filled = add_fillers(data, args)
     assert filled["label"][:] == ["cat", "cat", "cat", None] and filled[3]["images"] == rows[0]["images"]
     loader = torch.utils.data.DataLoader(
         filled, batch_size=4, collate_fn=pickle.loads(pickle.dumps(collator)), num_workers=1,
@@ -137,13 +138,31 @@ def test_out_of_memory_in_step_is_one_line_and_no_halves(demo, rows, collator):
     assert scorer.score(model, batch).isfinite().all()
 
 
+def test_a_signal_saves_one_checkpoint_of_its_step(monkeypatch):
+    """--save_strategy epoch would save the same step again, and delete the complete checkpoint for it first."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop, state = StopOnSignal(), TrainerState(global_step=3, max_steps=9)
+    args, control = SimpleNamespace(device="cpu", world_size=1), TrainerControl()
+    stop.on_step_end(args, state, control)
+    assert not control.should_save and not control.should_training_stop
+    stop.on_signal(signal.SIGTERM, None)
+    stop.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop and stop.agreed == signal.SIGTERM
+    control.should_evaluate = True
+    stop.on_epoch_end(args, state, control)
+    assert not control.should_save and not control.should_evaluate
+    state.global_step, control.should_save = 9, True  # the last step, which was not saved at its end
+    stop.on_epoch_end(args, state, control)
+    assert control.should_save
+
+
 FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_device_train_batch_size 2 "
 FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20"
 
 
 @pytest.mark.parametrize("recipe", ["--config_file scripts/ddp.yaml --use_peft", "", "--use_peft"])
 def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
-    """DDP and ZeRO-3 on two ranks; what is measured first is the untuned model."""
+    """DDP and ZeRO-3 on two ranks; the first measurement is of the untuned model."""
     where = f"--model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "
     where += f"--logging_dir {tmp_path}/logs --output_dir {tmp_path}/sft"
     done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2)
