@@ -42,9 +42,8 @@ STEPS, SECONDS = 3, 60  # timed steps at least, and until so much time has passe
 class HostRam(threading.Thread):
     """Measures `peaks`, {phase: GiB of this machine's RAM}, on the main process. All ranks construct it.
 
-    On CPU ranks: by how much the ranks' resident memory together has grown since the imports. With GPUs: how much more
-    RAM the machine uses than at the start (pinned memory may be in no rank's resident memory), and in addition the
-    ranks' resident memory at the start.
+    On CPU ranks: by how much the ranks' resident memory together has grown since the imports. With GPUs: the ranks'
+    resident memory at the start and what the machine uses more since, because pinned memory may count for no rank.
     """
 
     def __init__(self, use_cpu):
@@ -61,8 +60,7 @@ class HostRam(threading.Thread):
         return sum(rank.memory_info().rss for rank in self.ranks)
 
     def used(self):
-        machine = psutil.virtual_memory()
-        return self.resident() if self.use_cpu else machine.total - machine.available
+        return self.resident() if self.use_cpu else psutil.virtual_memory().total - psutil.virtual_memory().available
 
     def run(self):
         with contextlib.suppress(psutil.NoSuchProcess):  # a rank died, which the launcher reports
@@ -103,12 +101,7 @@ class RehearsalTrainer(AnimalTrainer):
 
     def log(self, logs, *args, **kwargs):
         """Print nothing: losses and accuracy of a rehearsal say nothing about the run."""
-        self.state.log_history.append(logs)
-
-    def evaluate(self, *args, **kwargs):
-        self.ram.phase = "training"
-        say(f"rehearsal: evaluation of {len(self.eval_dataset)} pictures")
-        return super().evaluate(*args, **kwargs)
+        self.state.log_history.append({**logs, "step": self.state.global_step})
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The library's, timed; for the first step the heaviest micro-batch of the run, on all ranks, each time."""
@@ -118,8 +111,9 @@ class RehearsalTrainer(AnimalTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         self.fetches.append((started, time.perf_counter()))
         if len(self.fetches) == 1:
-            heaviest = self.heaviest()
-            say(f"rehearsal: a step on the heaviest micro-batch of the run: {self.describe(heaviest)}")
+            self.ram.phase = "training"
+            heaviest, text = self.heaviest()
+            say(f"rehearsal: a step on the heaviest micro-batch of the run: {text}")
             heavy = self.data_collator([self.train_dataset[i] for i in heaviest])
             batches = [dict(heavy) for _ in batches]  # training_step() takes `pictures` out of each
         elif len(self.fetches) == 2:
@@ -129,18 +123,17 @@ class RehearsalTrainer(AnimalTrainer):
             self.state.max_steps = self.state.global_step + 1  # this step is the last one
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def heaviest(self) -> list[int]:
-        """Indices of the pictures in the micro-batch with the most tokens of the whole run."""
+    def heaviest(self) -> tuple[list[int], str]:
+        """The micro-batch with the most tokens of the complete run: indices of its pictures, and its size in words."""
         args, image_tokens = self.run_args, list(self.train_dataset[self.args.length_column_name])
-        if args.train_sampling_strategy != "batch_rebalance":  # any pictures may come together, also the longest
-            return sorted(range(len(image_tokens)), key=image_tokens.__getitem__)[-args.per_device_train_batch_size :]
-        per_epoch, steps = count_steps(args, self.pictures)
-        run = shuffle_seed(args), -(-steps // per_epoch), self.scorer.text_tokens
-        return heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)[0]
-
-    def describe(self, indices) -> str:
-        longest = max(self.train_dataset[self.args.length_column_name][i] for i in indices)
-        return f"{len(indices)} pictures, the longest of {longest} image tokens"
+        if args.train_sampling_strategy == "batch_rebalance":
+            per_epoch, steps = count_steps(args, self.pictures)
+            run = shuffle_seed(args), -(-steps // per_epoch), self.scorer.text_tokens
+            chosen, _ = heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)
+        else:  # any pictures may come together, also the longest
+            chosen = sorted(range(len(image_tokens)), key=image_tokens.__getitem__)[-args.per_device_train_batch_size :]
+        longest = max(image_tokens[i] for i in chosen)
+        return chosen, f"{len(chosen)} pictures, the longest of {longest} image tokens"
 
     def _save_checkpoint(self, model, trial):
         say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
@@ -150,34 +143,31 @@ class RehearsalTrainer(AnimalTrainer):
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
         started = time.perf_counter()
         self._save_checkpoint(self.model, None)
-        found = {"gb": 0.0, "seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
+        seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         sizes = {path: path.stat().st_size / 1e9 for path in folder.rglob("*") if path.is_file()}
-        found["gb"] = sum(sizes.values())
         for path in sizes:  # a resumed run finds no page of it in RAM
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if not self.args.save_only_model:
-            found["seconds_to_read"] = self.read_back(str(folder))
-        return found, sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
-
-    def read_back(self, folder) -> float:
-        """Load the checkpoint on all ranks, as a resumed run does, and return the seconds it took."""
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
         if not self.args.use_cpu:
             torch.accelerator.empty_host_cache()
-        self.ram.phase = "resume"
-        say("rehearsal: the checkpoint is read again")
-        barrier()
-        started = time.perf_counter()
-        load_as_resumed(self, folder)
-        barrier()
-        return time.perf_counter() - started
+        if not self.args.save_only_model:
+            self.ram.phase = "resume"
+            say("rehearsal: the checkpoint is read again")
+            barrier()
+            started = time.perf_counter()
+            load_as_resumed(self, str(folder))
+            barrier()
+            seconds["seconds_to_read"] = time.perf_counter() - started
+        weights_gb = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
+        return {"gb": sum(sizes.values()), **seconds}, weights_gb
 
     def rehearse(self, logging_dir, versions):
         """All of it: print the figures and write rehearsal.json. All ranks; UserError with what would not fit."""
         args, checkpoint, weights_gb = self.run_args, None, None
+        say(f"rehearsal: evaluation of {len(self.eval_dataset)} pictures")
         try:
             self.train()
             ended, gpus = time.perf_counter(), measure_gpus(args.use_cpu)
@@ -185,7 +175,7 @@ class RehearsalTrainer(AnimalTrainer):
                 checkpoint, weights_gb = self.try_checkpoint()
         except torch.OutOfMemoryError as error:
             when = "before" if self.ram.phase == "start" else "after" if self.state.global_step else "with"
-            raise UserError(out_of_memory(error, self.describe(self.heaviest()), when)) from None
+            raise UserError(out_of_memory(error, self.heaviest()[1], when)) from None
         finally:
             self.ram.phase = None
             if main_process():
@@ -193,13 +183,13 @@ class RehearsalTrainer(AnimalTrainer):
         if not main_process():
             return
         timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[1:], (ended, 0)])]
-        seconds_per_step = statistics.median(seconds for seconds, _ in timed)
+        step = statistics.median(seconds for seconds, _ in timed)
         evaluation = self.state.log_history[0]["eval_runtime"] / self.evaluated_share
         steps, events = count_steps(args, self.pictures)[1], count_events(args, self.pictures)
         found = {
-            "seconds_per_step": seconds_per_step,
+            "seconds_per_step": step,
             "waiting_for_data": sum(wait for _, wait in timed) / sum(seconds for seconds, _ in timed),
-            "hours": hours_of_run(steps, *events, seconds_per_step, evaluation, checkpoint, weights_gb),
+            "hours": hours_of_run(steps, *events, step, evaluation, checkpoint, weights_gb),
             "gpus": gpus,
             "host_gib": {phase: self.ram.peaks.get(phase) for phase in ("start", "training", "resume")},
             "checkpoint": checkpoint,
@@ -221,9 +211,8 @@ def measure_gpus(use_cpu) -> list[dict]:
     """{name, allocated_gib, reserved_gib} of each rank's GPU at its peak, [] on CPU ranks. All ranks."""
     if use_cpu:
         return []
-    allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    name = torch.cuda.get_device_name()
-    return gather_object([{"name": name, "allocated_gib": allocated, "reserved_gib": reserved}])
+    peaks = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    return gather_object([{"name": torch.cuda.get_device_name(), **{k: peak / GIB for k, peak in peaks.items()}}])
 
 
 def hours_of_run(steps, evaluations, saves, seconds_per_step, seconds_per_evaluation, checkpoint, weights_gb):

@@ -61,14 +61,6 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
 
 
-class FreePinned(TrainerCallback):
-    """Gives back the pinned host RAM that loading and partitioning the weights used."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if torch.accelerator.is_available():  # without a GPU the next line raises
-            torch.accelerator.empty_host_cache()
-
-
 def without_mask(module, args, kwargs):
     """Forward pre-hook of the language model: training needs no attention mask.
 
@@ -122,7 +114,6 @@ class AnimalTrainer(SFTTrainer):
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             release_head_early(self.model, base)
-        self.add_callback(FreePinned())
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint:
@@ -139,6 +130,8 @@ class AnimalTrainer(SFTTrainer):
         return self.sampler
 
     def _run_epoch(self, **kwargs):
+        if not self.args.use_cpu:  # the pinned host RAM that loading and partitioning the weights used
+            torch.accelerator.empty_host_cache()
         if self.sampler:  # after a resume the library does not reach it through its wrappers
             self.sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(**kwargs)
