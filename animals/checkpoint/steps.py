@@ -14,9 +14,7 @@ from animals.files import read_json, replacing
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
 SAVING = ".saving"  # a folder in output_dir, in which the final model is written before it is moved into output_dir
-
-# Files and folders of a checkpoint that a resumed run needs and the final model does not.
-ONLY_FOR_RESUMING = re.compile(
+ONLY_FOR_RESUMING = re.compile(  # beginnings of the names in a checkpoint that the final model does not have
     r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|trained_float32|(run|complete)\.json|README"
 )
 
@@ -27,21 +25,20 @@ def write_manifest(folder):
     The disk holds all files before MANIFEST appears, and all names before older checkpoints are deleted.
     """
     files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    for path in [*files, *{os.path.dirname(path) for path in files}]:
-        flush_to_disk(path)
+    flush_to_disk(*files, *{os.path.dirname(path) for path in files})
     with replacing(os.path.join(folder, MANIFEST)) as file:
         json.dump({os.path.relpath(path, folder): os.path.getsize(path) for path in files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    flush_to_disk(folder)
-    flush_to_disk(os.path.join(folder, os.pardir))
+    flush_to_disk(folder, os.path.dirname(os.path.abspath(folder)))
 
 
-def flush_to_disk(path):
-    """Wait until the disk holds the content of a file, or the names in a folder."""
-    opened = os.open(path, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
+def flush_to_disk(*paths):
+    """Wait until the disk holds the content of these files, and the names in these folders."""
+    for path in paths:
+        opened = os.open(path, os.O_RDONLY)
+        os.fsync(opened)
+        os.close(opened)
 
 
 def missing_files(folder) -> list[str]:
@@ -50,8 +47,8 @@ def missing_files(folder) -> list[str]:
         sizes = read_json(os.path.join(folder, MANIFEST))
     except (OSError, UserError):
         return [MANIFEST]
-    found = {name: os.path.join(folder, name) for name in sizes}
-    return [n for n, path in found.items() if not os.path.isfile(path) or os.path.getsize(path) != sizes[n]]
+    paths = {name: os.path.join(folder, name) for name in sizes}
+    return [n for n, path in paths.items() if not os.path.isfile(path) or os.path.getsize(path) != sizes[n]]
 
 
 def newest_complete(output_dir) -> tuple[str | None, list[str]]:

@@ -2,10 +2,10 @@
 
     sh train.sh --train_parts projector --config_file scripts/ddp.yaml --learning_rate 1e-3
 
-`image_newline` belongs to the projector, `lm_head` to the language model. CLIP's last layer never trains: the language
-model reads the layer before it. Without ZeRO-3, which keeps float32 master weights, the trained weights themselves are
-float32 and compute under autocast: at a learning rate of 2e-5 most bfloat16 weights would never change. They are saved
-in the type in which the model was loaded, and exactly, for resuming, in the file TRAINED of each checkpoint-N.
+CLIP's last layer never trains: the language model reads the one before it. Without ZeRO-3, which keeps float32 master
+weights, the trained weights themselves are float32 and compute under autocast: at a learning rate of 2e-5 most bfloat16
+weights would never change. They are saved in the type in which the model was loaded; for resuming, a checkpoint-N also
+has them exactly, in TRAINED.
 """
 
 import os
@@ -13,7 +13,7 @@ import re
 
 from animals.command import UserError
 
-PARTS = {  # part -> pattern for the beginning of its parameters' names
+PARTS = {  # part -> how its parameters' names begin
     "vision": r"model\.vision_tower\.",
     "projector": r"model\.(multi_modal_projector\.|image_newline$)",
     "language": r"(model\.language_model|lm_head)\.",
