@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from animals.checkpoint.steps import check_resume, missing_files, newest_complete
+from animals.checkpoint.steps import check_resume, delete_incomplete, missing_files, newest_complete
 from animals.command import UserError
 from tests.conftest import start
 
@@ -153,7 +153,7 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
     assert newest.endswith(f"checkpoint-{STEPS}")
     files = [os.path.relpath(os.path.join(d, f), newest) for d, _, names in os.walk(newest) for f in names]
     assert len(files) > 10 and any("global_step" in name for name in files)
-    older = sorted(uninterrupted.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
+    older = uninterrupted / f"checkpoint-{STEPS - 3}"
     for name in files:
         for harm in ("cut", "remove"):
             copy = tmp_path / "run"
@@ -167,6 +167,8 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
             found, passed_over = newest_complete(str(copy))
             assert found == str(copy / older.name), (name, harm)
             assert len(passed_over) == 1 and f"checkpoint-{STEPS}" in passed_over[0]
+            delete_incomplete(copy)  # as the next save does; rotation would keep it as the newest
+            assert os.listdir(copy) == [older.name]
             shutil.rmtree(copy)
 
 

@@ -11,6 +11,7 @@ import shutil
 
 from animals.command import UserError
 from animals.files import read_json, replacing
+from animals.ranks import say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
 SAVING = ".saving"  # a folder in output_dir, in which the final model is written before it is moved into output_dir
@@ -66,7 +67,7 @@ def delete_incomplete(output_dir):
     """Delete each incomplete checkpoint-N, which rotation would count. Main process only, before a save."""
     for path in saved_steps(output_dir).values():
         if missing_files(path):
-            print(f"{path} is incomplete and is deleted", flush=True)
+            say(f"{path} is incomplete and is deleted")
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from animals.checkpoint.steps import SAVING, delete_incomplete, move_in, newest_
 from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
 from animals.files import write_json
-from animals.ranks import barrier, main_process
+from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, batch_sizes, shuffle_seed
@@ -44,9 +44,8 @@ class StopOnSignal(TrainerCallback):
         if self.received == signal.SIGINT == number:
             os._exit(128 + number)
         self.received = number
-        if main_process():
-            name = signal.Signals(number).name
-            print(f"\n{name}: saving a checkpoint at the end of this step (Ctrl-C twice ends at once)", flush=True)
+        name = signal.Signals(number).name
+        say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C twice ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
         number = torch.tensor(self.received, device=args.device)
@@ -76,16 +75,15 @@ def release_head_early(model, base):
     """ZeRO-3: gather the head's weight with the final norm, and release it after the norm's backward pass.
 
     TRL reads lm_head.weight without calling the head. DeepSpeed notices this in the first forward pass, registers the
-    weight with the outermost module, and then keeps it gathered through the whole backward pass: 131 M elements that
-    the prefetch cannot use. The loss comes right after the final norm, so the weight is registered with that norm, as
-    DeepSpeed documents, and DeepSpeed's own registration is removed.
+    weight with the outermost module and keeps it gathered through the whole backward pass: the prefetch lacks the room
+    of 131 M elements. The loss follows the final norm, so the weight is registered there, as DeepSpeed documents.
     """
     from deepspeed.runtime.zero.partition_parameters import register_external_parameter, unregister_external_parameter
 
     head, norm = base.get_output_embeddings().weight, base.model.language_model.norm
     register_external_parameter(norm, head)
 
-    def unregister(module, inputs, output):
+    def unregister(module, inputs, output):  # DeepSpeed's own registration
         with contextlib.suppress(RuntimeError):  # the weight is not registered with this module
             unregister_external_parameter(module, head)
 
