@@ -3,9 +3,10 @@
 Evaluates a few pictures, takes one step on the heaviest micro-batch that the run will form (memory, warm-up), then the
 run's own first steps, at least three and about a minute; writes a checkpoint to <output_dir>.rehearsal, reads it again
 on all ranks and deletes it. Prints what was measured, and leaves <logging_dir>/<run name>/rehearsal.json, nothing else:
-  seconds_per_step (the median) · waiting_for_data (share of the steps' time) · hours (of the whole run, evaluations and
-  checkpoints included) · gpus [{name, allocated_gib, reserved_gib}, one per rank] · host_gib {start, training, resume},
-  null for a phase that did not happen · checkpoint {gb, seconds_to_write, seconds_to_read} or null · versions
+  seconds_per_step (the median) · waiting_for_data (share of the steps' time, main process) · hours (of the complete run
+  with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib}, one per rank] · host_gib {start
+  (until the first step), training, resume}, null for a phase that did not happen · checkpoint {gb, seconds_to_write,
+  seconds_to_read} or null · versions
 """
 
 import contextlib
@@ -216,7 +217,7 @@ def measure_gpus(use_cpu) -> list[dict]:
 
 
 def hours_of_run(steps, evaluations, saves, seconds_per_step, seconds_per_evaluation, checkpoint, weights_gb):
-    """Hours of the whole run: its steps, evaluations, checkpoints, and the final model, which is weights alone."""
+    """Hours of the complete run: its steps, evaluations, checkpoints, and the final model, which is weights alone."""
     seconds = steps * seconds_per_step + evaluations * seconds_per_evaluation
     if checkpoint:
         seconds += checkpoint["seconds_to_write"] * (saves + weights_gb / checkpoint["gb"])
