@@ -18,7 +18,7 @@ from animals.scoring.metrics import (
     measure,
     paired,
     wilson_interval,
-    without_leaks,
+    without_duplicates,
 )
 from animals.scoring.report import read_report
 from config import Config
@@ -119,7 +119,7 @@ def test_answered():
     assert rows[0.9] == (0.25, 1) and rows[0.98] == (0, None) and list(rows) == [k / 100 for k in range(100)]
 
 
-def test_the_interval_of_look_alikes_covers():
+def test_the_interval_of_near_duplicates_covers():
     """Groups of one to five pictures named alike: at n / design effect 95 % hold the truth, at n far fewer."""
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), np.arange(100) % 5 + 1)
@@ -135,19 +135,19 @@ def test_the_interval_of_look_alikes_covers():
     assert wilson_interval(240, 300, 2) == pytest.approx(proportion_confint(120, 150, method="wilson"))
 
 
-def test_leaks_are_taken_out():
-    """30 of 71 leaked, by hand."""
+def test_duplicates_are_taken_out():
+    """30 of 71 pictures are in train too; by hand."""
     pictures, right = [f"{i}.jpg" for i in range(71)], [i % 3 > 0 for i in range(71)]
     group = {picture: i // 2 for i, picture in enumerate(pictures)}
-    known = {"identical": set(pictures[:20]) | {"not scored.jpg"}, "look_alikes": set(pictures[15:30]), "group": group}
-    found = without_leaks(pictures, right, known)
-    assert (found["checked"], found["identical"], found["look_alikes"], found["groups"]) == (True, 20, 10, 36)
+    known = {"identical": set(pictures[:20]) | {"not scored.jpg"}, "near_duplicates": set(pictures[15:30]), "group": group}
+    found = without_duplicates(pictures, right, known)
+    assert (found["checked"], found["identical"], found["near_duplicates"], found["groups"]) == (True, 20, 10, 36)
     assert (found["n_without"], found["accuracy_without"]) == (41, sum(right[30:]) / 41)
     effect = (20 * 4 + 1) / 41
     low, high = proportion_confint(sum(right[30:]) / effect, 41 / effect, method="wilson")
     assert found["accuracy_without_ci95"] == pytest.approx([low, high])
-    assert without_leaks(pictures, right, None) == dict.fromkeys(found) | {"checked": False}
-    everything = without_leaks(pictures[:3], right[:3], known)
+    assert without_duplicates(pictures, right, None) == dict.fromkeys(found) | {"checked": False}
+    everything = without_duplicates(pictures[:3], right[:3], known)
     assert (everything["n_without"], everything["accuracy_without"]) == (0, None)
 
 
