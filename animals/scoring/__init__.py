@@ -1,4 +1,4 @@
-"""How good is a checkpoint: the scorer, the numbers, the rivals, the label audit, the report and its pages;
-and what is done with the answers: serve, sort. The scorer loads its model and works on any rank; nothing
-here trains, and neither trl nor deepspeed is imported.
+"""How good is a checkpoint: the scorer, the numbers, the report and its pages, an encoder's features.
+The scorer loads its model and works on any rank. Nothing here trains, and nothing imports trl or deepspeed.
+What only one command in scripts/ needs lives in that command's file, not here.
 """

@@ -1,6 +1,6 @@
-"""What a validation run leaves behind: report.json, predictions.csv, report.html and two plots.
+"""What a validation run leaves: report.json, predictions.csv and report.html in one folder, and index.html beside it.
 
-Beside the reports' folders stands index.html, which each run writes again (page.py makes the pages).
+The console's tables are printed here too. page.py makes the pages.
 """
 
 import csv
@@ -10,15 +10,15 @@ import os
 from animals.command import UserError
 from animals.files import write_json
 from animals.scoring.page import report_page, write_index
-from animals.scoring.plots import confusion_figure, reliability_figure
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
 
 
 def write_report(report, rows, folder, language="en"):
-    """Everything about one run into `folder`, and the index beside that.
+    """Write the files of one run into `folder`, then the index of all reports beside it.
 
-    All is made beside it first; an interrupted run leaves the old report.
+    report, rows: as validation.validate() returns them. The files are made in a folder beside it first, so that an
+    interrupted run leaves the old report.
     """
     new = f"{os.path.normpath(folder)}.new"
     os.makedirs(new, exist_ok=True)
@@ -28,8 +28,6 @@ def write_report(report, rows, folder, language="en"):
         writer.writeheader()
         writer.writerows(rows)
     write_json(os.path.join(new, "report.json"), report)
-    confusion_figure(report).savefig(os.path.join(new, "confusion_matrix.png"), dpi=150)
-    reliability_figure(report).savefig(os.path.join(new, "reliability.png"), dpi=150)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
         file.write(report_page(report, rows, folder, language))
     for name in os.listdir(new):
@@ -39,7 +37,7 @@ def write_report(report, rows, folder, language="en"):
 
 
 def read_report(path):
-    """(report, rows) as they were written, from a report folder or a file in it. Raises UserError if they are not."""
+    """(report, rows) as they were written, of a report's folder or a file in it. Raises UserError if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
@@ -58,8 +56,7 @@ def read_report(path):
 
 
 def print_report(report, folder):
-    """The tables for people, then the line for programs."""
-    low, high = report["accuracy_ci95"]
+    """Print the tables for people, then the line of JSON for programs."""
     part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
     print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'95 % interval':>14} {'f1':>6}")
     for label, row in report["per_class"].items():
@@ -68,19 +65,16 @@ def print_report(report, folder):
             f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {interval:>14} {row['f1']:>6.3f}"
         )
     print(
-        f"\naccuracy {report['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {report['n']}{part}; chance "
+        f"\naccuracy {report['accuracy']:.4f} ({interval_of(report['accuracy_ci95'])}, n = {report['n']}{part}; chance "
         f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
         f"{report['macro_f1']:.4f}"
     )
-    print("\n".join([leaks_line(report), certainty_line(report), answered_line(report)]))
-    if report["comparison"]:
-        print_comparison(report["comparison"])
-    print(f"\n{'rival':<12} {'accuracy':>8}  95 % interval   {'this less it':>12}  95 % interval      {'p':>7}")
-    for row in report["baselines"]:
-        interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
+    print("\n".join([duplicates_line(report), calibration_line(report), answered_line(report)]))
+    if c := report["comparison"]:
         print(
-            f"{row['name']:<12} {row['accuracy']:>8.4f}  {interval}  {row['difference']:>+12.4f}  "
-            f"{difference[0]:+.4f}, {difference[1]:+.4f}  {row['mcnemar_p']:>7.3g}"
+            f"against {c['model']}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} "
+            f"({interval_of(c['difference_ci95'], '+.4f')}); {c['only_this']} pictures only this one has right, "
+            f"{c['only_other']} only the other; McNemar's exact p = {c['mcnemar_p']:.3g}"
         )
     print(
         f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
@@ -89,46 +83,50 @@ def print_report(report, folder):
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
 
 
-def leaks_line(report):
-    """How far the accuracy can be trusted: what of the held-out pictures training has seen."""
-    leaks, n = report["leaks"], report["n"]
-    if not leaks["checked"]:
-        return "leaks: not known; `python data_process_utils.py` looks for pictures that are in both splits"
-    line = f"leaks: none of the {n} pictures has a twin or look-alike in train"
-    if leaks["n_without"] < n:
-        line = f"leaks: {n - leaks['n_without']} of the {n} pictures have a twin ({leaks['identical']}) or look-alike "
-        line += f"({leaks['look_alikes']}) in train"
-        if leaks["n_without"]:
-            low, high = leaks["accuracy_without_ci95"]
-            line += f"; accuracy without them {leaks['accuracy_without']:.4f} (95 % interval {low:.4f} to {high:.4f}, "
-            line += f"n = {leaks['n_without']})"
-    if leaks["groups"] < n:
-        line += f"; look-alikes among them: {leaks['groups']} groups, so the intervals are taken at n / "
-        line += f"{report['design_effect']:.2f} (design effect)"
+def interval_of(bounds, form=".4f"):
+    return f"95 % interval {bounds[0]:{form}} to {bounds[1]:{form}}"
+
+
+def duplicates_line(report):
+    """How many held-out pictures training has seen too, and the accuracy without them."""
+    found, n = report["duplicates"], report["n"]
+    if not found["checked"]:
+        return "duplicates: not known; `python data_process_utils.py` looks for pictures that are in both splits"
+    line = f"duplicates: none of the {n} pictures is identical to a training picture or a near-duplicate of one"
+    if found["n_without"] < n:
+        line = f"duplicates: {found['identical']} of the {n} pictures are identical to a training picture, "
+        line += f"{found['near_duplicates']} are near-duplicates of one"
+        if found["n_without"]:
+            line += f"; accuracy without them {found['accuracy_without']:.4f} "
+            line += f"({interval_of(found['accuracy_without_ci95'])}, n = {found['n_without']})"
+    if found["groups"] < n:
+        line += f"; the pictures form {found['groups']} groups of near-duplicates, so the intervals are those of "
+        line += f"n / {report['design_effect']:.2f} (design effect)"
     return line
 
 
-def certainty_line(report):
-    found = report["calibration"]
-    noise = found["ece_if_calibrated"]
-    verdict = found["verdict"] if found["verdict"] != "calibrated" else f"calibrated, as far as {report['n']} can tell"
+def calibration_line(report):
+    found, noise = report["calibration"], report["calibration"]["ece_if_calibrated"]
+    few = f", as far as {report['n']} pictures can tell" if found["verdict"] == "calibrated" else ""
     return (
-        f"certainty: {verdict}; calibration error {found['ece']:.4f}, a perfectly calibrated model shows "
-        f"{noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"
+        f"calibration: {found['verdict']}{few}; expected calibration error {found['ece']:.4f}; a perfectly calibrated "
+        f"model shows {noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"
     )
 
 
 def answered_line(report):
-    """What test.py --min_probability would cost and bring."""
+    """What test.py --min_probability would leave out, and how accurate the rest would be."""
     chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
     said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
-    return f"test.py --min_probability: {', '.join(said) or 'every answer is less certain than 0.5'}"
+    return f"test.py --min_probability: {', '.join(said) or 'every answer has a probability below 0.5'}"
 
 
-def print_comparison(c):
-    (low, high), name = c["difference_ci95"], c["model"]
-    print(
-        f"against {name}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} (95 % interval "
-        f"{low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, {c['only_other']} only the "
-        f"other; McNemar's exact p = {c['mcnemar_p']:.3g}"
-    )
+def print_baselines(rows):
+    """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
+    print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
+    for row in rows:
+        interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
+        print(
+            f"{row['name']:<12} {row['accuracy']:>8.4f}  {interval}  {row['difference']:>+10.4f}  "
+            f"{difference[0]:+.4f}, {difference[1]:+.4f}  {row['mcnemar_p']:>7.3g}"
+        )

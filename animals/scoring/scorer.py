@@ -1,25 +1,24 @@
-"""Log-probabilities of all labels for pictures, in one forward pass a batch: nothing is generated."""
+"""Log-probabilities of all labels for pictures, in one forward pass per batch. Nothing is generated."""
 
 import sys
 from collections import Counter
 
 import config as settings
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.task import settings_for
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
 from animals.ranks import main_process, say
 
-LONG_PROMPT = 200  # tokens; the ten animals make 53
+LONG_PROMPT = 200  # tokens; a longer one is reported; the ten animals make 53
 
 
 class Scorer:
     """Log-probabilities of all labels for a batch of pictures, in one forward pass.
 
-    The answers ride behind the prompt in one sequence, each seeing the prompt and itself only (4-D attention mask),
-    with positions that restart at the prompt's end. What a label scores is what teacher forcing gives it alone: the
-    sum of log p over its answer tokens and </s>, tokenised within the whole conversation. Prompts are padded on the
-    left, so the answers stand in the same columns of every row of a batch.
+    The answers follow the prompt in one sequence. Each answer sees the prompt and itself only (4-D attention mask), and
+    its positions start again at the prompt's end. So a label gets what teacher forcing gives it alone: the sum of log p
+    over its answer tokens and </s>, tokenised within the complete conversation. Prompts are padded on the left, so that
+    the answers are in the same columns of every row of a batch.
     """
 
     def __init__(self, processor, config):
@@ -27,9 +26,7 @@ class Scorer:
         import torch
 
         self.processor, self.config, self.labels = processor, config, config.labels
-        self.most = sys.maxsize  # pictures that fit into memory at once, as far as is known
-        prompt = self._token_ids()
-        answers = []  # per label: token ids, </s> last
+        prompt, answers = self._token_ids(), []  # answers: each label's token ids, </s> last
         for label in self.labels:
             tokens = self._token_ids(label)
             if tokens[: len(prompt)] != prompt or len(tokens) < len(prompt) + 2:
@@ -38,25 +35,24 @@ class Scorer:
         if len({tuple(answer) for answer in answers}) < len(answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
         self.answers = answers
-        self.text_tokens = len(prompt) - 1 + max(map(len, answers))  # of a training example, beside its picture's
+        self.text_tokens = len(prompt) - 1 + max(map(len, answers))  # the most of an example, beside its picture's
         if len(prompt) > LONG_PROMPT:
             say(
                 f"the question takes {len(prompt) - 1} tokens beside each picture's, with {len(self.labels)} labels in "
                 "it; --prompt without {labels} makes it short"
             )
-        # </s> is predicted but never fed. Each fed token: its id, its label, its place in the answer.
+        # The model predicts </s> but never reads it. For each token that it reads: id, label, place in the answer.
         fed = [(t, k, i) for k, answer in enumerate(answers) for i, t in enumerate(answer[:-1])]
         self.fed_ids, self.fed_label, self.fed_place = torch.tensor(fed).T  # each [fed]
-        # Each predicted token: its id, its label, and the kept logit that predicts it (0 is the prompt's last token).
+        # For each predicted token: id, label, and which of the kept logits predicts it (0: the prompt's last token's).
         predicted, row = [], 0
         for k, answer in enumerate(answers):
-            for i, token in enumerate(answer):
-                predicted.append((token, k, row + i if i else 0))
+            predicted += [(token, k, row + i if i else 0) for i, token in enumerate(answer)]
             row += len(answer) - 1
         self.target_ids, self.target_label, self.target_row = torch.tensor(predicted).T  # each [predicted]
 
     def _text(self, label=None):
-        """The conversation as the model reads it, BOS included; without a label up to where the answer begins."""
+        """The conversation as the model reads it, with BOS; without a label it ends where the answer begins."""
         chat, template = self.config.conversation(label), self.config.chat_template
         return self.processor.apply_chat_template(chat, chat_template=template, tokenize=False)
 
@@ -64,9 +60,10 @@ class Scorer:
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
 
     def collate(self, pictures):
-        """RGB pictures -> model inputs on the CPU: prompts padded on the left, then the answers, mask and positions.
+        """RGB pictures -> the model's inputs on the CPU: prompts padded on the left, answers, mask and positions.
 
-        A row each token, x what it sees; the answers " cat" and " spi der" after a prompt of four, one padded:
+        The mask for the answers " cat" and " spi der" after a prompt of three tokens and one of padding. There is one
+        line per token; x marks the tokens that it sees:
                         pad [INST] … [/INST] | cat | spi der
             [/INST]          x     x    x    |     |           its logits say "cat" and "spi"
             cat              x     x    x    |  x  |           …  "</s>" of cat
@@ -76,13 +73,9 @@ class Scorer:
         import torch
 
         batch = self.processor(
-            images=pictures,
-            text=[self._text()] * len(pictures),
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,  # the template has BOS
-            return_tensors="pt",
-        )
+            images=pictures, text=[self._text()] * len(pictures), return_tensors="pt",
+            padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
+        )  # fmt: skip
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
         size, prompt = seen.shape
         fed = len(self.fed_ids)
@@ -93,56 +86,62 @@ class Scorer:
         mask[prompt:, prompt:] &= self.fed_label[:, None] == self.fed_label[None, :]  # no answer sees another
         mask = mask.repeat(size, 1, 1)
         mask[:, :, :prompt] &= seen[:, None, :]
-        mask |= torch.eye(prompt + fed, dtype=torch.bool)  # a padding row sees itself: softmax of nothing is NaN
+        mask |= torch.eye(prompt + fed, dtype=torch.bool)  # padding sees itself: the softmax of nothing is NaN
         batch["attention_mask"] = mask[:, None]  # [batch, 1, tokens, tokens]
         return batch
 
-    def score(self, model, batch, halve=True):
-        """-> float32 [batch, labels] on the CPU, log-probabilities of the labels (not normalised over them).
-
-        A batch that does not fit the GPU's memory is halved until it does, that is said, and the batches after it go
-        in such parts at once. halve=False raises UserError instead: under ZeRO-3 ranks run the same forward passes.
-        """
+    def score(self, model, batch):
+        """Log-probabilities of the labels, float32 [batch, labels] on the CPU, not normalised over the labels."""
         import torch
 
-        size, logits = len(batch["input_ids"]), None
         plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
-        if size <= self.most:
-            try:
-                inputs = {key: value.to(plain.device) for key, value in batch.items()}
-                inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
-                with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
-                    logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
-            except torch.OutOfMemoryError:
-                if not halve:
-                    raise UserError(
-                        f"out of memory in evaluation with {size} pictures at once; expected them to fit; lower "
-                        "--per_device_eval_batch_size"
-                    ) from None
-                if size == 1:
-                    raise
-                self.most = (size + 1) // 2
-                print(f"out of memory with {size} pictures at once: going on with {self.most}", file=sys.stderr)
-        if logits is None:  # out here, because the exception kept all activations alive
-            inputs = None
-            parts = slice(size // 2), slice(size // 2, None)
-            halves = [{key: value[part] for key, value in batch.items()} for part in parts]
-            return torch.cat([self.score(model, half) for half in halves])
+        inputs = {key: value.to(plain.device) for key, value in batch.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
+        with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
+            logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
-        return torch.zeros(size, len(self.labels)).index_add_(1, self.target_label, log_p)
+        return torch.zeros(len(log_p), len(self.labels)).index_add_(1, self.target_label, log_p)
+
+
+def score_in_parts(scorer, model, batch, most, halve=True):
+    """Scorer.score() of a batch in parts of at most `most` pictures. Returns (log_p, the number that fits from now on).
+
+    A part that does not fit into the GPU's memory is halved until it does, which is said on stderr. halve=False raises
+    UserError instead: under ZeRO-3 all ranks must run the same forward passes.
+    """
+    import torch
+
+    size, start, found = len(batch["input_ids"]), 0, []
+    while start < size:
+        tried = min(most, size - start)
+        try:
+            part = {key: value[start : start + tried] for key, value in batch.items()}
+            found.append(scorer.score(model, part))
+            start += tried
+        except torch.OutOfMemoryError:
+            if not halve:
+                raise UserError(
+                    f"out of memory in evaluation with {size} pictures at once; expected them to fit; lower "
+                    "--per_device_eval_batch_size"
+                ) from None
+            if tried == 1:
+                raise
+            most = (tried + 1) // 2
+            print(f"out of memory with {tried} pictures at once: going on with {most}", file=sys.stderr)
+    return torch.cat(found), most
 
 
 def probabilities(log_p) -> list[list[float]]:
-    """Scorer.score()'s log-probabilities [pictures, labels] -> each label's share of one among the labels."""
+    """Scorer.score()'s log-probabilities [pictures, labels] -> probabilities that add up to 1 over the labels."""
     return log_p.double().softmax(1).tolist()
 
 
 def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False):
-    """Yields (indices, log_p, errors) for each list of indices in `batches`, on this rank alone.
+    """Yields (indices, log_p, errors) for each list of indices in `batches`. It runs on this rank alone.
 
-    pictures are paths; log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors
-    maps such an index to the reason. in_step: one forward pass a batch, whatever happens, as ZeRO-3 needs it. A bar on
-    rank 0's terminal.
+    pictures are paths. log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors maps
+    the index of such a picture to the reason. in_step: exactly one forward pass per batch, as ZeRO-3 needs it. The main
+    process shows a progress bar on a terminal.
     """
     import torch
     from PIL import Image
@@ -158,23 +157,24 @@ def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False
         shown = list(opened.values()) or [Image.new("RGB", (8, 8))] * in_step
         return indices, list(opened), errors, scorer.collate(shown) if shown else None
 
+    most = sys.maxsize  # pictures that fit into the GPU's memory at once, as far as is known
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=num_workers)
     with tqdm(total=sum(map(len, batches)), unit="image", disable=not main_process() or None) as bar:
         for indices, readable, errors, batch in loader:
             log_p = torch.full((len(indices), len(scorer.labels)), float("nan"))
             if batch is not None:
-                found = scorer.score(model, batch, halve=not in_step)
+                found, most = score_in_parts(scorer, model, batch, most, halve=not in_step)
                 log_p[[indices.index(i) for i in readable]] = found[: len(readable)]
             yield indices, log_p, errors
             bar.update(len(indices))
 
 
 def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, in_step=False):
-    """float32 [pictures, labels]: score_batches over all ranks, every picture once, every rank gets all.
+    """Log-probabilities of all pictures, float32 [pictures, labels], computed by all ranks and returned on every rank.
 
-    lengths (image tokens a picture): like lengths share a batch, so little is padded. in_step: every rank runs the
-    same number of forward passes, as ZeRO-3 needs it (a repeated batch gives the same rows again). Raises UserError
-    for a picture that can no longer be read.
+    Each picture is scored once. lengths: image tokens per picture; pictures of similar length share a batch, so that
+    little is padded. in_step: each rank runs the same number of forward passes, as ZeRO-3 needs it (a rank that has one
+    batch fewer scores one again). Raises UserError for a picture that can no longer be read.
     """
     import torch
     from accelerate import PartialState
@@ -187,8 +187,7 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     if in_step and len(share) < -(-len(batches) // state.num_processes):
         share.append(batches[-1])
     done = list(score_batches(model, scorer, pictures, share, num_workers, in_step))
-    result = torch.empty(len(pictures), len(scorer.labels))
-    lost = {}
+    result, lost = torch.empty(len(pictures), len(scorer.labels)), {}
     for indices, log_p, errors in gather_object(done):
         result[indices] = log_p
         lost |= errors
@@ -202,35 +201,33 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
 
 
 def stratified_sample(labels, n, seed=0):
-    """Indices of n pictures with the classes in proportion, the same for the same list; all of them for n = 0."""
+    """Indices of n pictures, each class in proportion; always the same ones for the same list. n = 0: all pictures."""
     import random
 
     shuffled = list(range(len(labels)))
     random.Random(seed).shuffle(shuffled)
     size, seen, place = Counter(labels), Counter(), {}
     for i in shuffled:
-        place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # how far through its class, 0 to 1
+        place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # its position within its class, 0 to 1
         seen[labels[i]] += 1
     return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
 def load_scorer(path, config, dtype):
-    """(scorer, model) of a checkpoint, asked with its own words.
+    """(scorer, model) of the checkpoint in `path`; config is already resolved (checkpoint.task.settings_for).
 
-    All ranks; if one of them cannot read it, each raises UserError.
+    All ranks call it. If one of them cannot read the checkpoint, every rank raises UserError.
     """
     from accelerate.utils import gather_object
 
     problem = scorer = model = None
     try:
-        config = settings_for(config, path)
-        scorer = Scorer(load_processor(path, config.image_view), config)
-        model = load_model(path, dtype, config.image_view)
+        scorer, model = Scorer(load_processor(path), config), load_model(path, dtype)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers, tokenizers and safetensors raise nearly anything on damaged files
         said = (str(error).splitlines() or [""])[0]
-        problem = f"{path}: found {type(error).__name__} ({said}); expected a whole checkpoint; save or fetch it again"
+        problem = f"{path}: found {type(error).__name__} ({said}); expected a complete checkpoint; fetch it again"
     if problems := [text for text in gather_object([problem]) if text]:
         raise UserError(problems[0])
     return scorer, model
@@ -239,9 +236,8 @@ def load_scorer(path, config, dtype):
 def add_inference_flags(parser):
     """The flags that validation.py and test.py share."""
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="checkpoint")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="pictures a forward pass and rank")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights"
-    )
-    parser.add_argument("--use_cpu", action="store_true", help="although there is a GPU")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes a rank that decode pictures")
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="pictures per forward pass and rank")
+    types = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", default=types[0], choices=types, help="number type of the weights")
+    parser.add_argument("--use_cpu", action="store_true", help="compute on the CPU although there is a GPU")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes per rank that decode pictures")
