@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -38,11 +38,6 @@ def browser(tmp_path_factory):
         yield tab
 
 
-def drawn(path, random):
-    pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(path)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A report with a class that is never predicted, one with n = 1, awkward names, and one picture that is gone."""
@@ -51,7 +46,8 @@ def made(tmp_path_factory):
     for k, count in enumerate(COUNTS):
         for i in range(count):
             image = root / f"{k} \"ä<i>' {i}#%20.jpg"
-            drawn(image, random)
+            pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(image)
             p = random.dirichlet([0.4] * len(LABELS))
             p[2] = 0
             p /= p.sum()
@@ -87,22 +83,11 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, report=report, rows=rows, other_right=other_right)
 
 
-class Numbers(HTMLParser):
-    """data-key -> (value, text) of the <data> elements."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.found, self.now = {}, None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "data":
-            self.now = dict(attributes)
-
-    def handle_data(self, text):
-        if self.now:
-            self.found.setdefault(self.now["data-key"], []).append((float(self.now["value"]), text))
-            self.now = None
+def numbers_on(html):
+    """[(data-key, value, text)] of the <data> elements."""
+    found = re.findall(r'<data value="(.*?)" data-key="(.*?)">(.*?)</data>', html)
+    assert len(found) == html.count("<data ")
+    return [(unescape(key), float(value), unescape(text)) for value, key, text in found]
 
 
 def expected_numbers(folder, report, other_right):
@@ -113,10 +98,10 @@ def expected_numbers(folder, report, other_right):
     y, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
     p = np.array([[float(row[label]) for label in labels] for row in rows])
     right = [a == b for a, b in zip(y, said, strict=True)]
-    accuracy = sk.accuracy_score(y, said)
     low, high = wilson_interval(sum(right), len(y), report.get("design_effect", 1))
     want = {
-        "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "n": len(y), "chance": 1 / len(labels),
+        "accuracy": sk.accuracy_score(y, said), "accuracy_low": low, "accuracy_high": high, "n": len(y),
+        "chance": 1 / len(labels), "majority": max(map(y.count, labels)) / len(y),
         "wrong": sk.zero_one_loss(y, said, normalize=False),
         "macro_f1": sk.f1_score(y, said, average="macro", zero_division=0),
         "macro_precision": sk.precision_score(y, said, average="macro", zero_division=0),
@@ -126,10 +111,11 @@ def expected_numbers(folder, report, other_right):
     }  # fmt: skip
     if report["held_out"] > len(y):
         want["held_out"] = report["held_out"]
-    for label, values in sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0).items():
-        if label in labels:
-            keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
-            want |= {f"per_class.{label}.{ours}": values[theirs] for ours, theirs in keys.items()}
+    table = sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0)
+    for label, row in report["per_class"].items():
+        keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
+        want |= {f"per_class.{label}.{ours}": table[label][theirs] for ours, theirs in keys.items()}
+        want[f"per_class.{label}.recall_low"], want[f"per_class.{label}.recall_high"] = row["recall_ci95"]
     confidence, found, ece = p.max(axis=1), report["calibration"], 0
     for b, row in enumerate(found["bins"]):
         inside = (confidence <= row["high"]) & ((confidence > row["low"]) | (b == 0))
@@ -138,10 +124,7 @@ def expected_numbers(folder, report, other_right):
         want[f"calibration.{b}.confidence"] = confidence[inside].mean()
         ece += inside.mean() * abs(want[f"calibration.{b}.accuracy"] - want[f"calibration.{b}.confidence"])
     want["ece"] = ece
-    want["majority"] = max(map(y.count, labels)) / len(y)
     want |= {f"ece_if_calibrated.{key}": value for key, value in found["ece_if_calibrated"].items()}
-    for label, row in report["per_class"].items():
-        want[f"per_class.{label}.recall_low"], want[f"per_class.{label}.recall_high"] = row["recall_ci95"]
     for least in (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99):
         said_at_all = confidence >= least
         if said_at_all.any():
@@ -162,8 +145,7 @@ def expected_numbers(folder, report, other_right):
         want["duplicates.low"], want["duplicates.high"] = wilson_interval(sum(right[5:]), 45)
     elif report["duplicates"]["checked"]:
         want |= expected_duplicates(folder, report, rows, right)
-    matrix = sk.confusion_matrix(y, said, labels=labels)
-    return want, matrix, labels
+    return want, sk.confusion_matrix(y, said, labels=labels)
 
 
 def expected_duplicates(folder, report, rows, right):
@@ -187,18 +169,16 @@ def expected_duplicates(folder, report, rows, right):
 def check_numbers(folder, other_right=None):
     html = (folder / "report.html").read_text(encoding="utf-8")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    want, matrix, labels = expected_numbers(folder, report, other_right)
-    found = Numbers(html).found
-    assert found.keys() == want.keys()
-    for key, places in found.items():
-        for value, text in places:
-            assert value == pytest.approx(want[key], abs=1e-9), key
-            points = re.search("difference|comparison.(low|high)$", key)
-            shown = float(re.sub(r"[\s%,+<=]", "", text)) / (100 if "%" in text or points else 1)
-            assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
-    cells = {
-        (int(t), int(p)): int(n) for t, p, n in re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)
-    }
+    want, matrix = expected_numbers(folder, report, other_right)
+    found = numbers_on(html)
+    assert {key for key, _, _ in found} == want.keys()
+    for key, value, text in found:
+        assert value == pytest.approx(want[key], abs=1e-9), key
+        points = re.search("difference|comparison.(low|high)$", key)
+        shown = float(re.sub(r"[\s%,+<=]", "", text)) / (100 if "%" in text or points else 1)
+        assert shown == pytest.approx(want[key], abs=0.051 * (10 if value > 99 else 1), rel=0.06), (key, text)
+    cells = re.findall(r'#cell-(\d+)-(\d+)" aria-label="(\d+) pictures?', html)
+    cells = {(int(t), int(p)): int(n) for t, p, n in cells}
     assert cells == {(t, p): int(n) for (t, p), n in np.ndenumerate(matrix) if n}
     assert report["confusion_matrix"] == matrix.tolist()
 
@@ -242,10 +222,9 @@ FIRST_SCREEN = """
 @pytest.mark.parametrize("which", ["made", "demo"])
 def test_in_chromium(which, browser, made, demo, tmp_path):
     folder = made.folder if which == "made" else demo_report(demo)
-    chinese, paper = tmp_path / "report.html", []
     report, rows = read_report(str(folder))
+    chinese, english, paper = tmp_path / "zh.html", tmp_path / "en.html", []
     chinese.write_text(report_page(report, rows, str(tmp_path), "zh"), encoding="utf-8")
-    english = tmp_path / "en.html"
     english.write_text(report_page(report, rows, str(tmp_path), "en"), encoding="utf-8")
     for path, language in ((chinese, "zh-CN"), (english, "en")):
         url = path.resolve().as_uri()
@@ -255,10 +234,11 @@ def test_in_chromium(which, browser, made, demo, tmp_path):
                 browser.open(url)
                 assert browser.js("document.documentElement.lang") == language
                 assert browser.js(OVERFLOW) == []
-                narrow = "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
-                assert browser.js(narrow)
-                whole = "[...document.querySelectorAll('data')].every(e => e.getClientRects().length <= 1)"
-                assert browser.js(whole), "a number broken over two lines"
+                assert browser.js(
+                    "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
+                )
+                one_line = "[...document.querySelectorAll('data')].every(e => e.getClientRects().length <= 1)"
+                assert browser.js(one_line), "a number broken over two lines"
                 paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
                 assert {request.split("#")[0] for request in browser.requests() if request[:5] != "data:"} == {url}
         first = browser.js(FIRST_SCREEN)
@@ -275,9 +255,8 @@ def test_in_chromium(which, browser, made, demo, tmp_path):
             browser.js(f"{link}.focus()")
             browser.press_enter()
         else:
-            browser.click(
-                *browser.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({link}.getBoundingClientRect())")
-            )
+            middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({link}.getBoundingClientRect())"
+            browser.click(*browser.js(middle))
         browser.wait_for(f"location.hash == '{hash_}'", 5)
         t, p = (labels[int(k)] for k in hash_.split("-")[1:])
         counted = [row["image"] for row in rows if (row["label"], row["prediction"]) == (t, p)]
@@ -302,7 +281,7 @@ def test_a_picture_that_is_gone_stands_there_by_name(made):
     assert "truncated &amp; short" in html
 
 
-def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
+def test_three_thousand_pictures_stay_under_15_mb(made, tmp_path, monkeypatch):
     """Noise compresses worst of all. What does not fit is listed by name, mistakes last, and the page says so."""
     random = np.random.default_rng(0)
     for i in range(20):
@@ -317,9 +296,8 @@ def test_three_thousand_pictures_stay_under_15_mb(tmp_path, monkeypatch):
     def page(rows):
         answers = [int(not row["correct"]) for row in rows]
         report = measure(["a", "b"], [0] * len(rows), answers, [[row["a"], row["b"]] for row in rows])
-        report |= dict.fromkeys(("comparison", "step")) | {"excluded": [], "versions": {}, "date": ""}
-        report |= {"model": "m", "held_out": 0, "dtype": "", "seconds": 1.0, "images_per_second": 1.0, "processes": 1}
-        html = report_page(report | {"per_device_eval_batch_size": 1}, rows, str(tmp_path), "en")
+        report = made.report | report | dict.fromkeys(("comparison", "baselines", "duplicates"))
+        html = report_page(report, rows, str(tmp_path), "en")
         assert all(f'"{i % 20}%20{i}.png" title' in html for i in range(len(rows))), "embedded or named"
         return html, set(re.findall(r'<a href="([^"]+)" [^>]*><span class="name"', html))
 
@@ -436,9 +414,8 @@ def test_what_is_shown_where(made, monkeypatch):
     monkeypatch.setattr(page_maker, "render", lambda template, folder, language, **given: given)
     page, report = report_page(made.report, made.rows, str(made.folder), "en"), made.report
     wrong = sorted((row["probability"] for row in made.rows if not row["correct"]), reverse=True)
-    assert [row["probability"] for row in page["mistakes"]] == wrong[:48] and len(wrong) == report["n"] - report[
-        "correct"
-    ]
+    assert [row["probability"] for row in page["mistakes"]] == wrong[:48]
+    assert len(wrong) == report["n"] - report["correct"]
     changed = [row["row"]["correct"] for row in page["changed"]]
     assert changed == sorted(changed) and len(changed) == len(report["comparison"]["changed"])
     bins = report["calibration"]["bins"]
@@ -470,22 +447,24 @@ def test_numbers_for_people():
     assert page_maker.top(row, ["a", "b"]) == ["b", "a"] and page_maker.top(row | {"a": 0.0099}, ["a", "b"]) == ["b"]
 
 
-DYNAMIC = ("reason_", "baseline_", "audit_", "serve_")  # a key is put together from one of these and a word
+DYNAMIC = ("reason_", "baseline_", "verdict_", "audit_", "serve_")  # a program or template adds a word to one of these
 
 
 def test_every_text_in_both_languages():
     """None is missing, none is unused, both fill the same places, and no template says anything by itself."""
-    pages = Path(page_maker.__file__).parent
-    templates = {path.name: path.read_text(encoding="utf-8") for path in (pages / "pages").glob("*.html")}
-    programs = [*pages.rglob("*.py"), *pages.parent.glob("pictures/*.py"), *pages.parents[1].glob("scripts/*.py")]
-    source = "".join([*templates.values(), *(path.read_text(encoding="utf-8") for path in programs)])
+    scoring = Path(page_maker.__file__).parent
+    templates = {path.name: path.read_text(encoding="utf-8") for path in (scoring / "pages").glob("*.html")}
+    programs = [*scoring.parent.rglob("*.py"), *scoring.parents[1].glob("scripts/*.py")]
+    programs = [path.read_text(encoding="utf-8") for path in programs]
+    source = "".join([*templates.values(), *(text for text in programs if "Texts(" in text)])
     for key, (english, chinese) in TEXTS.items():
         assert english and chinese, key
         places = [set(re.findall(r"{(\w+)}", text)) for text in (english, chinese)]
         assert places[0] == places[1], key
         assert re.search(r"[\u4e00-\u9fff，。]", chinese) or key == "lang", key
-        prefix = next((prefix for prefix in DYNAMIC if key.startswith(prefix)), "")
-        assert f'"{key}"' in source or (prefix and key.removeprefix(prefix).removesuffix("_about") in source), f"{key} is used nowhere"
+        prefix = next((prefix for prefix in DYNAMIC if key.startswith(prefix)), None)
+        word = key.removeprefix(prefix or "").removesuffix("_about")
+        assert f'"{key}"' in source or prefix and any(word in text for text in [source, *programs]), f"{key}: not used"
     assert set(re.findall(r'\bt(?:exts)?\("([\w-]+)"[,)]', source)) <= set(TEXTS)
     for name, text in templates.items():
         for inside in (r"{#.*?#}", r"<style>.*?</style>", r"<script>.*?</script>", r"{{.*?}}", r"{%.*?%}"):
