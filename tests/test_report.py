@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from markupsafe import escape
 from PIL import Image
 
 from animals.command import UserError
@@ -22,7 +23,8 @@ from animals.scoring import page as page_maker
 from animals.scoring.metrics import compare, measure, wilson_interval
 from animals.scoring.page import TEXTS, report_page
 from animals.scoring.plots import log_tensorboard
-from animals.scoring.report import read_report, write_report
+from animals.scoring.report import print_baselines, print_report, read_report, write_report
+from animals.scoring.sheet import contact_sheet
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = ["cat", "dog", "never said", "rare", "<b>&"]
@@ -144,26 +146,21 @@ def expected_numbers(folder, report, other_right):
         want |= {"duplicates.accuracy_without": sum(right[5:]) / 45, "duplicates.groups": 40}
         want["duplicates.low"], want["duplicates.high"] = wilson_interval(sum(right[5:]), 45)
     elif report["duplicates"]["checked"]:
-        want |= expected_duplicates(folder, report, rows, right)
+        want |= expected_duplicates(folder, report["duplicates"], rows, right)
     return want, sk.confusion_matrix(y, said, labels=labels)
 
 
-def expected_duplicates(folder, report, rows, right):
-    """The same from duplicates.csv, for the demo's report."""
-    want, found = {}, report["duplicates"]
+def expected_duplicates(folder, found, rows, right):
+    """What duplicates.csv says of the demo's held-out pictures; one of them is a near-duplicate of a training picture."""
     with open(folder.parents[2] / "cache" / "duplicates.csv", newline="", encoding="utf-8") as file:
         across = [row for row in csv.DictReader(file) if row["problem"] == "both splits"]
-    below = lambda path: path.partition("validation_data")[2]  # noqa: E731  # other tests name the folder in full
-    seen = {below(row["image"]) for row in across}
-    kept = [ok for row, ok in zip(rows, right, strict=True) if below(row["image"]) not in seen]
-    if seen:
-        want |= {"duplicates.n_without": len(kept), "duplicates.accuracy_without": sum(kept) / len(kept)}
-        want["duplicates.low"], want["duplicates.high"] = found["accuracy_without_ci95"]
-        for match, key in (("same pixels", "identical"), ("near", "near_duplicates")):
-            want[f"duplicates.{key}"] = len({row["image"] for row in across if row["match"] == match})
-    if found["groups"] < len(rows):
-        want["duplicates.groups"] = found["groups"]  # held against the pictures in test_duplicates.py
-    return want
+    match = {Path(row["image"]).resolve(): row["match"] for row in across}
+    kept = [ok for row, ok in zip(rows, right, strict=True) if Path(row["image"]).resolve() not in match]
+    want = {"n_without": len(kept), "accuracy_without": sum(kept) / len(kept), "groups": found["groups"]}
+    want |= {"identical": [*match.values()].count("same pixels"), "near_duplicates": [*match.values()].count("near")}
+    want["low"], want["high"] = found["accuracy_without_ci95"]  # and the groups: held in test_metrics.py
+    assert len(kept) < len(rows) and found["groups"] < len(rows)
+    return {f"duplicates.{key}": value for key, value in want.items()}
 
 
 def check_numbers(folder, other_right=None):
@@ -329,6 +326,39 @@ def test_the_page_can_be_made_again_from_its_files(made, tmp_path):
     assert (report, rows) == (made.report, made.rows)
     with pytest.raises(UserError, match=f"{tmp_path}: found no readable report.*make it with validation.sh"):
         read_report(str(tmp_path))
+
+
+def test_the_tables_of_the_console(made, capsys):
+    print_report(made.report, "there")
+    *text, last = capsys.readouterr().out.splitlines()
+    assert "of the 50 pictures, 3 identical to a training picture and 2 near-duplicates of one; accu" in "\n".join(text)
+    assert json.loads(last)["report"] == "there/report.json"
+    print_baselines(made.report["baselines"])
+    probe = capsys.readouterr().out.splitlines()[-1]
+    assert probe.split()[:2] == ["probe", f"{sum(made.other_right) / 50:.4f}"]
+    assert f"{made.report['baselines'][0]['difference']:+.4f}" in probe
+
+
+def test_contact_sheet(made, tmp_path, browser):
+    rows = [row | {"error": "", "label": None} for row in made.rows]
+    rows[5]["prediction"] = "unsure"
+    rows.append({"image": "broken.jpg", "prediction": "", "error": "not a <picture>"})
+    html = contact_sheet(rows, LABELS, "a/model", str(tmp_path), "en", 0.4)
+    (tmp_path / "sheet.html").write_text(html, encoding="utf-8")
+    headings = ["cat", "dog", "rare", "&lt;b&gt;&amp;", "unsure", "unreadable"]  # nobody got the label never said
+    assert re.findall(r"<h2>(.*?) <span", html) == headings
+    cat = re.search(r'id="name-1".*?</section>', html, re.S)[0]
+    shown = [float(x) for x in re.findall(r"</a>([\d.]+)", cat)]
+    assert len(shown) == sum(row["prediction"] == "cat" for row in rows) and shown == sorted(shown)
+    first = re.search(r'id="first".*?</section>', html, re.S)[0]
+    order = sorted((row for row in rows if not row["error"]), key=lambda row: row["probability"])
+    assert re.findall(r'data-path="(.*?)"', first) == [str(escape(row["image"])) for row in order][:60]
+    assert "not a &lt;picture&gt;" in html
+    for width in (390, 1280):
+        browser.view(width)
+        browser.open((tmp_path / "sheet.html").as_uri())
+        assert browser.js(OVERFLOW) == []
+    assert browser.complaints() == []
 
 
 def test_tensorboard_has_each_step_once_and_in_order(made, tmp_path):

@@ -94,8 +94,8 @@ def duplicates_line(report):
         return "duplicates: not known; `python data_process_utils.py` looks for pictures that are in both splits"
     line = f"duplicates: none of the {n} pictures is identical to a training picture or a near-duplicate of one"
     if found["n_without"] < n:
-        line = f"duplicates: {found['identical']} of the {n} pictures are identical to a training picture, "
-        line += f"{found['near_duplicates']} are near-duplicates of one"
+        line = f"duplicates: of the {n} pictures, {found['identical']} identical to a training picture and "
+        line += f"{found['near_duplicates']} near-duplicates of one"
         if found["n_without"]:
             line += f"; accuracy without them {found['accuracy_without']:.4f} "
             line += f"({interval_of(found['accuracy_without_ci95'])}, n = {found['n_without']})"
