@@ -151,7 +151,7 @@ def expected_numbers(folder, report, other_right):
 
 
 def expected_duplicates(folder, found, rows, right):
-    """What duplicates.csv says of the demo's held-out pictures; one of them is a near-duplicate of a training picture."""
+    """What duplicates.csv says of the demo's held-out pictures; one is a near-duplicate of a training picture."""
     with open(folder.parents[2] / "cache" / "duplicates.csv", newline="", encoding="utf-8") as file:
         across = [row for row in csv.DictReader(file) if row["problem"] == "both splits"]
     match = {Path(row["image"]).resolve(): row["match"] for row in across}
