@@ -3,10 +3,10 @@
     sh demo/run.sh --max_steps 100 --save_steps 50
     python benchmarks/scorer.py --half_trained temp/demo/sft-llava-demo/checkpoint-50
 
-Side by side in one run, the same pictures in the same batches, rounds interleaved: (ours) Scorer; (a) one generate()
-call a picture; (b) batched generate(), stopped after two tokens, the least that any answer needs (a word and </s>).
-Real picture geometry (336 px tiles, the hub's five grids), a model of small width with random weights, so that it ends
-in minutes on a CPU. With --half_trained also the accuracy of both ways on that checkpoint's held-out pictures.
+It runs three ways side by side, with the same pictures and in alternating rounds: the Scorer; (a) one generate() call
+per picture; (b) batched generate(), stopped after two tokens, the fewest that an answer needs (a word and </s>). The
+picture geometry is the real one (336 px tiles, the hub's five grids); the model is narrow and has random weights, so
+that it ends in minutes on a CPU. --half_trained adds the accuracy of both ways on that checkpoint's held-out pictures.
 Leaves benchmarks/results/scorer.md. Needs the demo's tokenizer (temp/demo/model, made by demo/make_model.py).
 """
 
@@ -36,7 +36,7 @@ from config import CHAT_TEMPLATE, Config
 HUB = Geometry(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 1, "default")
 SHAPES = [(300, 225), (225, 300), (300, 200), (640, 480), (300, 168), (300, 300), (1024, 768), (259, 194), (200, 300)]
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
-# Wide enough that, as in the 7B, the weights and not the attention make the forward's work.
+# So wide that, as in the 7B, the forward pass spends its time on the weights and not on the attention.
 TEXT = {"hidden_size": 1536, "intermediate_size": 5376, "num_attention_heads": 12, "num_key_value_heads": 3}
 TEXT |= {"num_hidden_layers": 2, "head_dim": 128}
 
@@ -72,7 +72,7 @@ def make_pictures(folder, count):
 
 
 def generate(processor, model, config, paths, batches, most):
-    """The words that greedy generation says, in batches of indices."""
+    """The texts that greedy generation gives, in batches of indices."""
     said = [None] * len(paths)
     question = {"type": "text", "text": config.question}
     for indices in batches:
@@ -86,7 +86,7 @@ def generate(processor, model, config, paths, batches, most):
                 "padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt",
             },
         )  # fmt: skip
-        inputs = inputs.to(model.device, model.dtype)  # whole numbers stay what they are
+        inputs = inputs.to(model.device, model.dtype)  # integers keep their type
         pad = processor.tokenizer.pad_token_id
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=most, pad_token_id=pad)
@@ -147,7 +147,7 @@ def main():
         batches, single = in_batches(lengths, args.batch_size), [[i] for i in range(len(paths))]
         ways = {
             "scorer, ten probabilities": lambda: score_pictures(model, scorer, paths, args.batch_size, lengths),
-            "(a) generate(), a call a picture": lambda: generate(processor, model, config, paths, single, 2),
+            "(a) generate(), one call per picture": lambda: generate(processor, model, config, paths, single, 2),
             "(b) generate(), batched": lambda: generate(processor, model, config, paths, batches, 2),
         }
         seconds = {name: [] for name in ways}
@@ -178,8 +178,8 @@ def main():
         f"{TEXT['num_hidden_layers']} layers), float32, "
         f"{torch.get_num_threads()} CPU thread(s), torch {torch.__version__}. Nothing here was measured on a GPU or on "
         "the 7B.\n",
-        "The scorer's advantage is given a round: by the clock, and by CPU seconds, which other work on the machine "
-        "disturbs less.\n",
+        "The scorer's advantage is given for each round: by the clock, and by CPU seconds, which other work on the "
+        "machine disturbs less.\n",
         "| way | gives | images/s (median) | scorer is faster by (clock) | scorer takes less (CPU seconds) |",
         "|---|---|---|---|---|",
     ]

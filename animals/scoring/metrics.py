@@ -10,7 +10,6 @@ from animals.command import UserError
 CALIBRATION_BINS = 10  # each of equally many pictures
 SIMULATIONS = 2000  # of a perfectly calibrated model
 SCORES = {"precision": "precision", "recall": "recall", "f1": "f1-score"}  # our name: classification_report's
-THRESHOLDS = [k / 100 for k in range(100)]  # the values of --min_probability for which answered() says what it does
 
 
 def wilson_interval(correct, n, design_effect=1.0):
@@ -35,9 +34,8 @@ def design_effect(groups):
     """The number of pictures that count as one independent picture, from each picture's group number; 1.0 for none.
 
     Kish (1965, Survey Sampling, 5.4 and 8.2): 1 + (m - 1) rho, with m = sum of squared group sizes / n where the sizes
-    differ. rho is the correlation of the answers within a group. It is taken as 1, because near-duplicates nearly
-    always get the same answer, and because a few groups are too few to estimate it. The interval is then never too
-    narrow. What remains of the formula is m.
+    differ. rho, the correlation of the answers within a group, is taken as 1: near-duplicates nearly always get the
+    same answer, few groups cannot estimate it better, and the interval is then never too narrow. What remains is m.
     """
     sizes = Counter(groups).values()
     return sum(size**2 for size in sizes) / sum(sizes) if sizes else 1.0
@@ -46,9 +44,8 @@ def design_effect(groups):
 def measure(labels, truth, predicted, probability=None, groups=None):
     """The metrics of two equally long lists of class numbers, as a dict. A label that is never predicted scores 0.
 
-    probability [pictures][labels], where it is known, adds log_loss, ece, calibration and answered. groups: one number
-    per picture, equal for near-duplicates. Macro averages are over the labels that occur in truth or predicted, as in
-    scikit-learn.
+    probability [pictures][labels] adds log_loss, ece, calibration and answered. groups: one number per picture, equal
+    for near-duplicates. Macro averages are over the labels that occur in truth or predicted, as in scikit-learn.
     """
     from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, log_loss
 
@@ -131,12 +128,9 @@ def calibration(confidence, right, bins=CALIBRATION_BINS):
 
 
 def answered(confidence, right):
-    """[{min_probability, share, accuracy}]: which share test.py --min_probability still answers, and how accurately.
-
-    accuracy is None where nothing is answered.
-    """
+    """[{min_probability, share that test.py still answers with it, accuracy on that share; None where that is 0}]."""
     rows = []
-    for threshold in THRESHOLDS:
+    for threshold in (k / 100 for k in range(100)):
         kept = [ok for p, ok in zip(confidence, right, strict=True) if p >= threshold]
         accuracy = sum(kept) / len(kept) if kept else None
         rows.append({"min_probability": threshold, "share": len(kept) / len(right), "accuracy": accuracy})
@@ -198,10 +192,10 @@ def paired(pictures, other_rows, where):
     Pictures are paired by content, whatever their names. where: what an error calls the other report. Raises UserError
     unless both are about the same pictures with the same labels.
     """
-    if other_rows and "sha256" not in other_rows[0]:
+    if other_rows and "sha256" not in other_rows[0]:  # an older version wrote it
         raise UserError(
-            f"{where}: found no column sha256 in its predictions.csv (an older version wrote it); expected one, "
-            "pictures are paired by their content; run validation.sh for that checkpoint again"
+            f"{where}: found no column sha256 in its predictions.csv; expected one, because pictures are paired by "
+            "their content; run validation.sh for that checkpoint again"
         )
     ours, others = Counter(sha for _, sha, _ in pictures), Counter(row["sha256"] for row in other_rows)
     if ours != others:

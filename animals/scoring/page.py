@@ -26,10 +26,9 @@ WORST, MISTAKES, CHANGED = 8, 48, 96  # pictures at most: on the first screen; i
 
 
 class Texts:
-    """The sentences of the pages in one language, `en` or `zh`, from pages/texts.json.
+    """The sentences of the pages in one language, `en` or `zh`. A call fills the {places} of one sentence.
 
-    A call fills the {places} of a sentence. Values are escaped; the sentences are trusted HTML. `count` chooses
-    between the two forms of a sentence "one|many".
+    Values are escaped; the sentences are trusted HTML. `count` chooses between the two forms of "one|many".
     """
 
     def __init__(self, language):
@@ -50,8 +49,7 @@ class Texts:
     def reason(self, text):
         """The message of a PictureError ("category" or "category: detail") in this language."""
         category, colon, detail = text.partition(": ")
-        known = TEXTS.get(f"reason_{category}")
-        return (known[self.column] if known else category) + colon + detail
+        return TEXTS.get(f"reason_{category}", (category, category))[self.column] + colon + detail
 
 
 def report_page(report, rows, folder, language):
@@ -96,13 +94,10 @@ def write_index(report_dir, language):
     for path in sorted(Path(report_dir).glob("*/report.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            keys = ("model", "step", "n", "accuracy", "accuracy_ci95", "macro_f1", "ece", "date")
-            row = {key: report[key] for key in keys} | {
-                "duplicates": report.get("duplicates"),
-                "folder": path.parent.name,
-            }
-            run = run_name(report["model"])
-            found.append(row | {"run": run, "final": run == path.parent.name})
+            row = {key: report[key] for key in ("step", "n", "accuracy", "accuracy_ci95", "macro_f1", "ece", "date")}
+            run, name = run_name(report["model"]), path.parent.name
+            row |= {"run": run, "folder": name, "final": run == name, "duplicates": report.get("duplicates")}
+            found.append(row)
         except (OSError, ValueError, KeyError, TypeError):
             broken.append(str(path))
     runs = {}

@@ -17,8 +17,7 @@ BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "acc
 def write_report(report, rows, folder, language="en"):
     """Write the files of one run into `folder`, then the index of all reports beside it.
 
-    report, rows: as validation.validate() returns them. The files are made in a folder beside it first, so that an
-    interrupted run leaves the old report.
+    report, rows: what validate() returns. The files are made beside `folder`; an interrupted run leaves the old report.
     """
     new = f"{os.path.normpath(folder)}.new"
     os.makedirs(new, exist_ok=True)
@@ -61,9 +60,8 @@ def print_report(report, folder):
     print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'95 % interval':>14} {'f1':>6}")
     for label, row in report["per_class"].items():
         interval = "{:.3f}, {:.3f}".format(*row["recall_ci95"])
-        print(
-            f"{label:<12} {row['n']:>5} {row['precision']:>9.3f} {row['recall']:>7.3f} {interval:>14} {row['f1']:>6.3f}"
-        )
+        precision, recall, f1 = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        print(f"{label:<12} {row['n']:>5} {precision:>9} {recall:>7} {interval:>14} {f1:>6}")
     print(
         f"\naccuracy {report['accuracy']:.4f} ({interval_of(report['accuracy_ci95'])}, n = {report['n']}{part}; chance "
         f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
@@ -115,7 +113,6 @@ def calibration_line(report):
 
 
 def answered_line(report):
-    """What test.py --min_probability would leave out, and how accurate the rest would be."""
     chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
     said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
     return f"test.py --min_probability: {', '.join(said) or 'every answer has a probability below 0.5'}"

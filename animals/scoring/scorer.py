@@ -1,5 +1,6 @@
 """Log-probabilities of all labels for pictures, in one forward pass per batch. Nothing is generated."""
 
+import random
 import sys
 from collections import Counter
 
@@ -106,29 +107,27 @@ class Scorer:
 def score_in_parts(scorer, model, batch, most, halve=True):
     """Scorer.score() of a batch in parts of at most `most` pictures. Returns (log_p, the number that fits from now on).
 
-    A part that does not fit into the GPU's memory is halved until it does, which is said on stderr. halve=False raises
-    UserError instead: under ZeRO-3 all ranks must run the same forward passes.
+    A part that does not fit into the GPU's memory is halved, which is said on stderr. halve=False raises UserError
+    instead: under ZeRO-3 all ranks must run the same forward passes.
     """
     import torch
 
-    size, start, found = len(batch["input_ids"]), 0, []
+    size, start, scored = len(batch["input_ids"]), 0, []
     while start < size:
         tried = min(most, size - start)
         try:
             part = {key: value[start : start + tried] for key, value in batch.items()}
-            found.append(scorer.score(model, part))
+            scored.append(scorer.score(model, part))
             start += tried
         except torch.OutOfMemoryError:
             if not halve:
-                raise UserError(
-                    f"out of memory in evaluation with {size} pictures at once; expected them to fit; lower "
-                    "--per_device_eval_batch_size"
-                ) from None
+                found = f"out of memory in evaluation with {size} pictures at once"
+                raise UserError(f"{found}; expected them to fit; lower --per_device_eval_batch_size") from None
             if tried == 1:
                 raise
             most = (tried + 1) // 2
             print(f"out of memory with {tried} pictures at once: going on with {most}", file=sys.stderr)
-    return torch.cat(found), most
+    return torch.cat(scored), most
 
 
 def probabilities(log_p) -> list[list[float]]:
@@ -202,8 +201,6 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
 
 def stratified_sample(labels, n, seed=0):
     """Indices of n pictures, each class in proportion; always the same ones for the same list. n = 0: all pictures."""
-    import random
-
     shuffled = list(range(len(labels)))
     random.Random(seed).shuffle(shuffled)
     size, seen, place = Counter(labels), Counter(), {}
