@@ -1,4 +1,4 @@
-"""Every number against the library that others trust, on tables that include zeros."""
+"""Every number against scikit-learn, scipy or statsmodels, on tables that include zeros."""
 
 import itertools
 
