@@ -1,8 +1,8 @@
-"""What an encoder makes of pictures: a row of numbers each, kept by the picture's content and the encoder's weights.
+"""The features that an encoder computes for pictures, and the regression on them: for audit and baselines alone.
 
-Of a LLaVA-NeXT checkpoint only the vision tower is read (0.6 of 15 GB). Rows are kept in <temp_dir>/features/, a
-folder an encoder, some thousand a file, as they are made: what an interrupted run has done is not done again, nor for
-a picture that moved or came twice.
+Of a LLaVA checkpoint only the vision tower is read (0.6 of 15 GB). The features are kept in <temp_dir>/features/, in
+one folder per encoder, by the sha256 of each picture's file: an interrupted run does not compute them again, nor does
+a run in which a picture was moved or stands twice.
 """
 
 import os
@@ -10,18 +10,18 @@ from glob import escape, glob
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
-from animals.checkpoint.view import is_whole
 from animals.command import UserError
 from animals.files import read_json, replacing
+from animals.pictures.check import cores
 from animals.pictures.read import PictureError, load_picture
-from animals.ranks import main_process
 
-BLOCK = 4096  # pictures a file
+BLOCK = 4096  # pictures per file
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # values to try for C of regression(); smaller regularises more
 
 
 class Encoder(NamedTuple):
-    """name: of its folder; tells weights, precision and preprocessing. prepare(pictures) -> tensor, on the CPU;
-    encode(module, tensor) -> float32 [pictures, features], on the module's device."""
+    """name: of the folder that keeps its features. prepare(pictures) -> a tensor on the CPU. encode(module, tensor) ->
+    float32 [pictures, features] on the module's device."""
 
     name: str
     module: Any
@@ -30,20 +30,21 @@ class Encoder(NamedTuple):
 
 
 def load_tower(path) -> Encoder:
-    """The vision tower of a checkpoint: its class token beside its mean patch, of the layer the language model reads.
+    """The vision tower of a checkpoint. Its features are the class token and the mean of the patches, side by side.
 
-    float16, its own type, on a GPU; float32 on a CPU. Raises UserError if the checkpoint has no tower.
+    The patches come from the layer that the language model reads. The tower computes in precision(). Raises UserError
+    if weights of the tower are missing.
     """
     import torch
     from safetensors import safe_open
     from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
 
     path, prefix = base_of(path), "vision_tower."
-    index = os.path.join(path, "model.safetensors.index.json")
-    files = set(read_json(index)["weight_map"].values()) if os.path.isfile(index) else {"model.safetensors"}
     _, problems = read_shards(path)
     if problems:
         raise UserError("\n".join(problems))
+    index = os.path.join(path, "model.safetensors.index.json")
+    files = set(read_json(index)["weight_map"].values()) if os.path.isfile(index) else {"model.safetensors"}
     weights = {}
     for file in sorted(files):
         with safe_open(os.path.join(path, file), "pt") as shard:
@@ -59,30 +60,32 @@ def load_tower(path) -> Encoder:
             "the checkpoint again"
         )
     images = AutoImageProcessor.from_pretrained(path, backend="pil")
-    side, layer, whole = config.vision_config.image_size, config.vision_feature_layer, is_whole(path)
+    side, layer, tiles = config.vision_config.image_size, config.vision_feature_layer, config.model_type != "llava"
     layer = layer if isinstance(layer, int) else layer[-1]
 
     def prepare(pictures):
-        grid = {} if whole else {"image_grid_pinpoints": [[side, side]]}
+        grid = {"image_grid_pinpoints": [[side, side]]} if tiles else {}  # one tile, the smallest grid there is
         pixels = images(pictures, **grid, return_tensors="pt")["pixel_values"]
-        return pixels if whole else pixels[:, 0]  # [pictures, 3, side, side]; [:, 1] is a whole picture's only tile
+        return (
+            pixels[:, 0] if tiles else pixels
+        )  # [pictures, 3, side, side]; [:, 0] is the complete picture, not a tile
 
     def encode(tower, pixels):
         out = tower(pixels, output_hidden_states=True)
         return torch.cat([out.pooler_output.float(), out.hidden_states[layer][:, 1:].float().mean(1)], dim=1)
 
-    return Encoder(identity(weights, images), module.eval(), prepare, encode)
+    return Encoder(encoder_name(weights, images), module.eval(), prepare, encode)
 
 
 def precision():
+    """float16, the type of the published towers, on a GPU; float32 on a CPU."""
     import torch
-    from accelerate import PartialState
 
-    return torch.float32 if PartialState().device.type == "cpu" else torch.float16
+    return torch.float16 if torch.cuda.is_available() else torch.float32
 
 
-def identity(weights, images) -> str:
-    """A name that changes with the weights {name: tensor}, the preprocessing or the precision."""
+def encoder_name(weights, images) -> str:
+    """A name that changes with the weights {name: tensor}, the image processor's settings or the precision."""
     import torch
     import xxhash
 
@@ -93,82 +96,75 @@ def identity(weights, images) -> str:
     return digest.hexdigest()
 
 
-def features(encoder, pictures, sha256, folder, batch_size=32, workers=0):
-    """float32 [pictures, features] on the main rank, None on others, from what `folder` keeps or new. All ranks.
+def features(encoder, pictures, sha256, config, batch_size=32):
+    """float32 [pictures, features] for paths and the sha256 of their files: kept ones, or computed now on all GPUs.
 
-    pictures: paths; sha256: of each file, hexadecimal; workers: processes a rank that decode. A process that is alone
-    uses every GPU that it sees. Raises UserError for a picture that can no longer be read.
+    Raises UserError for a picture that can no longer be read.
     """
     import numpy as np
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    state, folder = PartialState(), os.path.join(folder, encoder.name)
-    known, todo = {}, [None]
-    if main_process():
-        for path in sorted(glob(os.path.join(escape(folder), "*.npz"))):
-            with np.load(path) as kept:
-                known |= zip(kept["sha256"].tolist(), kept["features"], strict=True)
-        todo = [[(s, p) for s, p in dict(zip(sha256, pictures, strict=True)).items() if s not in known]]
-    todo = broadcast_object_list(todo)[0]
-    with tqdm(total=len(todo), unit="image", desc="features", disable=not main_process() or None) as bar:
-        for start in range(0, len(todo), BLOCK):
-            block = todo[start : start + BLOCK]
-            share = block[state.process_index :: state.num_processes]
-            done, problem = [], None
+    folder, known = os.path.join(config.temp_dir, "features", encoder.name), {}
+    for path in sorted(glob(os.path.join(escape(folder), "*.npz"))):
+        with np.load(path) as kept:
+            known |= zip(kept["sha256"].tolist(), kept["features"], strict=True)
+    new = [(sha, path) for sha, path in dict(zip(sha256, pictures, strict=True)).items() if sha not in known]
+    with tqdm(total=len(new), unit="image", desc="features", disable=None) as bar:
+        for start in range(0, len(new), BLOCK):
+            done = {}
             try:
-                for keys, rows in encode_all(encoder, share, batch_size, workers):
-                    done.append((keys, rows))
-                    bar.update(len(keys) * state.num_processes)
+                for keys, rows in encode_all(encoder, new[start : start + BLOCK], config, batch_size):
+                    done |= zip(keys, rows, strict=True)
+                    bar.update(len(keys))
             except PictureError as error:
-                problem = f"a picture became unreadable after it was checked ({error}); run again"
-            if problems := [text for text in gather_object([problem]) if text]:
-                raise UserError(problems[0])
-            done = gather_object(done)
-            if not main_process():
-                continue
-            keys, rows = [key for keys, _ in done for key in keys], np.concatenate([rows for _, rows in done])
+                raise UserError(
+                    f"a picture became unreadable after it was checked ({error}); expected it as it was; run again, "
+                    "and the check will leave it out"
+                ) from None
             os.makedirs(folder, exist_ok=True)
-            with replacing(os.path.join(folder, f"{min(keys)}.npz"), "wb") as file:
-                np.savez(file, sha256=np.array(keys), features=rows)
-            known |= zip(keys, rows, strict=True)
-    return np.stack([known[s] for s in sha256]) if main_process() else None
+            with replacing(os.path.join(folder, f"{min(done)}.npz"), "wb") as file:
+                np.savez(file, sha256=np.array(list(done)), features=np.stack(list(done.values())))
+            known |= done
+    return np.stack([known[sha] for sha in sha256])
 
 
-def encode_all(encoder, items, batch_size, workers):
-    """Yields (keys, float32 [keys, features]) for (key, path) items, on this rank alone."""
+def encode_all(encoder, items, config, batch_size):
+    """Yields (sha256s, float32 [pictures, features] in numpy) for each batch of the (sha256, path) items."""
     import copy
     from collections import deque
 
     import torch
-    from accelerate import PartialState
 
-    state = PartialState()
-    devices = [state.device]
-    if state.num_processes == 1 and state.device.type == "cuda":
-        devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
+    devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    workers = cores(config.data_processes) if devices[0].type == "cuda" else 0  # a CPU has no time left to decode
     modules = [copy.deepcopy(encoder.module).to(device) for device in devices]
 
     def collate(batch):
         try:
             return [key for key, _ in batch], encoder.prepare([load_picture(path) for _, path in batch])
-        except PictureError as error:  # names the file; a worker's exception would arrive as another type
+        except PictureError as error:  # handed back, because a worker's exception would arrive as another type
             return None, f"{[path for _, path in batch][:1]}: {error}"
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    pending = deque()  # one batch a device: a GPU computes while the next one is fed
-    for k, (keys, pixels) in enumerate(
-        torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
-    ):
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
+    pending = deque()  # one batch per device: a GPU computes while the next one is fed
+    for k, (keys, pixels) in enumerate(loader):
         if keys is None:
             raise PictureError(pixels)
-        module = modules[k % len(modules)]
+        pixels = pixels.to(devices[k % len(devices)], precision())
         with torch.inference_mode():
-            pending.append((keys, encoder.encode(module, pixels.to(devices[k % len(devices)], precision()))))
-        if len(pending) >= len(modules):
+            pending.append((keys, encoder.encode(modules[k % len(modules)], pixels)))
+        if len(pending) == len(modules):
             keys, rows = pending.popleft()
             yield keys, rows.cpu().numpy()
-    while pending:
-        keys, rows = pending.popleft()
+    for keys, rows in pending:
         yield keys, rows.cpu().numpy()
+
+
+def regression(strength=1.0):
+    """Logistic regression on scaled features with C = `strength`: scikit-learn's Pipeline, not yet fitted."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
