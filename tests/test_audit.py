@@ -1,4 +1,4 @@
-"""The audit finds what was put in: flipped labels, a stranger, a crop; and keeps features by content."""
+"""The audit finds what was put in (flipped labels, a stranger, a crop), and features are kept by content."""
 
 import csv
 import re
@@ -12,11 +12,12 @@ from animals.pictures.read import PictureError, list_pictures
 from animals.scoring import features as kept_features
 from animals.scoring.features import features, load_tower
 from config import Config
+from scripts.audit import find_suspects
 
 
 @pytest.fixture(scope="module")
 def audited(run, demo, tmp_path_factory):
-    """(root, names of the flipped, output) of the demo's 2,500 training pictures, 75 of them in a wrong folder."""
+    """(root, names of the flipped pictures, output) for the demo's training pictures, 75 of them in a wrong folder."""
     root = tmp_path_factory.mktemp("audit")
     folders = list(Config().folder_to_label)
     pictures = [p for f in folders for p in sorted((demo.input / "train_data" / f).iterdir())]
@@ -31,7 +32,7 @@ def audited(run, demo, tmp_path_factory):
         (root / "input" / "train_data" / folder / f"{path.parent.name}-{path.name}").symlink_to(path)
     (root / "input" / "validation_data").symlink_to(demo.input / "validation_data")
     flags = f"--input_dir {root}/input --temp_dir {root}/temp --model_name_or_path {demo.model}"
-    done = run(f"python data_process_utils.py {flags} --audit")
+    done = run(f"python scripts/audit.py {flags}")
     assert done.code == 0, done.output
     return root, {f"{pictures[i].parent.name}-{pictures[i].name}" for i in flip}, done.output
 
@@ -43,7 +44,7 @@ def test_flipped_labels_come_first(audited):
     assert list(rows[0]) == ["image", "split", "label", "likely_label", "probability", "reason", "nearest"]
     assert sum(row["image"].rpartition("/")[2] in flipped for row in rows[:50]) >= 45
     reasons = [row["reason"] for row in rows]
-    order = ["label", "outlier", "look-alike"]
+    order = ["label", "outlier", "near-duplicate"]
     assert reasons == sorted(reasons, key=order.index) and len({row["image"] for row in rows}) == len(rows)
     assert all(row["likely_label"] != row["label"] for row in rows if row["reason"] == "label")
     assert f"suspects: label {reasons.count('label')}, outlier {reasons.count('outlier')}" in output
@@ -53,16 +54,17 @@ def test_flipped_labels_come_first(audited):
 
 
 def test_features_are_kept_by_content(demo, tmp_path, monkeypatch):
-    """A second call, another name and a second copy encode nothing; a picture that is gone is one line."""
+    """A second call, another name and a second copy compute nothing; a picture that is gone is one line."""
+    config = Config(temp_dir=str(tmp_path))
     paths = list_pictures(str(demo.input / "validation_data" / "cat"))[:6]
     tower, sha = load_tower(str(demo.model)), [str(i) for i in range(6)]
     monkeypatch.setattr(kept_features, "BLOCK", 4)
-    first = features(tower, paths, sha, str(tmp_path), batch_size=2)
-    assert len(list(tmp_path.glob("*/*.npz"))) == 2
-    again = features(tower, [*paths[:5], "moved", "copy"], [*sha, sha[0]], str(tmp_path))
+    first = features(tower, paths, sha, config, batch_size=2)
+    assert len(list(tmp_path.glob("features/*/*.npz"))) == 2
+    again = features(tower, [*paths[:5], "moved", "copy"], [*sha, sha[0]], config)
     assert np.array_equal(again, first[[0, 1, 2, 3, 4, 5, 0]])
     with pytest.raises(Exception, match="became unreadable after it was checked.*gone.jpg.*missing") as caught:
-        features(tower, ["gone.jpg"], ["new"], str(tmp_path))
+        features(tower, ["gone.jpg"], ["new"], config)
     assert type(caught.value).__name__ == "UserError" and not isinstance(caught.value, PictureError)
     assert load_tower(str(demo.checkpoint)).name != tower.name, "the demo trains the tower"
     shutil.copytree(demo.model, tmp_path / "copy")
@@ -70,8 +72,6 @@ def test_features_are_kept_by_content(demo, tmp_path, monkeypatch):
 
 
 def test_a_stranger_and_a_crop_are_suspects(demo):
-    from animals.scoring.audit import find_suspects
-
     random = np.random.default_rng(0)
     known = random.normal(size=(120, 16)).astype(np.float32)
     known[:60, 0] += 8
@@ -79,9 +79,9 @@ def test_a_stranger_and_a_crop_are_suspects(demo):
     known[33] = known[44] + 0.001
     rows = [{"image": str(i), "split": "train", "label": "ab"[i >= 60]} for i in range(120)]
     group = np.arange(120)
-    group[33] = group[44]  # the hash knows these two
+    group[33] = group[44]  # the hashes know these two
     found = {row["image"]: (row["reason"], row["nearest"]) for row in find_suspects(known, rows, group)}
-    assert found["90"] == ("look-alike", "80") and "80" not in found and not {"33", "44"} & found.keys()
+    assert found["90"] == ("near-duplicate", "80") and "80" not in found and not {"33", "44"} & found.keys()
     assert "label" not in {reason for reason, _ in found.values()}
 
 
@@ -91,5 +91,5 @@ def test_too_few_pictures(run, demo, tmp_path):
             (tmp_path / split / folder).mkdir(parents=True)
             Image.new("RGB", (40, 40), folder == "cat" and "red" or "blue").save(tmp_path / split / folder / "1.png")
     flags = f"--input_dir {tmp_path} --temp_dir {tmp_path}/temp --model_name_or_path {demo.model}"
-    done = run(f"python data_process_utils.py {flags} --audit")
-    assert done.code == 2 and "error: --audit: found 4 pictures" in done.output
+    done = run(f"python scripts/audit.py {flags}")
+    assert done.code == 2 and f"error: {tmp_path}: found 4 pictures; expected at least 20" in done.output

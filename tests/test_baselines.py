@@ -1,4 +1,4 @@
-"""The rivals' table: each row against a direct computation on the same pictures, with a tiny CLIP of seeded weights."""
+"""The table of baselines: each row against a direct computation on the same pictures, with a tiny CLIP of seeded weights."""
 
 import csv
 import json
@@ -14,8 +14,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from animals.checkpoint.load import load_model, load_processor
 from animals.pictures.read import list_pictures, load_picture
-from animals.scoring.rivals import fit
 from config import Config
+from scripts.baselines import fit
 
 LABELS, FOLDERS = Config().labels, Config().folder_to_label
 PER_CLASS = 4  # of the demo's pictures, train and held out
@@ -46,19 +46,23 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(run, demo, tiny_clip, tmp_path_factory):
-    """(input folder, temp folder, reports, flags) after a run of two ranks with all rivals."""
-    root = tmp_path_factory.mktemp("rivals")
+    """(root, flags, output) after a run with all baselines; the untuned checkpoint is scored by two ranks."""
+    root = tmp_path_factory.mktemp("baselines")
     for split in ("train_data", "validation_data"):
         for folder in FOLDERS:
             (root / "input" / split / folder).mkdir(parents=True)
             for path in sorted((demo.input / split / folder).iterdir())[: PER_CLASS + (folder == "cat")]:
                 (root / "input" / split / folder / path.name).symlink_to(path)
-    flags = f"--input_dir {root}/input --temp_dir {root}/temp --report_dir {root}/reports --logging_dir {root}/logs"
-    flags += f" --dtype float32 --model_name_or_path {demo.checkpoint} --rivals untuned,probe,clip"
-    flags += f" --untuned_model {demo.model} --clip_model {tiny_clip}"
-    done = run(f"sh validation.sh {flags}", NUM_PROCESSES=2)
+    data = f"--input_dir {root}/input --temp_dir {root}/temp --logging_dir {root}/logs"
+    flags = f"--report_dir {root}/reports --dtype float32 --model_name_or_path {demo.checkpoint}"
+    done = run(f"sh validation.sh {data} {flags}")
     assert done.code == 0, done.output
-    assert "the rival `untuned`, which has no report on these pictures yet" in done.output
+    flags = f"{root}/reports/{demo.checkpoint.name} {data}"
+    done = run(
+        f"python scripts/baselines.py {flags} --untuned {demo.model} --probe --clip_model {tiny_clip}", NUM_PROCESSES=2
+    )
+    assert done.code == 0, done.output
+    assert "the baseline `untuned`, which has no report on these pictures yet" in done.output
     return root, flags, done.output
 
 
@@ -67,13 +71,17 @@ def read_rows(root, name):
         return list(csv.DictReader(file))
 
 
+def read_baselines(root, demo):
+    report = json.loads((root / "reports" / demo.checkpoint.name / "report.json").read_text())
+    return report, {row["name"]: row for row in report["baselines"]}
+
+
 def test_each_row_is_what_a_direct_computation_gives(table, demo, tiny_clip):
     root, _, output = table
     rows = read_rows(root, demo.checkpoint.name)
     assert list(rows[0])[:6] == ["image", "label", "prediction", "probability", "correct", "sha256"]
     truth = [row["label"] for row in rows]
-    report = json.loads((root / "reports" / demo.checkpoint.name / "report.json").read_text())
-    found = {row["name"]: row for row in report["rivals"]}
+    report, found = read_baselines(root, demo)
     said = {"majority": ["cat"] * len(rows), "untuned": [row["prediction"] for row in read_rows(root, demo.model.name)]}
     pictures = [load_picture(row["image"]) for row in rows]
     said["probe"] = probe(root, demo, rows)
@@ -82,13 +90,13 @@ def test_each_row_is_what_a_direct_computation_gives(table, demo, tiny_clip):
     assert list(found) == list(said) and (report["majority"], report["majority_label"]) == (5 / 41, "cat")
     ours = np.array([row["correct"] == "True" for row in rows])
     for name, answers in said.items():
-        its = np.array(answers) == truth
-        assert found[name]["accuracy"] == pytest.approx(its.mean()), name
-        assert found[name]["accuracy_ci95"] == pytest.approx(proportion_confint(its.sum(), 41, method="wilson"))
-        assert found[name]["difference"] == pytest.approx(ours.mean() - its.mean())
-        counts = [[(ours & its).sum(), (ours & ~its).sum()], [(~ours & its).sum(), (~ours & ~its).sum()]]
+        other = np.array(answers) == truth
+        assert found[name]["accuracy"] == pytest.approx(other.mean()), name
+        assert found[name]["accuracy_ci95"] == pytest.approx(proportion_confint(other.sum(), 41, method="wilson"))
+        assert found[name]["difference"] == pytest.approx(ours.mean() - other.mean())
+        counts = [[(ours & other).sum(), (ours & ~other).sum()], [(~ours & other).sum(), (~ours & ~other).sum()]]
         assert found[name]["mcnemar_p"] == pytest.approx(mcnemar(counts, exact=True).pvalue, abs=1e-12)
-        assert f"{name:<12} {its.mean():>8.4f}" in output
+        assert f"{name:<12} {other.mean():>8.4f}" in output
 
 
 def zero_shot(folder, pictures):
@@ -127,11 +135,25 @@ def probe(root, demo, rows):
     return predicted
 
 
-def test_what_lacks_is_said_before_anything_loads(run, table, tmp_path):
+def test_a_report_of_the_untuned_checkpoint_will_do(run, table, demo):
+    root, flags, _ = table
+    before, untuned = read_rows(root, demo.checkpoint.name), read_baselines(root, demo)[1]["untuned"]
+    for other in (demo.model, root / "reports" / demo.model.name):
+        done = run(f"python scripts/baselines.py {flags} --untuned {other}")
+        assert done.code == 0 and "scoring" not in done.output, done.output
+        found = read_baselines(root, demo)[1]
+        assert list(found) == ["majority", "untuned"] and found["untuned"] == untuned
+    page = (root / "reports" / demo.checkpoint.name / "report.html").read_text(encoding="utf-8")
+    assert 'data-key="baselines.untuned.accuracy"' in page and read_rows(root, demo.checkpoint.name) == before
+
+
+def test_what_is_missing_is_said_before_anything_loads(run, table, tmp_path):
     _, flags, _ = table
-    done = run(f"python validation.py {flags} --untuned_model {tmp_path} --clip_model {tmp_path} --rivals clip,probe")
+    done = run(f"python scripts/baselines.py {flags} --untuned {tmp_path} --probe --clip_model {tmp_path}")
     assert done.code == 2 and "Traceback" not in done.output
-    assert "error: --untuned_model, for the rivals untuned and probe: " in done.output
-    assert f"error: --clip_model {tmp_path}: found no config.json there; expected a CLIP's folder" in done.output
-    done = run(f"python validation.py {flags} --rivals clip,dino")
-    assert done.code == 2 and "found dino; expected some of untuned,probe,clip" in done.output
+    assert "error: --untuned, --probe: " in done.output
+    assert f"error: --clip_model {tmp_path}: found no config.json there; expected the folder of a CLIP" in done.output
+    done = run(f"python scripts/baselines.py {flags} --probe --prompt Which?")
+    assert done.code == 2 and "error: --prompt: found" in done.output, done.output
+    done = run(f"python scripts/baselines.py {tmp_path}")
+    assert done.code == 2 and "expected a folder with report.json and predictions.csv" in done.output
