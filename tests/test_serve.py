@@ -1,4 +1,4 @@
-"""test.py --serve: dropped, chosen, photographed, asked by programs; nobody else's page; and its end."""
+"""scripts/serve.py: a picture dropped, chosen, photographed, sent by a program; pages of others; and how it ends."""
 
 import csv
 import http.client
@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from animals.pictures.read import list_pictures
-from animals.scoring.serve import MAX_UPLOAD
 from config import Config
+from scripts.serve import MAX_UPLOAD
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = Config().labels
@@ -27,7 +27,7 @@ LABELS = Config().labels
 
 @pytest.fixture(scope="module")
 def pictures(demo, tmp_path_factory):
-    """Pictures that are named, and two that cannot be: a text and a bomb."""
+    """Pictures, and two files that cannot be named: a text and a decompression bomb."""
     folder = tmp_path_factory.mktemp("pictures")
     originals = list_pictures(str(demo.input / "validation_data"))[:: 300 // 18]
     for i, path in enumerate(originals):
@@ -53,7 +53,7 @@ def served(run, demo, pictures, tmp_path_factory):
     with open(output, newline="", encoding="utf-8") as file:
         rows = {Path(row["image"]).name: row for row in csv.DictReader(file)}
     process = subprocess.Popen(
-        [sys.executable, "test.py", *flags.split(), "--serve", "--port", "0", "--language", "en"],
+        [sys.executable, "scripts/serve.py", *flags.split(), "--port", "0", "--language", "en"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     url = re.match(r"http://\S+", process.stdout.readline())[0]
@@ -177,6 +177,6 @@ def test_it_ends_within_two_seconds(served, pictures):
 def test_mistakes_get_one_line(run, demo, flags, message):
     with socket.create_server(("127.0.0.1", 0)) as busy:
         taken = busy.getsockname()[1]
-        done = run(f"python test.py --serve --model_name_or_path {demo.checkpoint} {flags.format(taken=taken)}")
+        done = run(f"python scripts/serve.py --model_name_or_path {demo.checkpoint} {flags.format(taken=taken)}")
     assert (done.code, done.output.count("\n")) == (2, 1), done.output
     assert re.match(message.format(taken=taken), done.output)
