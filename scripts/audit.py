@@ -1,7 +1,6 @@
 """Find pictures whose label is likely wrong, by the features of a checkpoint's vision tower.
 
-    python scripts/audit.py                                             # with the vision tower of model/
-    python scripts/audit.py --model_name_or_path sft-llava-1.6-7b       # with that of another checkpoint
+    python scripts/audit.py             # the vision tower is that of model/, or of --model_name_or_path
 
 Leaves <temp_dir>/audit.csv and <temp_dir>/audit.html, a list of suspects: each is a picture to look at, not a verdict.
 No picture is moved or changed. A classifier is fitted on four fifths of the pictures of both splits and asked about
@@ -95,9 +94,8 @@ def out_of_fold(known, truth, group):
     least, best = np.inf, None
     with threadpool_limits(1):  # in such small products threads wait for each other longer than they work
         for strength in STRENGTHS:  # the loss falls, then rises: stop there, larger values take the longest
-            answers = cross_val_predict(
-                regression(strength), known, truth, cv=folds, groups=group, method="predict_proba"
-            )
+            model = regression(strength)
+            answers = cross_val_predict(model, known, truth, cv=folds, groups=group, method="predict_proba")
             if (loss := log_loss(truth, answers)) > least:
                 break
             least, best = loss, answers
@@ -130,9 +128,7 @@ def main():
         for images, label, sha256 in zip(data["images"], data["label"], data["sha256"], strict=True)
     ]
     if len(rows) < FEWEST:
-        raise UserError(
-            f"{config.input_dir}: found {len(rows)} pictures; expected at least {FEWEST} for an audit; add pictures"
-        )
+        raise UserError(f"{config.input_dir}: found {len(rows)} pictures; expected at least {FEWEST}; add pictures")
     pictures, sha256 = ([row[key] for row in rows] for key in ("image", "sha256"))
     group = (known_duplicates(config) or {"group": dict(zip(pictures, sha256, strict=True))})["group"]
     known = features(load_tower(model), pictures, sha256, config)

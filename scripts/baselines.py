@@ -1,17 +1,14 @@
 """Compare a report of validation.sh with simpler ways to name the same pictures: was the fine-tuning worth it?
 
-    python scripts/baselines.py logs/validation/sft-llava-1.6-7b --untuned model --probe
-    python scripts/baselines.py logs/validation/sft-llava-1.6-7b --clip_model clip
+    python scripts/baselines.py logs/validation/sft-llava-1.6-7b --untuned model --probe --clip_model clip
 
-Writes the key `baselines` into report.json of that folder, one row per baseline, makes report.html again and prints
-the table. Each row is paired with the model's answers, picture by picture:
+Writes a row per baseline into report.json of that folder (key `baselines`) and into report.html, and prints the rows.
+Pictures, labels and question are those of the report; each baseline is compared with the model picture by picture:
 
-majority   the label that most of the held-out pictures have, as the answer to every picture
-untuned    the checkpoint before the fine-tuning; unless there is a report of it on these pictures, it is made first
+majority   always the most frequent label of the held-out pictures
+untuned    the checkpoint before the fine-tuning; if there is no report of it on these pictures yet, it is made first
 probe      logistic regression on the features of the frozen vision tower, fitted to the training pictures
 clip       zero-shot CLIP: the label whose sentence is most like the picture
-
-The pictures, the labels and the question are those of the report. Features are kept in <temp_dir>/features/.
 """
 
 import json
@@ -39,18 +36,18 @@ FIELDS = (*settings.DATA_FIELDS, "logging_dir", "language")  # validation.py tak
 
 
 def check_untuned(config, report, path, with_pictures):
-    """Raises UserError unless `path` holds a checkpoint, the settings are the report's, and the pictures fit for use."""
+    """Raises UserError unless the settings are the report's, and checkpoint and training pictures are fit for use."""
     try:
+        found, expected = (config.labels, config.question), (report["labels"], report.get("question"))
+        if found != expected:
+            raise UserError(
+                f"found {found} in {report['model']} or config.py; expected {expected}, the labels and question of the "
+                "report; give its --folder_to_label and --prompt"
+            )
         if with_pictures:
             check_inputs(config, path, ("train",))
         else:
             require_checkpoint(path)
-        found, expected = (config.labels, config.question), (report["labels"], report["question"])
-        if found != expected:
-            raise UserError(
-                f"found {found} in {report['model']} or config.py; expected {expected}, as the report has them; give "
-                "the --folder_to_label and the --prompt with which it was made"
-            )
     except UserError as error:
         raise UserError("\n".join(f"--untuned, --probe: {line}" for line in str(error).splitlines())) from None
 
@@ -72,36 +69,32 @@ def find_report(checkpoint, config, report, pictures, report_dir):
     """The folder of the checkpoint's report on the pictures and the question of `report`; made if there is none yet."""
     folder = os.path.join(report_dir, checkpoint_name(checkpoint))
     try:
-        other, other_rows = read_report(folder)
-        paired(pictures, other_rows, folder)
-        if (other["model"], other.get("question")) == (checkpoint, config.question):
+        if untuned(folder, pictures)[1] == {"model": checkpoint, "prompt": config.question}:
             return folder
     except UserError:
         pass  # there is none, or one of other pictures
     print(f"scoring {checkpoint}, the baseline `untuned`, which has no report on these pictures yet", file=sys.stderr)
     values = {name: getattr(config, name) for name in FIELDS}
-    values |= {"folder_to_label": json.dumps(config.folder_to_label), "model_name_or_path": checkpoint}
-    values |= {"report_dir": report_dir, "eval_pictures": report["n"]}
     values |= {name: report[name] for name in ("dtype", "per_device_eval_batch_size")}
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    flags += ["--on_eval_pictures"] * (report["n"] < report["held_out"])
-    command = [sys.executable, ROOT / "scripts" / "launch.py", ROOT / "validation.py", *flags]
+    values |= {"folder_to_label": json.dumps(config.folder_to_label), "eval_pictures": report["n"]}
+    values |= {"model_name_or_path": checkpoint, "report_dir": report_dir}
+    command = [sys.executable, ROOT / "scripts" / "launch.py", ROOT / "validation.py"]
+    command += [f"--{name}={value}" for name, value in values.items()]
+    command += ["--on_eval_pictures"] * (report["n"] < report["held_out"])
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"{checkpoint}: its validation ended with exit code {code}; what it said stands above")
     return folder
 
 
-# --- each returns (a label per picture, further keys of the baseline's row in report.json) ----------------------------
-
-
 def untuned(folder, pictures):
-    """The answers in the report of the untuned checkpoint; pictures as paired() takes them."""
-    other, other_rows = read_report(folder)
-    return [row["prediction"] for row in paired(pictures, other_rows, folder)], {"model": other["model"]}
+    """(a label per picture, further keys of the row) from the report in `folder`; pictures as paired() takes them."""
+    report, rows = read_report(folder)
+    answers = [row["prediction"] for row in paired(pictures, rows, folder)]
+    return answers, {"model": report["model"], "prompt": report.get("question")}
 
 
 def probe(model, config, rows):
-    """The regression on the features of the vision tower of `model`."""
+    """(a label per row, further keys of the row in the table) by regression on the features of the vision tower."""
     tower, train = load_tower(model), load_split(config, "train")
     known = features(tower, [images[0] for images in train["images"]], train["sha256"][:], config)
     held_out = features(tower, [row["image"] for row in rows], [row["sha256"] for row in rows], config)
@@ -122,7 +115,7 @@ def fit(train, labels, held_out):
 
 
 def clip(folder, config, labels, rows):
-    """Zero-shot, as in Radford et al. 2021 (arXiv:2103.00020): the sentence with the largest cosine to the picture."""
+    """As probe(), zero-shot as in Radford et al. 2021 (arXiv:2103.00020): the sentence with the largest cosine."""
     import numpy as np
     import torch
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -145,25 +138,24 @@ def clip(folder, config, labels, rows):
 
 
 def baseline(name, rows, answers, further):
-    """The baseline's row in report.json: its accuracy and the model's difference to it. answers: a label per picture."""
+    """The baseline's row in report.json: its accuracy and the model's difference to it, from its answer per picture."""
     right = [row["label"] == answer for row, answer in zip(rows, answers, strict=True)]
     found = compare([row["correct"] for row in rows], right)
     keys = ("difference", "difference_ci95", "mcnemar_p", "only_this", "only_other")
-    interval = wilson_interval(sum(right), len(right))
-    values = {"name": name, "accuracy": found["other_accuracy"], "accuracy_ci95": interval}
+    values = {"name": name, "accuracy": found["other_accuracy"]}
+    values |= {"accuracy_ci95": wilson_interval(sum(right), len(right))}
     return values | {key: found[key] for key in keys} | further
 
 
 def main():
     parser = settings.parser(__doc__.splitlines()[0], FIELDS)
     parser.add_argument("report", metavar="REPORT_DIR", help="the folder of a report that validation.sh wrote")
-    parser.add_argument(
-        "--untuned", metavar="DIR", help="the checkpoint before the fine-tuning, or its report's folder"
-    )
+    parser.add_argument("--untuned", metavar="DIR", help="the checkpoint before fine-tuning, or its report's folder")
     parser.add_argument("--probe", action="store_true", help="on the vision tower of --untuned's checkpoint, or model/")
     parser.add_argument("--clip_model", metavar="DIR", help="e.g. a copy of openai/clip-vit-large-patch14-336")
     args = parser.parse_args()
     report, rows = read_report(args.report)
+    folder = os.path.abspath(args.report if os.path.isdir(args.report) else os.path.dirname(args.report))
     config, problems = settings_for(settings.config_from(args), report["model"]), Findings()
     model, untuned_report = args.untuned or "model", None
     if args.untuned and os.path.isfile(os.path.join(args.untuned, "report.json")):
@@ -177,14 +169,13 @@ def main():
     table = [baseline("majority", rows, [report["majority_label"]] * len(rows), {})]
     if args.untuned:
         pictures = [(row["image"], row["sha256"], row["label"]) for row in rows]
-        report_dir = os.path.dirname(os.path.abspath(args.report))
-        folder = untuned_report or find_report(model, config, report, pictures, report_dir)
-        table.append(baseline("untuned", rows, *untuned(folder, pictures)))
+        other = untuned_report or find_report(model, config, report, pictures, os.path.dirname(folder))
+        table.append(baseline("untuned", rows, *untuned(other, pictures)))
     if args.probe:
         table.append(baseline("probe", rows, *probe(model, config, rows)))
     if args.clip_model:
         table.append(baseline("clip", rows, *clip(args.clip_model, config, report["labels"], rows)))
-    write_report(report | {"baselines": table}, rows, args.report, config.language)
+    write_report(report | {"baselines": table}, rows, folder, config.language)
     print_baselines(table)
 
 

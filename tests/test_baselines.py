@@ -1,4 +1,4 @@
-"""The table of baselines: each row against a direct computation on the same pictures, with a tiny CLIP of seeded weights."""
+"""The table of baselines: each row against a direct computation on the same pictures, with a tiny random CLIP."""
 
 import csv
 import json

@@ -5,7 +5,9 @@ one folder per encoder, by the sha256 of each picture's file: an interrupted run
 a run in which a picture was moved or stands twice.
 """
 
+import copy
 import os
+from collections import deque
 from glob import escape, glob
 from typing import Any, NamedTuple
 
@@ -117,10 +119,7 @@ def features(encoder, pictures, sha256, config, batch_size=32):
                     done |= zip(keys, rows, strict=True)
                     bar.update(len(keys))
             except PictureError as error:
-                raise UserError(
-                    f"a picture became unreadable after it was checked ({error}); expected it as it was; run again, "
-                    "and the check will leave it out"
-                ) from None
+                raise UserError(f"a picture became unreadable after it was checked ({error}); run again") from None
             os.makedirs(folder, exist_ok=True)
             with replacing(os.path.join(folder, f"{min(done)}.npz"), "wb") as file:
                 np.savez(file, sha256=np.array(list(done)), features=np.stack(list(done.values())))
@@ -130,9 +129,6 @@ def features(encoder, pictures, sha256, config, batch_size=32):
 
 def encode_all(encoder, items, config, batch_size):
     """Yields (sha256s, float32 [pictures, features] in numpy) for each batch of the (sha256, path) items."""
-    import copy
-    from collections import deque
-
     import torch
 
     devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())] or [torch.device("cpu")]
