@@ -52,7 +52,7 @@ def checkpoint_id(path, dtype, config):
     return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
 
 
-def make_row(picture, probability, labels, min_probability, error, checkpoint):
+def make_row(labels, min_probability, checkpoint, picture, probability, error):
     """One row of the CSV, from the probabilities [labels] or from the error of a picture that could not be read."""
     if error:
         return [picture, "", "", error] + [""] * (len(GUESSES) + 1 + len(labels))
@@ -63,8 +63,8 @@ def make_row(picture, probability, labels, min_probability, error, checkpoint):
     return [picture, name, best, "", *guesses, *[""] * (len(GUESSES) - len(guesses)), checkpoint, *probability]
 
 
-def read_finished(path, header, labels, min_probability, checkpoint):
-    """The complete rows in the CSV of an interrupted run, whose last line may be cut, for today's --min_probability.
+def read_finished(path, header, labels, checkpoint):
+    """[(picture, probabilities [labels], error)] of an interrupted run's CSV, whose last line may be cut.
 
     Raises UserError if the columns or the checkpoint are others: one CSV holds the answers of one model.
     """
@@ -82,14 +82,11 @@ def read_finished(path, header, labels, min_probability, checkpoint):
             f"--resume: found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))}); "
             f"expected {checkpoint}; name the same --model_name_or_path, or leave --resume away and begin again"
         )
-    numbers = [[float(cell or "nan") for cell in row[-len(labels) :]] for row in rows]
-    return [
-        make_row(row[0], p, labels, min_probability, row[3], checkpoint) for row, p in zip(rows, numbers, strict=True)
-    ]
+    return [(row[0], [float(cell or 0) for cell in row[-len(labels) :]], row[3]) for row in rows]
 
 
 def name_pictures(args, config, pictures):
-    """Loads the model. -> an iterator over batches of (picture, probabilities [labels], error or None)"""
+    """Load the model. -> an iterator over batches, lists of (picture, probabilities [labels], error or None)"""
     from accelerate import PartialState
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
@@ -127,18 +124,18 @@ def main():
     checkpoint = checkpoint_id(model, args.dtype, config)
     finished = []
     if args.resume and os.path.exists(output):
-        finished = read_finished(output, header, config.labels, limit, checkpoint)
-        known = {row[0] for row in finished}
+        finished = read_finished(output, header, config.labels, checkpoint)
+        known = {picture for picture, _, _ in finished}
         print(f"going on: {output} has {len(known)} pictures already", file=sys.stderr)
         pictures = [picture for picture in pictures if picture not in known]
 
     unreadable, batches = 0, name_pictures(args, config, pictures) if pictures else ()
     with replacing(output, newline="") as file:
-        csv.writer(file).writerows([header, *finished])
+        csv.writer(file).writerows([header, *(make_row(config.labels, limit, checkpoint, *done) for done in finished)])
     with open(output, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for batch in batches:
-            writer.writerows(make_row(image, p, config.labels, limit, error, checkpoint) for image, p, error in batch)
+            writer.writerows(make_row(config.labels, limit, checkpoint, *done) for done in batch)
             file.flush()
             unreadable += sum(error is not None for _, _, error in batch)
     print(f"{len(pictures)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)

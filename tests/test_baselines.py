@@ -1,7 +1,5 @@
 """The table of baselines: each row against a direct computation on the same pictures, with a tiny random CLIP."""
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,12 @@ from statsmodels.stats.proportion import proportion_confint
 
 from animals.checkpoint.load import load_model, load_processor
 from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.report import read_report
 from config import Config
 from scripts.baselines import fit
 
 LABELS, FOLDERS = Config().labels, Config().folder_to_label
-PER_CLASS = 4  # of the demo's pictures, train and held out
+PER_CLASS = 4  # of the demo's pictures, in each split
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(run, demo, tiny_clip, tmp_path_factory):
-    """(root, flags, output) after a run with all baselines; the untuned checkpoint is scored by two ranks."""
+    """(root, command, output) after a run with all baselines; the untuned checkpoint is scored by two ranks."""
     root = tmp_path_factory.mktemp("baselines")
     for split in ("train_data", "validation_data"):
         for folder in FOLDERS:
@@ -57,38 +56,29 @@ def table(run, demo, tiny_clip, tmp_path_factory):
     flags = f"--report_dir {root}/reports --dtype float32 --model_name_or_path {demo.checkpoint}"
     done = run(f"sh validation.sh {data} {flags}")
     assert done.code == 0, done.output
-    flags = f"{root}/reports/{demo.checkpoint.name} {data}"
-    done = run(
-        f"python scripts/baselines.py {flags} --untuned {demo.model} --probe --clip_model {tiny_clip}", NUM_PROCESSES=2
-    )
+    command = f"python scripts/baselines.py {root}/reports/{demo.checkpoint.name} {data}"
+    done = run(f"{command} --untuned {demo.model} --probe --clip_model {tiny_clip}", NUM_PROCESSES=2)
     assert done.code == 0, done.output
     assert "the baseline `untuned`, which has no report on these pictures yet" in done.output
-    return root, flags, done.output
+    return root, command, done.output
 
 
-def read_rows(root, name):
-    with open(root / "reports" / name / "predictions.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_baselines(root, demo):
-    report = json.loads((root / "reports" / demo.checkpoint.name / "report.json").read_text())
-    return report, {row["name"]: row for row in report["baselines"]}
+def read(root, checkpoint):
+    """(report.json, its baselines by name, the rows of predictions.csv)"""
+    report, rows = read_report(str(root / "reports" / checkpoint.name))
+    return report, {row["name"]: row for row in report.get("baselines", [])}, rows
 
 
 def test_each_row_is_what_a_direct_computation_gives(table, demo, tiny_clip):
     root, _, output = table
-    rows = read_rows(root, demo.checkpoint.name)
+    report, found, rows = read(root, demo.checkpoint)
     assert list(rows[0])[:6] == ["image", "label", "prediction", "probability", "correct", "sha256"]
-    truth = [row["label"] for row in rows]
-    report, found = read_baselines(root, demo)
-    said = {"majority": ["cat"] * len(rows), "untuned": [row["prediction"] for row in read_rows(root, demo.model.name)]}
-    pictures = [load_picture(row["image"]) for row in rows]
+    truth, ours = [row["label"] for row in rows], np.array([row["correct"] for row in rows])
+    said = {"majority": ["cat"] * len(rows), "untuned": [row["prediction"] for row in read(root, demo.model)[2]]}
     said["probe"] = probe(root, demo, rows)
-    said["clip"] = zero_shot(tiny_clip, pictures)
+    said["clip"] = zero_shot(tiny_clip, [load_picture(row["image"]) for row in rows])
     assert len(set(said["clip"])) > 2, "a CLIP that answers one label tests little"
     assert list(found) == list(said) and (report["majority"], report["majority_label"]) == (5 / 41, "cat")
-    ours = np.array([row["correct"] == "True" for row in rows])
     for name, answers in said.items():
         other = np.array(answers) == truth
         assert found[name]["accuracy"] == pytest.approx(other.mean()), name
@@ -136,24 +126,24 @@ def probe(root, demo, rows):
 
 
 def test_a_report_of_the_untuned_checkpoint_will_do(run, table, demo):
-    root, flags, _ = table
-    before, untuned = read_rows(root, demo.checkpoint.name), read_baselines(root, demo)[1]["untuned"]
+    root, command, _ = table
+    _, before, rows = read(root, demo.checkpoint)
     for other in (demo.model, root / "reports" / demo.model.name):
-        done = run(f"python scripts/baselines.py {flags} --untuned {other}")
+        done = run(f"{command} --untuned {other}")
         assert done.code == 0 and "scoring" not in done.output, done.output
-        found = read_baselines(root, demo)[1]
-        assert list(found) == ["majority", "untuned"] and found["untuned"] == untuned
+        _, after, same_rows = read(root, demo.checkpoint)
+        assert after == {name: before[name] for name in ("majority", "untuned")} and same_rows == rows
     page = (root / "reports" / demo.checkpoint.name / "report.html").read_text(encoding="utf-8")
-    assert 'data-key="baselines.untuned.accuracy"' in page and read_rows(root, demo.checkpoint.name) == before
+    assert 'data-key="baselines.untuned.accuracy"' in page
 
 
 def test_what_is_missing_is_said_before_anything_loads(run, table, tmp_path):
-    _, flags, _ = table
-    done = run(f"python scripts/baselines.py {flags} --untuned {tmp_path} --probe --clip_model {tmp_path}")
+    command = table[1]
+    done = run(f"{command} --untuned {tmp_path} --probe --clip_model {tmp_path}")
     assert done.code == 2 and "Traceback" not in done.output
     assert "error: --untuned, --probe: " in done.output
     assert f"error: --clip_model {tmp_path}: found no config.json there; expected the folder of a CLIP" in done.output
-    done = run(f"python scripts/baselines.py {flags} --probe --prompt Which?")
-    assert done.code == 2 and "error: --prompt: found" in done.output, done.output
+    done = run(f"{command} --probe --prompt Which?")
+    assert done.code == 2 and "error: --prompt: found" in done.output
     done = run(f"python scripts/baselines.py {tmp_path}")
     assert done.code == 2 and "expected a folder with report.json and predictions.csv" in done.output
