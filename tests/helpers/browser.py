@@ -2,16 +2,17 @@
 
     python tests/helpers/browser.py temp/demo/logs/validation/sft-llava-demo/report.html demo/report.png
 
-takes the first screen of a page, 1280 x 800: the picture in the README is made by this line.
+saves the first screen of a page, 1280 x 800 pixels: this command makes the picture in the README.
 """
 
-import argparse
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,24 +30,20 @@ def find_chromium():
 
 
 class Browser:
-    """with Browser(profile_folder) as browser: one tab. `events` holds what the page asked for and complained about."""
+    """with Browser(profile_folder) as browser: one tab. `events` holds the requests and the errors of the page."""
 
     def __init__(self, profile):
-        ours, theirs = os.pipe(), os.pipe()  # commands to it, answers from it: its file descriptors 3 and 4
+        (read_commands, self.write), (self.read, write_answers) = os.pipe(), os.pipe()
 
-        def connect():
-            commands, answers = os.dup(ours[0]), os.dup(theirs[1])  # 3 and 4 may be among the pipes' own numbers
-            spare = [os.dup(commands) for _ in range(3)]
-            high = os.dup(commands), os.dup(answers)
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-            del spare
+        def connect():  # Chromium reads commands from file descriptor 3 and writes answers to 4
+            commands, answers = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read_commands, write_answers))
+            os.dup2(commands, 3)  # the pipes' own numbers may be 3 and 4, hence the copies from 10 on
+            os.dup2(answers, 4)
 
         command = [find_chromium(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self.process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stderr=subprocess.DEVNULL)
-        os.close(ours[0])
-        os.close(theirs[1])
-        self.write, self.read = ours[1], theirs[0]
+        os.close(read_commands)
+        os.close(write_answers)
         self.buffer, self.last, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -124,40 +121,27 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
 
     def drop(self, path, x, y):
-        """A file from the desktop."""
+        """Drop a file from the desktop at this place."""
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
-    def screenshot(self, path, whole=True):
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")["data"]
-        with open(path, "wb") as file:
-            file.write(base64.b64decode(data))
+    def screenshot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def requests(self):
         return [p["request"]["url"] for method, p in self.events if method == "Network.requestWillBeSent"]
 
     def complaints(self):
         logged = [p["entry"]["text"] for method, p in self.events if method == "Log.entryAdded"]
-        return logged + [str(p) for method, p in self.events if method in ("Runtime.exceptionThrown",)] + [
-            str(p["args"]) for method, p in self.events
-            if method == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert")
-        ]  # fmt: skip
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("page", help="an HTML file")
-    parser.add_argument("png", help="where its picture goes")
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--dark", action="store_true")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as profile, Browser(profile) as browser:
-        browser.view(args.width, args.height, args.dark)
-        browser.open(Path(args.page).resolve().as_uri())
-        browser.screenshot(args.png, whole=False)
+        thrown = [str(p) for method, p in self.events if method == "Runtime.exceptionThrown"]
+        said = [p for method, p in self.events if method == "Runtime.consoleAPICalled"]
+        return logged + thrown + [str(p["args"]) for p in said if p["type"] in ("error", "warning", "assert")]
 
 
 if __name__ == "__main__":
-    main()
+    page, png = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder, Browser(folder) as browser:
+        browser.view(1280, 800)
+        browser.open(Path(page).resolve().as_uri())
+        browser.screenshot(png)
