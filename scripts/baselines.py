@@ -78,7 +78,7 @@ def find_report(checkpoint, config, report, pictures, report_dir):
     values |= {name: report[name] for name in ("dtype", "per_device_eval_batch_size")}
     values |= {"folder_to_label": json.dumps(config.folder_to_label), "eval_pictures": report["n"]}
     values |= {"model_name_or_path": checkpoint, "report_dir": report_dir}
-    command = [sys.executable, ROOT / "scripts" / "launch.py", ROOT / "validation.py"]
+    command = [sys.executable, ROOT / "scripts" / "launch.py", "validation.py"]
     command += [f"--{name}={value}" for name, value in values.items()]
     command += ["--on_eval_pictures"] * (report["n"] < report["held_out"])
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
