@@ -22,13 +22,12 @@ STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # values to try for C of 
 
 
 class Encoder(NamedTuple):
-    """name: of the folder that keeps its features. prepare(pictures) -> a tensor on the CPU. encode(module, tensor) ->
-    float32 [pictures, features] on the module's device."""
+    """A network that computes a row of features per picture, as features() needs it."""
 
-    name: str
+    name: str  # of the folder that keeps its features
     module: Any
-    prepare: Any
-    encode: Any
+    prepare: Any  # (pictures) -> tensor on the CPU
+    encode: Any  # (module, that tensor) -> float32 [pictures, features] on the module's device
 
 
 def load_tower(path) -> Encoder:
