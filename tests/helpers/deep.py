@@ -1,32 +1,34 @@
-"""A tiny LLaVA-NeXT as deep as the 7B and of its proportions, with the demo's tokenizer and tiles; and its settings."""
+"""A tiny LLaVA-NeXT as deep as the 7B and of its proportions, and scripts/zero3.json scaled down to it."""
 
 import json
 import math
 import shutil
 from pathlib import Path
 
+from scripts.memory_plan import parameters
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def build(folder, demo, hidden=72, layers=32, vision_layers=24, seed=0):
-    """A checkpoint with the 7B's ratios: heads 4:1, MLP 3.5 x hidden, vision a quarter as wide. `demo`: its model."""
+def build(folder, demo, hidden=72, layers=32, vision_layers=24):
+    """A checkpoint with the 7B's ratios: heads 4:1, MLP 3.5 x hidden, vision a quarter as wide.
+
+    demo: the folder of the demo's model, whose tokenizer and tiles it takes.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     from demo.make_model import hub_name
 
-    folder.mkdir(parents=True)
-    for file in demo.iterdir():
-        if "safetensors" not in file.name:
-            shutil.copy(file, folder)
+    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*safetensors*"))
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"hidden_size": hidden, "intermediate_size": 7 * hidden // 2, "num_hidden_layers": layers}
     config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 1}
     config["vision_config"] |= {"hidden_size": hidden // 4 // 2 * 2, "intermediate_size": hidden // 4 // 2 * 8}
     config["vision_config"] |= {"num_attention_heads": 1, "num_hidden_layers": vision_layers}
     (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = LlavaNextForConditionalGeneration(LlavaNextConfig(**config))
     weights = {hub_name(name): value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -34,23 +36,19 @@ def build(folder, demo, hidden=72, layers=32, vision_layers=24, seed=0):
 
 
 def decoder_layer(config):
-    """Elements of one."""
-    from animals.training import memory
-
-    every = memory.parameters(config)
-    return sum(math.prod(size) for name, size, _ in every if "language_model.layers.0." in name)
+    """The elements of one decoder layer."""
+    shapes = parameters(config).items()
+    return sum(math.prod(shape) for name, shape in shapes if "language_model.layers.0." in name)
 
 
-def settings(folder, config, hub, changes=None):
-    """zero3.json scaled down with the decoder layer, and its yaml; -> (yaml file, zero3)."""
+def settings(folder, config, hub, changes):
+    """(accelerate's yaml file, settings): zero3.json, its sizes scaled by the decoder layer, with these changes."""
     zero3 = json.loads((ROOT / "scripts" / "zero3.json").read_text())
     stage3 = zero3["zero_optimization"]
-    stage3 |= changes or {}
-    share = decoder_layer(config) / decoder_layer(hub)
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance", "reduce_bucket_size"):
-        stage3[key] = int(stage3[key] * share)
-    # several sub-groups form; norms and biases stay whole as the 7B's do
-    stage3 |= {"sub_group_size": 60_000, "stage3_param_persistence_threshold": 200}
+        stage3[key] = int(stage3[key] * decoder_layer(config) / decoder_layer(hub))
+    # Several sub-groups form, and the norms and biases stay complete on each rank, as those of the 7B do.
+    stage3 |= {"sub_group_size": 60_000, "stage3_param_persistence_threshold": 200, **changes}
     (folder / "zero3.json").write_text(json.dumps(zero3))
     yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
     assert "scripts/zero3.json" in yaml

@@ -1,9 +1,8 @@
 """One rank of train.py itself, with AnimalTrainer and TRL's head, that writes down what its engine (or DDP) holds.
 
-Run by tests/test_memory_plan.py under `accelerate launch`: engine_probe.py OUT.json [flags of train.py]. Nothing is
-saved. "moved", of ZeRO-3: a dict for each micro-step: elements gathered and reduced, gathered on demand (not
-prefetched: waited for), and alive at most: while the head is gathered, for the loss, and at all other times. The
-embedding is left out, which is gathered before there are activations.
+tests/test_memory_plan.py runs it under `accelerate launch`: engine_probe.py OUT.json [flags of train.py]. No model is
+saved. "moved" has a dict per micro-step, with ZeRO-3: elements gathered, reduced, gathered on demand (not prefetched:
+the rank waits), and the most that were alive at once, while the head was and otherwise, without the embedding.
 """
 
 import json
@@ -13,13 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "meter")]
-import torch  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params  # noqa: E402
-from moved import count_moved  # noqa: E402
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
+from moved import count_moved
 
-import train  # noqa: E402
-from animals.training import trainer as training  # noqa: E402
+import train
+from animals.training import trainer as training
 
 out_file = sys.argv.pop(1)
 moved, now, history, vocabulary = count_moved(), {}, [], []
@@ -52,33 +51,28 @@ class Probe(training.AnimalTrainer):
         now.clear()
         moved.update(all_gather=0, reduce_scatter=0)
         loss = super().training_step(*args, **kwargs)
-        self.gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # DDP's
-        counted = "on_demand", "live", "live_with_head"
-        history.append({**moved, **{name: now.get(name, 0) for name in counted}})
+        self.gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # of DDP
+        history.append(dict.fromkeys(("on_demand", "live", "live_with_head"), 0) | moved | now)
         return loss
 
     def save_final(self):
-        parameters = list(self.model.parameters())
+        mine, optimizer, master = list(self.model.parameters()), self.optimizer.optimizer, []
+        numel = sum(p.numel() for p in mine)
         if self.is_deepspeed_enabled:
             zero = self.deepspeed.optimizer
             optimizer, master = zero.optimizer, zero.fp32_partitioned_groups_flat
-            numel, mine = sum(p.ds_numel for p in parameters), [p.ds_tensor for p in parameters]
+            numel, mine = sum(p.ds_numel for p in mine), [p.ds_tensor for p in mine]
             self.gradients = [zero.grad_partitions_flat_buffer]
-        else:
-            optimizer, master = self.optimizer.optimizer, []
-            numel, mine = sum(p.numel() for p in parameters), parameters
         states = [item for state in optimizer.state.values() for item in state.items()]
-        states = [value for name, value in states if torch.is_tensor(value) and "qmap" not in name]
         held = {
             "parameters": size_of(mine),
             "gradients": size_of(self.gradients),
-            "master": size_of(master),
-            "states": size_of(states),
+            "fp32 master": size_of(master),
+            "8-bit states": size_of(v for name, v in states if torch.is_tensor(v) and "qmap" not in name),
             "moved": history,
             "numel": numel,
             "ranks": self.args.world_size,
             "sub_groups": [t.numel() for t in master],
-            "losses": [log["loss"] for log in self.state.log_history if "loss" in log],
         }
         if self.args.process_index == 0:
             Path(out_file).write_text(json.dumps(held))
