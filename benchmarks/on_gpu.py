@@ -1,14 +1,14 @@
-"""What the README computes for GPUs, measured on some: ready to run, nothing is downloaded. Not run on a GPU so far.
+"""Measure training and validation on the GPUs of this machine. It downloads nothing. No GPU has run it so far.
 
-    python benchmarks/on_gpu.py                                   # the 7B: an 80 GB card for all rows
-    python benchmarks/on_gpu.py --rows projector                  # what fits 24 GB
+    python benchmarks/on_gpu.py                                   # the 7B: all rows need a card of 80 GB
+    python benchmarks/on_gpu.py --rows projector                  # fits a card of 24 GB
     python benchmarks/on_gpu.py --model_name_or_path temp/demo/model --input_dir temp/demo/input    # on CPU ranks
 
-The hub's real config and tokenizer with seeded random weights (15 GB in --work), drawn pictures of photographs' sizes.
-Each row of ROWS is a `sh train.sh --rehearse` in both views, 64 pictures a step on all GPUs: seconds a step, peak
-memory beside the plan's, the share of time that waits for data. Then validation.py's scorer against batched generate()
-of two tokens, the least an answer needs, on the first GPU. Leaves benchmarks/results/on_gpu.md.
-Needs requirements-dev.txt (mistral-common holds the tokenizer), and for the 7B 40 GB of disk and 64 of host RAM.
+The model has the hub's real config and tokenizer and seeded random weights (15 GB in --work); the pictures are drawn in
+the sizes of photographs. Each row of ROWS is a `sh train.sh --rehearse` in both views, with 64 pictures per step on all
+GPUs: seconds per step, peak memory, the share of time that waits for data. Then the first GPU compares validation.py's
+scorer with batched generate() of two tokens, the fewest that an answer needs. Writes benchmarks/results/on_gpu.md.
+Needs requirements-dev.txt (mistral-common holds the tokenizer), and for the 7B 55 GB of disk and 64 GB of host RAM.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures, load_picture
+from animals.ranks import count_gpus
 from animals.scoring.scorer import Scorer, score_pictures
 from benchmarks.scorer import SHAPES, generate, in_batches
-from config import FOLDER_TO_LABEL, VIEWS, Config
-from scripts.launch import count_gpus
+from config import FOLDER_TO_LABEL, Config
 
 DDP = "--config_file scripts/ddp.yaml"
 ROWS = {  # name: flags of train.sh
-    "zero3": "",  # all weights; parameters in host RAM, as scripts/zero3.json has it
+    "zero3": "",  # all weights; the bf16 parameters are in host RAM (scripts/zero3.json)
     "lora": f"--use_peft --learning_rate 2e-4 {DDP}",
     "projector": f"--train_parts projector --learning_rate 1e-3 {DDP}",
 }
@@ -44,7 +44,7 @@ MICRO_BATCH = {"tiles": 4, "whole": 8}
 
 
 def draw_pictures(folder, count, seed=0):
-    """`count` JPEGs of smooth noise for training and half as many for validation, in photographs' sizes."""
+    """Draw `count` JPEGs of smooth noise for training and half as many for validation, in the sizes of photographs."""
     import numpy as np
     from PIL import Image
 
@@ -59,7 +59,7 @@ def draw_pictures(folder, count, seed=0):
 
 
 def machine():
-    """A line: card, driver and library versions."""
+    """The cards, the driver and the versions of the libraries, in one line."""
     card = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     if count_gpus():
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -69,17 +69,26 @@ def machine():
     return f"{card}; Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
-def rehearse(args, name, view):
-    """rehearsal.json of one row, with micro_batch and pictures; a dict with `failed` where the run ended otherwise."""
+def views(args):
+    """{view: checkpoint folder}: the model in tiles, and its copy in the whole view, which is made once."""
+    whole = args.work / "model-whole"
+    if not whole.is_dir():
+        command = [sys.executable, "scripts/whole_view.py", str(args.model_name_or_path), str(whole)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return {"tiles": args.model_name_or_path, "whole": whole}
+
+
+def rehearse(args, name, view, model):
+    """rehearsal.json of one row, with `sizes` and `pictures` per step; {"failed": last line} if the run failed."""
     ranks = int(os.environ.get("NUM_PROCESSES", max(1, count_gpus())))
     micro = min(MICRO_BATCH[view], max(1, args.effective_batch // ranks))
     accumulation = max(1, args.effective_batch // (micro * ranks))
     run_name = f"{name}-{view}"
     shutil.rmtree(args.work / "logs" / run_name, ignore_errors=True)
     command = (
-        f"sh train.sh --rehearse --model_name_or_path {args.model_name_or_path} --input_dir {args.input_dir} "
+        f"sh train.sh --rehearse --model_name_or_path {model} --input_dir {args.input_dir} "
         f"--temp_dir {args.work}/cache --logging_dir {args.work}/logs --output_dir {args.work}/{run_name} "
-        f"--image_view {view} --per_device_train_batch_size {micro} --gradient_accumulation_steps {accumulation} "
+        f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {accumulation} "
         f"--save_strategy no --num_train_epochs 100 --allow_leaks {ROWS[name]} {args.train_flags}"
     )
     print(f"{run_name}: {command}", flush=True)
@@ -92,24 +101,24 @@ def rehearse(args, name, view):
 
 
 def training_table(args):
+    """Markdown: one row per rehearsal."""
     cache = args.work / "cache" / "train.json"
     lines = [
-        "| trains | view | micro-batch x accumulation x ranks | seconds a step | pictures/s | image tokens/s | "
-        "peak GiB allocated (planned) | waiting for data |",
+        "| what trains | view | micro-batch x accumulation x ranks | seconds per step | pictures/s | image tokens/s | "
+        "peak GiB allocated | waiting for data |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in args.rows:
-        for view in VIEWS:
-            found = rehearse(args, name, view)
+        for view, model in views(args).items():
+            found = rehearse(args, name, view, model)
             if "failed" in found:
                 lines.append(f"| {name} | {view} | | {found['failed'][:200]} | | | | |")
                 continue
             tokens = [row["image_tokens"] for row in json.loads(cache.read_text())]
-            speed = found["pictures"] / found["seconds_a_step"]
-            peak = max(found["gpus"], key=lambda gpu: gpu["allocated_gib"], default=None)
-            memory = f"{peak['allocated_gib']:.1f} ({peak['planned_gib'] or float('nan'):.1f})" if peak else "no GPU"
+            speed = found["pictures"] / found["seconds_per_step"]
+            memory = f"{max(gpu['allocated_gib'] for gpu in found['gpus']):.1f}" if found["gpus"] else "no GPU"
             lines.append(
-                f"| {name} | {view} | {found['sizes']} | {found['seconds_a_step']:.2f} | {speed:.2f} | "
+                f"| {name} | {view} | {found['sizes']} | {found['seconds_per_step']:.2f} | {speed:.2f} | "
                 f"{speed * sum(tokens) / len(tokens):,.0f} | {memory} | {found['waiting_for_data']:.1%} |"
             )
             print(lines[-1], flush=True)
@@ -117,25 +126,24 @@ def training_table(args):
 
 
 def validation_table(args):
-    """Scorer and generate() on the same pictures in the same batches, in turns; the best of the rounds."""
+    """Markdown: the scorer and generate() on the same pictures in the same batches, in turns; the best round of each."""
     import torch
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
     found = list_pictures(os.path.join(args.input_dir, "validation_data"))[: args.pictures]
     lines = ["| view | scorer, 10 probabilities, images/s | generate(), 2 tokens, images/s |", "|---|---|---|"]
-    for view in VIEWS:
-        seconds = time_validation(args, view, found)
+    for view, model in views(args).items():
+        seconds = time_validation(args, model, found)
         lines.append(f"| {view} | {len(found) / seconds[0]:.2f} | {len(found) / seconds[1]:.2f} |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
-def time_validation(args, view, found):
-    """(seconds of the scorer, of generate()) for the pictures `found`."""
-    config, geometry = Config(image_view=view), read_geometry(args.model_name_or_path, view)
-    model = load_model(args.model_name_or_path, args.dtype, view)
-    processor = load_processor(args.model_name_or_path, view)
+def time_validation(args, folder, found):
+    """[seconds of the scorer, seconds of generate()] for the pictures `found` with the checkpoint in `folder`."""
+    config, geometry = Config(), read_geometry(folder)
+    model, processor = load_model(folder, args.dtype), load_processor(folder)
     scorer, size = Scorer(processor, config), args.per_device_eval_batch_size
     lengths = [image_token_count(*load_picture(path).size, geometry) for path in found]
     ways = (
@@ -157,22 +165,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what trains")
-    add("--model_name_or_path", help="a checkpoint; without it the 7B with random weights is made in --work")
-    add("--input_dir", help="class folders; without it pictures are drawn in --work")
-    add("--work", type=Path, default=Path("temp/on_gpu"), help="folder for all of it")
-    add("--pictures", type=int, default=256, help="drawn to train on; half of it to validate on")
-    add("--effective_batch", type=int, default=64, help="pictures a step")
-    add("--per_device_eval_batch_size", type=int, default=8)
-    add("--dtype", default="bfloat16", help="of validation's weights")
-    add("--rounds", type=int, default=3, help="of validation, after one to warm up")
-    add("--train_flags", default="", help="more flags for train.sh, in one string")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "on_gpu.md")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="measure only these")
+    add("--model_name_or_path", help="a checkpoint (default: the 7B with random weights, made in --work)")
+    add("--input_dir", help="a folder like input/ (default: drawn pictures in --work)")
+    add("--work", type=Path, default=Path("temp/on_gpu"), help="folder for everything that is made")
+    add("--pictures", type=int, default=256, help="how many are drawn to train on; half as many to validate on")
+    add("--effective_batch", type=int, default=64, help="pictures per step")
+    add("--per_device_eval_batch_size", type=int, default=8, help="pictures per forward pass of the validation")
+    add("--dtype", default="bfloat16", help="type of the weights in the validation")
+    add("--rounds", type=int, default=3, help="measured rounds of the validation, after one that warms up")
+    add("--train_flags", default="", help="further flags for train.sh, in one string")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "on_gpu.md", help="the file of the result")
     args = parser.parse_args()
     args.work = args.work.resolve()
     if args.model_name_or_path is None:
         if not count_gpus():
-            raise UserError("found no GPU; expected one for the 7B; try it on the demo: see --help")
+            raise UserError("found no GPU; expected one for the 7B; try the demo's model instead: see --help")
         import replica
 
         args.model_name_or_path = args.work / "model"

@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py on CPU ranks with the demo's model: it works on the day a GPU is at hand."""
+"""benchmarks/on_gpu.py on CPU ranks with the demo's model, so that it works on the day when there is a GPU."""
 
 import re
 
