@@ -126,7 +126,7 @@ def training_table(args):
 
 
 def validation_table(args):
-    """Markdown: the scorer and generate() on the same pictures in the same batches, in turns; the best round of each."""
+    """Markdown: the scorer and generate() on the same pictures in the same batches, in turns; each at its best."""
     import torch
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""What a user would run instead: TRL's own recipe (examples/scripts/sft_vlm.py) on the same pictures. Nothing of ours.
+"""What a user would run instead: TRL's own recipe (examples/scripts/sft_vlm.py) on the same pictures, without our code.
 
     accelerate launch --config_file zero3.yaml benchmarks/stock.py --data train.json --template template.jinja ...
 
@@ -17,12 +17,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 @dataclass
 class Data:
     data: str = "train.json"
-    template: str = "template.jinja"  # for assistant_only_loss: the hub's has no {% generation %}, TRL knows no other
+    template: str = "template.jinja"  # assistant_only_loss needs {% generation %}, which the hub's template lacks
 
 
 def main():
     data, args, model_args = TrlParser((Data, SFTConfig, ModelConfig)).parse_args_and_config()
-    args.max_length = None  # TRL's 1,024 cuts every LLaVA-NeXT picture: it stops with an error
+    args.max_length = None  # TRL's default of 1,024 would cut every picture of LLaVA-NeXT, an error
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path, dtype=getattr(torch, model_args.dtype)
     )

@@ -1,8 +1,8 @@
-"""Counts what ZeRO-3 moves between the ranks: for sitecustomize.py here and tests/helpers/engine_probe.py."""
+"""Counts what ZeRO-3 moves between the ranks, for sitecustomize.py and for tests/helpers/engine_probe.py."""
 
 
 def count_moved():
-    """{"all_gather": elements that this rank ends up with, "reduce_scatter": elements it puts in}, from now on."""
+    """A dict that counts from now on: elements that this rank gets ("all_gather") and gives ("reduce_scatter")."""
     from deepspeed.comm.torch import TorchBackend
 
     moved = {"all_gather": 0, "reduce_scatter": 0}

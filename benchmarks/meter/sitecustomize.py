@@ -1,8 +1,9 @@
-"""On PYTHONPATH, measures any run of transformers' Trainer from outside: the same instrument for every script.
+"""While its folder is on PYTHONPATH, python measures any run of transformers' Trainer, whatever the script.
 
-Each rank leaves $METER.<rank>.json: when (seconds since the epoch) each step ended, its CPU seconds and the elements
-gathered and reduced by then, seconds spent waiting for data, tokens and how many of them are padding, peak memory of
-the process (MiB). TRL computes logits at the supervised positions alone, as on a GPU; without Triton it takes all.
+Each rank writes <output_dir>.meter.<rank>.json: when each step ended (seconds since 1970), the CPU seconds and the
+elements gathered and reduced by then, the seconds that each step waited for data, its tokens and how many of them are
+padding, and the peak memory of the process (MiB). TRL computes logits at the answer's positions alone, as on a GPU;
+without Triton it would take all positions.
 """
 
 import importlib.abc
@@ -63,12 +64,11 @@ def measure(trainer):
         self.add_callback(Clock())
         result = train(self, *args, **kwargs)
         seen["mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        with open(f"{os.environ['METER']}.{os.environ['RANK']}.json", "w") as file:
+        with open(f"{self.args.output_dir}.meter.{os.environ['RANK']}.json", "w") as file:
             json.dump(seen, file)
         return result
 
     trainer.get_batch_samples, trainer.train = get_batch_samples, train_and_note
 
 
-if "METER" in os.environ:
-    sys.meta_path.insert(0, Hook())
+sys.meta_path.insert(0, Hook())
