@@ -1,8 +1,8 @@
 #!/bin/sh
-# The whole path on any machine, in minutes: draw animals, write a tiny LLaVA-NeXT checkpoint, train it with ZeRO-3
-# and 8-bit AdamW through the very scripts that the 7B uses, measure it, name unlabelled pictures.
+# All steps on any machine, in minutes: draw animals, write a tiny LLaVA-NeXT checkpoint, train it with ZeRO-3 and 8-bit
+# AdamW through the same scripts that train the 7B, measure it, and name pictures that have no label.
 #   sh demo/run.sh
-# Leaves everything under temp/demo. Makes .venv and installs requirements.txt where no environment is active.
+# Everything that it makes lies in temp/demo. Without an active environment it makes .venv and installs requirements.txt.
 set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -41,15 +41,16 @@ sh validation.sh \
     --model_name_or_path "$demo/sft-llava-demo" \
     --output "$demo/predictions.csv"
 
-"$python" - "$demo" <<'EOF_PYTHON'
+"$python" - "$demo" > "$demo/summary.txt" <<'EOF_PYTHON'
 import json, sys
 demo = sys.argv[1]
 report = json.load(open(f"{demo}/logs/validation/sft-llava-demo/report.json"))
 low, high = report["accuracy_ci95"]
-print(f"""
-held-out accuracy  {report["accuracy"]:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {report["n"]}); chance {report["chance"]:.2f}
+print(f"""held-out accuracy  {report["accuracy"]:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {report["n"]}); chance {report["chance"]:.2f}
 checkpoint         {demo}/sft-llava-demo
 report             {demo}/logs/validation/sft-llava-demo/report.html
 names of the unlabelled pictures   {demo}/predictions.csv
 training curves    tensorboard --logdir={demo}/logs""")
 EOF_PYTHON
+echo
+cat "$demo/summary.txt"

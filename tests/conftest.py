@@ -66,7 +66,6 @@ def pytest_sessionstart(session):
         done = sh("sh demo/run.sh")
         if done.code:
             pytest.exit(f"sh demo/run.sh ended with {done.code}:\n{done.output[-5000:]}", returncode=1)
-        (DEMO / "console.txt").write_text(done.output)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 #!/bin/sh
-# Set up what the tests need and run them: ruff, then the demo, then pytest. `sh tests/run.sh -k scorer` passes flags on
-# to pytest; `--reuse-demo` takes temp/demo as it is.
+# Install what the tests need, then run ruff, the demo and pytest. Flags go on to pytest:
+#   sh tests/run.sh -k scorer        the tests with this word in their name
+#   sh tests/run.sh --reuse-demo     temp/demo as `sh demo/run.sh` left it, instead of running the demo again
+#   sh tests/run.sh -m slow          the slow tests, which the other commands leave out
 set -e
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 install_requirements requirements-dev.txt
 if [ "$CI" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium > /dev/null; then
-    # for the report's tests in a real browser; elsewhere they are skipped where there is none
+    # The tests of the pages need a browser. On other machines they are skipped if there is none.
     { apt-get update && apt-get install --yes chromium; } > /dev/null 2>&1 || echo "no chromium: its tests are skipped"
 fi
 "$python" -m ruff check .
