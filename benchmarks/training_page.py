@@ -1,4 +1,4 @@
-"""The page that benchmarks/training.py writes, and what it measures on: shapes of pictures, ranks, pictures per step."""
+"""The page that benchmarks/training.py writes, and what it measures on: picture shapes, ranks, pictures per step."""
 
 import os
 import statistics
@@ -15,7 +15,7 @@ SKIP = 3  # the first steps are not timed: allocation, first gathers
 
 
 def speed_table(found):
-    """Markdown: medians of samples/s and of its ratios to a, b and b24 in each turn; mean and spread of the accuracy."""
+    """Markdown: medians of samples/s and of its ratios to a, b, b24 in each turn; mean and spread of the accuracy."""
     bases = [base for base in ("a", "b", "b24") if base in found]
     heads = ["row", "micro x acc.", "samples/s", *(f"against {base}" for base in bases), "CPU ms per picture",
              "waiting for data", "padding", "gathers", "peak MiB, both ranks", "held-out accuracy"]  # fmt: skip

@@ -2,8 +2,8 @@
 
     python demo/make_model.py temp/demo/model --seed 0
 
-Same files, same fields, same parameter names; only the sizes are small and the tokenizer knows few words. The vision
-tower is demo/vision_tower.safetensors, which pretrain.py made and which has never met an animal; the rest is random.
+It has the same files, fields and parameter names; only its sizes are small, and its tokenizer knows few words. Its
+vision tower is demo/vision_tower.safetensors, which pretrain.py made without any animal; the rest is random.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from animals.checkpoint.load import HUB_TEMPLATE  # noqa: E402
-from config import Config  # noqa: E402
+from animals.checkpoint.family import HUB_TEMPLATE
+from config import Config
 
 PRETRAINED = Path(__file__).resolve().parent / "vision_tower.safetensors"
 TILE, PATCH = 96, 12  # pixels; 8 x 8 patches a tile
 VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
-SHARP = 1.5  # how firmly a vision head looks at its neighbour
+SHARP = 1.5  # how strongly a vision head attends to its neighbour
 WORDS = "a an the this that is are it in on of and or not yes no what which who picture image photo animal wild bird"
 
 
 def build_tokenizer() -> Tokenizer:
-    """A Llama-style BPE (▁ for a space, byte fallback) that has each word of the prompt and each label as one token."""
+    """A BPE as Llama's (▁ for a space, byte fallback) in which each word of the prompt and each label is one token."""
     settings = Config()
     words = f"[INST] {settings.question} [/INST] {' '.join(settings.labels)} {WORDS}"
     words = [f"▁{w}" for w in re.findall(r"\w+|[^\w\s]+", words)]
@@ -42,7 +42,7 @@ def build_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=special, show_progress=False, initial_alphabet=[chr(i) for i in range(32, 127)]
     )
-    # Words one by one: no merge may cross a space, nor swallow the ▁ that stands between <image> and the newline.
+    # One word at a time: no merge may cross a space, or take in the ▁ between <image> and the newline.
     tokenizer.train_from_iterator([*words, *(w[1:] for w in words)], trainer)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -86,10 +86,10 @@ def dct(u, v):
 
 
 def init_weights(model):
-    """Random weights with the structure that a trained vision tower has and that takes it longest to learn.
+    """Random weights with the structure that a trained vision tower has, and that it would take longest to learn.
 
-    Patches are seen through cosine patterns, each attention head of the vision tower looks at one neighbouring patch
-    (as ConViT does, arXiv:2103.10697) and the language model starts by averaging over what it has read.
+    Cosine patterns read the patches, each attention head of the vision tower attends to one neighbouring patch (as in
+    ConViT, arXiv:2103.10697), and the language model starts with the mean of what it has read.
     """
     vision, text = model.model.vision_tower, model.model.language_model
     width, grid = VISION["hidden_size"], TILE // PATCH
@@ -183,8 +183,8 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--untrained", action="store_true", help="a random vision tower too, for pretrain.py to teach")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--untrained", action="store_true", help="with a random vision tower, for pretrain.py")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Draw a run's loss and held-out accuracy from its TensorBoard events, as the README shows them.
+"""Draw a run's loss and held-out accuracy, as in the README, from its TensorBoard events.
 
 python demo/plot_training.py temp/demo/logs/sft-llava-demo training.png
 """
@@ -15,7 +15,7 @@ RIGHT = {"eval/accuracy": "held-out accuracy in training", "validation/accuracy"
 
 
 def read_scalars(folder):
-    """{tag: [(step, value)]} of every event file in and below `folder`, in order of the steps."""
+    """{tag: [(step, value), ...]} from all event files in and below `folder`, in the order of the steps."""
     found = {}
     for place in sorted({os.path.dirname(p) for p in glob.glob(f"{folder}/**/events.out.tfevents.*", recursive=True)}):
         events = EventAccumulator(place, size_guidance={"scalars": 0}).Reload()
@@ -26,8 +26,8 @@ def read_scalars(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a run's folder of TensorBoard events")
-    parser.add_argument("output", help="the PNG")
+    parser.add_argument("folder", help="the folder of a run's TensorBoard events")
+    parser.add_argument("output", help="the PNG file to write")
     args = parser.parse_args()
     scalars = read_scalars(args.folder)
     if "train/loss" not in scalars:

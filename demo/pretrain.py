@@ -1,10 +1,10 @@
-"""Make demo/vision_tower.safetensors: teach the tiny vision tower to see, as CLIP could before LLaVA was built on it.
+"""Make demo/vision_tower.safetensors: teach the tiny vision tower to see, as CLIP did before LLaVA was built on it.
 
     python demo/make_model.py /tmp/untrained --untrained
     python demo/pretrain.py /tmp/untrained
 
-It never sees an animal: it tells apart 80 invented figures, random heaps of blobs, strokes and wedges, by the mean of
-the patch features that LLaVA reads. With OMP_NUM_THREADS=1 it took 11 minutes and ended at 0.977 right.
+It never sees an animal. It learns to tell apart 80 invented figures, random heaps of blobs, strokes and wedges, by the
+mean of the patch features that LLaVA reads. With OMP_NUM_THREADS=1 this took 11 minutes; 0.977 were right in the end.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from drawings import BRIGHT, COATS, rgb, shade
 from make_model import PRETRAINED, TILE, hub_name  # noqa: E402
-from make_pictures import BRIGHT, COATS, picture, rgb, shade  # noqa: E402
+from make_pictures import picture  # noqa: E402
 
 FIGURES = 80
 
 
 def figure(number):
-    """The drawing function of an invented figure: six to ten parts that are always the same, each a little askew."""
+    """The function that draws an invented figure: six to ten parts, always the same, each moved a little every time."""
     plan = random.Random(f"figure {number}")
     parts = []
     for _ in range(plan.randint(6, 10)):
@@ -71,7 +72,7 @@ def figure(number):
 
 
 def tiles(image):
-    """(2, 3, TILE, TILE) bytes: the picture squeezed into a tile, and a tile cut out of it, as anyres does."""
+    """(2, 3, TILE, TILE) bytes: the picture squeezed into one tile, and one tile cut out of it, as LLaVA-NeXT does."""
     x, y = ((side - TILE) * random.randint(0, 2) // 2 for side in image.size)
     pair = (image.resize((TILE, TILE)), image.crop((x, y, x + TILE, y + TILE)))
     return torch.stack(
@@ -80,7 +81,7 @@ def tiles(image):
 
 
 def train(parameters, loss_of, n, batch, epochs, rate):
-    """AdamW with warm-up and cosine decay over n pictures; loss_of(indices) -> loss, number right."""
+    """Train with AdamW, warm-up and cosine decay over n pictures. loss_of(indices) returns (loss, number right)."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
     steps = epochs * (n // batch)
@@ -106,7 +107,7 @@ def train(parameters, loss_of, n, batch, epochs, rate):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of make_model.py --untrained")
-    parser.add_argument("--pictures", type=int, default=150, help="of each figure")
+    parser.add_argument("--pictures", type=int, default=150, help="how many pictures of each figure")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", default=PRETRAINED)
     args = parser.parse_args()
@@ -129,7 +130,7 @@ def main():
     def name_by_tower(index):
         pixels = seen[index, torch.randint(2, index.shape)].float() / 255
         hidden = tower.pre_layrnorm(tower.embeddings((pixels - mean) / std))
-        for layer in tower.encoder.layers[:-1]:  # vision_feature_layer -2: nothing reads the last one
+        for layer in tower.encoder.layers[:-1]:  # vision_feature_layer is -2: nothing reads the last layer
             hidden = layer(hidden, None)
         logits = head(hidden[:, 1:].mean(1))
         return F.cross_entropy(logits, names[index], label_smoothing=0.05), (
