@@ -22,7 +22,6 @@ from animals.checkpoint.family import family_problem, model_class, model_config
 from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import UserError, run
 from animals.files import read_json
-from animals.training.batches import TEXT_TOKENS
 from animals.training.lora import LORA_TARGETS
 from animals.training.parts import PARTS, read_parts, trains
 
@@ -39,6 +38,7 @@ RESIDENT = "parameters", "gradients", "fp32 master", "8-bit states"
 GIB = 2**30
 RESERVE = 0.8 * GIB  # an assumption: CUDA context, cuBLAS workspace, NCCL buffers (reports say 0.7 to 1 GiB)
 RANK_RAM = 3 * GIB  # an assumption: host RAM of one rank for Python, the libraries, CUDA and its data workers
+TEXT_TOKENS = 60  # an assumption: prompt, answer and </s> beside the picture's tokens
 LORA_R = 16  # train.py's default rank of the adapters
 CHECKPOINT_BYTES, WEIGHT_BYTES = 6.04, 2.01  # on disk: per trained parameter (fp32 master, m, v); per bf16 weight
 HEAD = "lm_head.weight"

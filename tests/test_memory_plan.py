@@ -181,6 +181,11 @@ def test_flags_name_one_command():
     assert plan["command"] == f"sh train.sh --learning_rate 1e-3 --config_file {DDP} --train_parts vision,projector"
 
 
+def test_help_imports_no_torch():
+    check = "import sys; import scripts.memory_plan; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

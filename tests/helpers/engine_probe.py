@@ -44,7 +44,7 @@ def size_of(tensors):
 
 class Probe(training.AnimalTrainer):
     def __init__(self, *, model, **kwargs):
-        vocabulary.extend(part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+        vocabulary.extend((model.get_input_embeddings().weight, model.get_output_embeddings().weight))
         super().__init__(model=model, **kwargs)
 
     def training_step(self, *args, **kwargs):
