@@ -156,7 +156,7 @@ def gpu_items(config, shapes, zero3, method, num_gpus, parts) -> tuple[dict, flo
         # Stage3 ipg_buckets, and the gradient of one more weight on its way; DDP's Reducer copies the gradients
         "buckets": 2 * (int(stage3["reduce_bucket_size"]) + flying) * sharded + float32,
         # Stage3 _prepare_fp32_grad_for_sub_group: flatten in bf16, then a fp32 cast; a group may end past its limit
-        "optimizer step": (2 + 4) * min(own, int(stage3["sub_group_size"]) + largest / ranks) * sharded,
+        "optimizer step": (2 + 4) * min(own, int(stage3["sub_group_size"]) + max(trained.values()) / ranks) * sharded,
         # trl _ChunkedLogProbFunction.backward: fp32 gradient of the head, its bf16 cast, the gathered head, which is
         # released before the layers' backward (trainer.py). The logits are the answer tokens' alone: about 1 MB.
         "LM-head backward": head * sizes[HEAD],

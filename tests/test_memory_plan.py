@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import weakref
@@ -47,17 +46,14 @@ def test_the_plan_is_what_train_py_holds(tmp_path, demo, layers, method, flags):
     shape = {} if layers == 32 else {"hidden": 104, "layers": layers, "vision_layers": layers}
     model = deep.build(tmp_path / "model", demo.model, **shape)
     config = memory_plan.load_config(model)
-    yaml, zero3 = deep.settings(tmp_path, config, memory_plan.load_config(HUB), {"offload_param": {"device": "none"}})
-    for picture in demo.input.glob("*_data/*/00[0-3].*"):
-        copy = tmp_path / "input" / picture.relative_to(demo.input)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, copy)
+    yaml, zero3 = deep.settings(tmp_path, config, memory_plan.load_config(HUB))
     command = (
         f"{sys.executable} -m accelerate.commands.launch --config_file {DDP if 'ddp' in method else yaml} "
         f"--num_processes 2 --main_process_port 0 tests/helpers/engine_probe.py {tmp_path}/held.json "
-        f"--model_name_or_path {model} --input_dir {tmp_path}/input --temp_dir {tmp_path}/temp --save_strategy no "
+        f"--model_name_or_path {model} --input_dir temp/demo/input --temp_dir temp/demo/cache --save_strategy no "
         f"--output_dir {tmp_path}/sft --logging_dir {tmp_path}/logs --per_device_train_batch_size 2 --max_steps 4 "
-        f"--gradient_accumulation_steps 2 --optim adamw_bnb_8bit --activation_checkpointing --eval_on_start {flags}"
+        "--gradient_accumulation_steps 2 --optim adamw_bnb_8bit --activation_checkpointing --eval_on_start "
+        f"--eval_pictures 20 {flags}"
     )
     bf16 = {**os.environ, "BF16_ON_CPU": "1"}  # the type that is planned
     done = subprocess.run(command.split(), capture_output=True, text=True, timeout=1800, env=bf16)

@@ -41,14 +41,15 @@ def decoder_layer(config):
     return sum(math.prod(shape) for name, shape in shapes if "language_model.layers.0." in name)
 
 
-def settings(folder, config, hub, changes):
-    """(accelerate's yaml file, settings): zero3.json, its sizes scaled by the decoder layer, with these changes."""
+def settings(folder, config, hub):
+    """(accelerate's yaml file, settings): zero3.json without offload, its sizes scaled by the decoder layer."""
     zero3 = json.loads((ROOT / "scripts" / "zero3.json").read_text())
     stage3 = zero3["zero_optimization"]
     for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance", "reduce_bucket_size"):
         stage3[key] = int(stage3[key] * decoder_layer(config) / decoder_layer(hub))
     # Several sub-groups form, and the norms and biases stay complete on each rank, as those of the 7B do.
-    stage3 |= {"sub_group_size": 60_000, "stage3_param_persistence_threshold": 200, **changes}
+    stage3 |= {"sub_group_size": 60_000, "stage3_param_persistence_threshold": 200}
+    del stage3["offload_param"]
     (folder / "zero3.json").write_text(json.dumps(zero3))
     yaml = (ROOT / "scripts" / "deepspeed_zero3.yaml").read_text()
     assert "scripts/zero3.json" in yaml
