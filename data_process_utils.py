@@ -25,10 +25,10 @@ from collections import Counter
 import config as settings
 from animals.checkpoint.task import settings_for
 from animals.checkpoint.tokens import Geometry, describe_whole_view, read_geometry
-from animals.command import UserError, run
+from animals.command import Findings, UserError, run
 from animals.pictures import moves
 from animals.pictures.cache import SPLITS, fresh_entries, load_split, lock, read_cache, refresh, split_folder
-from animals.pictures.prepare import folder_problems, notes, prepare, report, split_problems
+from animals.pictures.prepare import commands, folder_problems, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
 from animals.pictures.split import check_fraction, choose
 from config import Config
@@ -74,9 +74,9 @@ def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometr
                     "take the last cut back with --undo_split"
                 )
             splits.append("validation")
-        report(folder_problems(config, ["train"]))
+        Findings(folder_problems(config, ["train"])).report()
         summary = refresh(config, splits, geometry)["train"]["summary"]
-        report(split_problems(config, "train", summary))
+        Findings(split_problems(config, "train", summary)).report()
         rows = rows_to_choose_from(config, splits)
         chosen = choose(rows, fraction, seed)
         before, moved = summary["folders"], Counter(path.split("/")[0] for path in chosen)
@@ -88,7 +88,7 @@ def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometr
     print(f"{said}, each group of near-duplicates on one side ({len({row[3] for row in rows}):,} groups)")
     if len(rows) > config.near_duplicate_limit:
         print(f"warning: more than {config.near_duplicate_limit:,} pictures, so only equal ones were kept together")
-    next_one, back = (moves.command(config.input_dir, "cut", words) for words in ("", "--undo_split"))
+    next_one, _, back = commands(config.input_dir, "cut")
     print(f"next: {next_one}; to take it back: {back}")
 
 

@@ -20,6 +20,7 @@ import config as settings
 from animals.command import UserError, run
 from animals.pictures import moves
 from animals.pictures.cache import lock
+from animals.pictures.prepare import commands
 from animals.pictures.read import list_pictures
 from config import Config
 
@@ -87,7 +88,7 @@ def main():
         counts = quarantine(config, args.list, args.force)
     for folder, n in sorted(counts.items()):
         print(f"{folder:30} {n:>8,}")
-    back = moves.command(config.input_dir, "quarantine", "--undo")
+    *_, back = commands(config.input_dir, "quarantine")
     print(f"{sum(counts.values()):,} pictures moved to {config.input_dir}/quarantine; to take it back: {back}")
 
 

@@ -232,7 +232,7 @@ def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     names = ["cat/00.jpg", "dog/01.jpg"]
     pairs = [(f"train_data/{name}", f"validation_data/{name}") for name in names]
     moves.start(str(tree), "cut", pairs, {"said": "2 pictures"})
-    moves.write(str(tree), "cut", {**moves.read(str(tree), "cut"), "finished": False})
+    moves.write(str(tree), "cut", False, moves.read_moves(str(tree), "cut")["steps"])
     (tree / "validation_data" / "dog" / "01.jpg").rename(tree / "train_data" / "dog" / "01.jpg")
     said = refused(tree)
     assert "interrupted" in said and "--undo_split" in said

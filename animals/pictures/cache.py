@@ -1,8 +1,8 @@
 """The caches of the pictures in temp_dir: what they hold, when they are out of date, how they are built.
 
 <split>.json   one row per usable picture: its conversation, size, image tokens and hashes (Facts in check.py)
-cache.json     for each split what its JSON was built from, its summary and the unusable pictures; and which pictures
-               are duplicates (duplicates.py). It is written last, so a half-built cache counts as no cache
+cache.json     for each split what its JSON was built from, its summary and the unusable pictures; the duplicates
+               (duplicates.py). It is written last, so a half-built cache counts as no cache
 <split>.rows/  datasets' memory-mapped copy of the JSON, made by load_split(), removed with every new JSON
 excluded.csv   the unusable pictures of both splits
 
@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import config as settings
@@ -26,7 +26,7 @@ from animals.command import UserError
 from animals.files import replacing, subfolders
 from config import Config
 
-FORMAT = 4  # of everything in temp_dir; a cache of another format is rebuilt
+FORMAT = 5  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
 HASHES = ("pixels", "phash", "mirrored", "thumbnail")  # columns of the JSON by which duplicates are found
 COLUMNS = ("images", "messages", "label", "width", "height", "image_tokens", "sha256", *HASHES)
@@ -111,11 +111,11 @@ def identity(path: Path) -> list | None:
 
 def read_cache(config: Config) -> dict:
     """cache.json, whether its entries are up to date or not; without entries if there is none by today's rules."""
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none there, no JSON, other JSON
         found = json.loads(temp_path(config, "cache.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) and found.get("rules") == rules() else {"rules": rules()}
+        if found["rules"] == rules():
+            return found
+    return {"rules": rules()}
 
 
 def write_cache(config: Config, content: dict) -> None:
@@ -141,9 +141,10 @@ def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
     cache = read_cache(config)
     entries = fresh_entries(config, cache)
     for split in splits:
-        if split in entries and entries[split]["wording"] == wording(config, geometry):
+        entry, listed = entries.get(split), temp_path(config, "excluded.csv").exists()
+        if entry and entry["wording"] == wording(config, geometry) and listed:
             continue
-        cache[split] = build(config, split, geometry, entries.get(split))
+        cache[split] = build(config, split, geometry, entry)
         with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as out:
             for part in filter(cache.get, SPLITS):
                 out.writerows((path, part, reason) for path, reason in cache[part]["excluded"])
@@ -158,41 +159,32 @@ def build(config: Config, split: str, geometry: Geometry, entry: dict | None) ->
     entry: today's one, if only words, labels or geometry have changed: then nothing is decoded. None: decode all.
     """
     start = time.perf_counter()
-    if entry:
-        rows, excluded, stamp = read_rows(config, split), entry["excluded"], entry["stamp"]
-        ignored = entry["summary"]["ignored"]
-    else:
-        paths, ignored, stamp = listing(config, split)
-        excluded = []
-        rows = decode(config, split, paths, excluded)
-    summary = write_rows(config, split, geometry, rows)
-    summary["excluded"] = dict(Counter(reason.partition(":")[0] for _, reason in excluded))
-    summary["ignored"] = dict(ignored)
-    summary["decoded"] = 0 if entry else summary["n"] + len(excluded)
-    summary["seconds"] = round(time.perf_counter() - start, 2)
+    rows, entry = (read_rows(config, split), entry | {"decoded": 0}) if entry else decode(config, split)
+    summary = write_rows(config, split, geometry, rows) | {name: entry[name] for name in ("ignored", "decoded")}
+    summary["excluded"] = Counter(reason.partition(":")[0] for _, reason in entry["excluded"])
     missing = [folder for folder in config.folder_to_label if folder not in summary["folders"]]
     line = f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
-    summary["warnings"] = [line] if missing else []
-    written = {"stamp": stamp, "wording": wording(config, geometry), "summary": summary, "excluded": excluded}
-    return written | {"json": identity(temp_path(config, f"{split}.json"))}
+    summary |= {"warnings": [line] if missing else [], "seconds": round(time.perf_counter() - start, 2)}
+    words, written = wording(config, geometry), identity(temp_path(config, f"{split}.json"))
+    return entry | {"summary": summary, "wording": words, "json": written}
 
 
-def decode(config: Config, split: str, paths: list[str], excluded: list):
-    """Yield path, size and hashes of each usable picture; append (path, reason) of the others to `excluded`."""
+def decode(config: Config, split: str) -> tuple[list[dict], dict]:
+    """Rows with path, size and hashes of each usable picture; what the entry says of all files."""
     from tqdm import tqdm
 
     from animals.pictures.check import inspect_all
 
-    unnamable = {path for path in paths if path.encode(errors="ignore").decode() != path}  # no JSON can hold them
-    excluded += [(path, "name is not UTF-8") for path in sorted(unnamable)]
-    paths = [path for path in paths if path not in unnamable]
+    paths, ignored, stamp = listing(config, split)
+    rows, excluded = [], []
     facts = inspect_all(paths, config.data_processes)
     bar = tqdm(facts, f"decoding {split}_data (once, until a file changes)", len(paths), unit=" pictures", disable=None)
     for path, found in zip(paths, bar, strict=True):
         if found.reason:
             excluded.append((path, found.reason))
         else:
-            yield {"images": [path], **found._asdict()}
+            rows.append({"images": [path], **found._asdict()})
+    return rows, {"stamp": stamp, "ignored": ignored, "excluded": excluded, "decoded": len(paths)}
 
 
 def read_rows(config: Config, split: str):
@@ -209,22 +201,23 @@ def write_rows(config: Config, split: str, geometry: Geometry, rows) -> dict:
     digest = hashlib.sha256(json.dumps([config.question, config.answer]).encode())
     count = functools.cache(lambda width, height: image_token_count(width, height, geometry))
     with replacing(temp_path(config, f"{split}.json")) as text:
+        text.write("[")
         for row in rows:
             name = os.path.relpath(row["images"][0], root)
             folder = name.partition(os.sep)[0]
             label = config.folder_to_label[folder]
+            text.write(",\n" if tokens else "\n")
             tokens.append(count(row["width"], row["height"]))
             row |= {"messages": config.conversation(label), "label": label, "image_tokens": tokens[-1]}
-            line = json.dumps({column: row[column] for column in COLUMNS}, ensure_ascii=False)
-            text.write((",\n" if len(tokens) > 1 else "[\n") + line)
+            text.write(json.dumps({column: row[column] for column in COLUMNS}, ensure_ascii=False))
             folders[folder] += 1
             classes[label] += 1
             digest.update(f"{name}\0{row['sha256']}\0{label}\n".encode())
-        text.write("\n]\n" if tokens else "[]\n")
+        text.write("\n]\n")
     shutil.rmtree(temp_path(config, f"{split}.rows"), ignore_errors=True)  # of the JSON that was there before
-    tokens = tokens or [0]
+    n, tokens = len(tokens), tokens or [0]
     image_tokens = {"min": min(tokens), "mean": round(sum(tokens) / len(tokens), 1), "max": max(tokens)}
-    counted = {"n": sum(classes.values()), "classes": classes, "folders": folders, "image_tokens": image_tokens}
+    counted = {"n": n, "classes": classes, "folders": folders, "image_tokens": image_tokens}
     return counted | {"fingerprint": digest.hexdigest()[:32]}
 
 

@@ -16,7 +16,7 @@ BATCH = 32  # pictures per task of the process pool
 class Facts(NamedTuple):
     """What the check learns of one picture; all but `reason` go into a row of the JSON as they are."""
 
-    reason: str  # empty if load_picture() takes the picture, else the text of its PictureError
+    reason: str  # empty if the picture is used, else why not: mostly the text of load_picture()'s PictureError
     width: int = 0
     height: int = 0
     sha256: str = ""  # of the file
@@ -31,7 +31,10 @@ def inspect(path) -> Facts:
     import xxhash
 
     try:
+        os.fspath(path).encode()  # no JSON can hold another name
         picture, content = read_picture(path)
+    except UnicodeEncodeError:
+        return Facts("name is not UTF-8")
     except PictureError as error:
         return Facts(str(error))
     pixels = xxhash.xxh3_128(f"{picture.width}x{picture.height}:".encode())
@@ -68,40 +71,27 @@ def inspect_all(paths, processes: int):
     """The Facts of each path, in order, from a pool of processes. A picture that crashes the decoder is damaged.
 
     A dead process ends its pool, and which batch it was working on is not known. So the batches that were under way
-    are checked again picture by picture in a process of their own, and then the pool goes on.
+    are checked again picture by picture in a process of their own, and then the pool goes on. loky's processes import
+    this module and not __main__: a train.py with CUDA and threads is neither forked nor imported again.
     """
-    from joblib.externals.loky import BrokenProcessPool
+    from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 
     processes = min(cores(processes), math.ceil(len(paths) / BATCH))
     done = careful = 0  # paths[done:careful] are checked one by one
     while done < len(paths):
         alone = done < careful
+        n, batch, part = (1, 1, paths[done:careful]) if alone else (processes, BATCH, paths[done:])
         try:
-            for facts in pooled(paths[done:careful] if alone else paths[done:], processes, alone):
-                done += 1
-                yield facts
+            with ProcessPoolExecutor(n, initializer=silence, env={"OMP_NUM_THREADS": "1"}) as workers:
+                for facts in workers.map(inspect, part, chunksize=batch):
+                    done += 1
+                    yield facts
         except BrokenProcessPool:
             if alone:
                 done += 1
                 yield Facts("damaged: the decoder crashed")
             else:
                 careful = min(done + 4 * processes * BATCH, len(paths))
-
-
-def pooled(paths, processes: int, alone: bool):
-    """The Facts of each path, in order; alone: one path at a time. Raises BrokenProcessPool.
-
-    loky's processes import this module and not __main__: a train.py with CUDA and threads is neither forked nor
-    imported again.
-    """
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    processes = 1 if alone else processes
-    with ProcessPoolExecutor(processes, initializer=silence, env={"OMP_NUM_THREADS": "1"}) as workers:
-        if alone:
-            yield from (workers.submit(inspect, path).result() for path in paths)
-        else:
-            yield from workers.map(inspect, paths, chunksize=BATCH)
 
 
 def silence() -> None:

@@ -15,7 +15,7 @@ import base64
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -75,20 +75,18 @@ def near_pairs(pictures: Pictures, distance: int):
     phash, mirrored, thumbnail = pictures.phash[hashed], pictures.mirrored[hashed], pictures.thumbnail[hashed]
     n = len(hashed)
     rows = max(1, BLOCK // max(n, 1))
-    with tqdm(total=n, desc="comparing pictures", unit=" pictures", disable=None) as bar:
-        for start in range(0, n, rows):
-            stop = min(start + rows, n)
-            found = []
-            for others, step, sure in ((phash, 1, SURE), (mirrored, -1, -1)):
-                bits = np.bitwise_count(phash[start:stop, None] ^ others[None, :stop])  # [rows, stop]
-                row, other = np.nonzero(bits <= distance)
-                bits, row = bits[row, other], row + start
-                near = (other < row) & (bits <= sure)
-                doubtful = np.flatnonzero((other < row) & (bits > sure))
-                near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::step], other[doubtful])
-                found.append((hashed[row[near]], hashed[other[near]], bits[near]))
-            bar.update(stop - start)
-            yield tuple(np.concatenate(column) for column in zip(*found, strict=True))
+    for start in tqdm(range(0, n, rows), "comparing pictures", unit=" blocks", disable=None):
+        stop = min(start + rows, n)
+        found = []
+        for others, step, sure in ((phash, 1, SURE), (mirrored, -1, -1)):
+            bits = np.bitwise_count(phash[start:stop, None] ^ others[None, :stop])  # [rows, stop]
+            row, other = np.nonzero(bits <= distance)
+            bits, row = bits[row, other], row + start
+            near = (other < row) & (bits <= sure)
+            doubtful = np.flatnonzero((other < row) & (bits > sure))
+            near[doubtful] = correlate(thumbnail, row[doubtful], thumbnail[:, :, ::step], other[doubtful])
+            found.append((hashed[row[near]], hashed[other[near]], bits[near]))
+        yield tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
 def correlate(a: np.ndarray, rows: np.ndarray, b: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -162,32 +160,24 @@ def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:
 def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
     """Find the duplicates in the splits of `entries`; write duplicates.csv and, for others to ask, into cache.json.
 
-    kinds: [{match, problem, splits, n, examples}], where `splits` hold the pairs. compared: near-duplicates were
-    searched. identical, near_duplicates: see known_duplicates(). groups: the paths of each group of several pictures.
+    pairs: the rows of duplicates.csv, {column: value}. compared: near-duplicates were searched. groups: the paths of
+    each group of several pictures.
     """
     start = time.perf_counter()
     pictures = load_pictures(config, entries)
     found, group = find_duplicates(pictures, config.near_duplicate_distance, config.near_duplicate_limit)
     names = np.array(SPLITS)[pictures.split].tolist(), np.array(config.labels)[pictures.label].tolist()
     about = list(zip(pictures.image, *names, strict=True))
-    rows = [dict(zip(COLUMNS, (*pair[:3], *about[pair.row], *about[pair.other]), strict=True)) for pair in found]
+    rows = [(*pair[:3], *about[pair.row], *about[pair.other]) for pair in found]
     with csv_file(config, "duplicates.csv", COLUMNS) as out:
-        out.writerows(row.values() for row in rows)
-    kinds, groups = {}, defaultdict(list)
-    for row in rows:
-        key = {"match": row["match"], "problem": row["problem"], "splits": sorted({row["split"], row["other_split"]})}
-        kind = kinds.setdefault(str(key), key | {"n": 0, "examples": []})
-        kind["n"] += 1
-        kind["examples"] = [*kind["examples"], row][:3]
+        out.writerows(rows)
+    groups = defaultdict(list)
     for image, number in zip(pictures.image, group.tolist(), strict=True):
         groups[number].append(image)
-    across = [(row["match"], row["image"]) for row in rows if row["problem"] == "both splits"]
     result = {
         "built_from": built_from(config, entries),
-        "kinds": list(kinds.values()),
+        "pairs": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
         "compared": len(pictures.image) <= config.near_duplicate_limit,
-        "identical": [image for match, image in across if match == "same pixels"],
-        "near_duplicates": [image for match, image in across if match == "near"],
         "groups": [images for images in groups.values() if len(images) > 1],
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -200,43 +190,46 @@ def known_duplicates(config: Config) -> dict | None:
 
     identical: the held-out pictures with an identical one in train. near_duplicates: those with a near-duplicate there
     and no identical one. group: {picture: number} of all usable pictures of both splits; pictures that are equal or
-    near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files. Reads the
-    listing of both splits and no picture.
+    near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files.
     """
     entries = cache.fresh_entries(config, cache.read_cache(config))
     found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
     if not found or not found["compared"]:
         return None
-    unusable = {path for entry in entries.values() for path, _ in entry["excluded"]}
-    usable = [path for split in SPLITS for path in cache.listing(config, split)[0] if path not in unusable]
-    several = {path: images[0] for images in found["groups"] for path in images}
-    numbers = {}
-    group = {path: numbers.setdefault(several.get(path, path), len(numbers)) for path in usable}
-    return {"identical": set(found["identical"]), "near_duplicates": set(found["near_duplicates"]), "group": group}
+    across = [(pair["match"], pair["image"]) for pair in found["pairs"] if pair["problem"] == "both splits"]
+    several, numbers = {path: images[0] for images in found["groups"] for path in images}, {}
+    usable = [row["images"][0] for split in SPLITS for row in cache.read_rows(config, split)]
+    return {
+        "identical": {image for match, image in across if match == "same pixels"},
+        "near_duplicates": {image for match, image in across if match == "near"},
+        "group": {path: numbers.setdefault(several.get(path, path), len(numbers)) for path in usable},
+    }
 
 
-def describe_identical(config: Config, duplicates: dict, splits) -> str | None:
-    """The error if there are identical pictures within `splits` that make the accuracy a wrong number."""
-    kinds = [kind for kind in duplicates["kinds"] if kind["match"] == "same pixels" and kind["problem"] != "one split"]
-    kinds = [kind for kind in kinds if set(kind["splits"]) <= set(splits)]
-    if not kinds:
-        return None
-    said = "; ".join(f"{kind['n']:,} {kind['match']}, {kind['problem']}" for kind in kinds)
-    first, where = kinds[0]["examples"][0], temp_path(config, "duplicates.csv")
-    return (
-        f"{config.input_dir}: found identical pictures ({said}), e.g. {first['image']} = {first['other_image']}; "
+def identical_problems(config: Config, duplicates: dict, splits) -> list[str]:
+    """The error, if there are identical pictures within `splits` that make the accuracy a wrong number."""
+    same = [pair for pair in duplicates["pairs"] if pair["match"] == "same pixels" and pair["problem"] != "one split"]
+    same = [pair for pair in same if {pair["split"], pair["other_split"]} <= set(splits)]
+    if not same:
+        return []
+    said = "; ".join(f"{n:,} same pixels, {problem}" for problem, n in Counter(p["problem"] for p in same).items())
+    return [
+        f"{config.input_dir}: found identical pictures ({said}), e.g. {same[0]['image']} = {same[0]['other_image']}; "
         "expected none, because they make the accuracy a wrong number; take one of each pair away "
-        f"(python scripts/quarantine.py {where}), or go on with --allow_leaks"
-    )
+        f"(python scripts/quarantine.py {temp_path(config, 'duplicates.csv')}), or go on with --allow_leaks"
+    ]
 
 
 def describe_duplicates(config: Config, duplicates: dict) -> list[str]:
     """Warnings, a line each: every kind of duplicates with its number, and its first few pairs."""
-    lines, where = [], temp_path(config, "duplicates.csv")
-    for kind in duplicates["kinds"]:
-        splits = "" if kind["problem"] == "both splits" else f" of {' and '.join(kind['splits'])}"
-        lines.append(f"warning: {kind['n']:,} {kind['match']}, {kind['problem']}{splits} ({where})")
-        for pair in kind["examples"]:
+    lines, kinds = [], defaultdict(list)
+    for pair in duplicates["pairs"]:
+        splits = " and ".join(sorted({pair["split"], pair["other_split"]}))
+        where = "" if pair["problem"] == "both splits" else f" of {splits}"
+        kinds[f"{pair['match']}, {pair['problem']}{where}"].append(pair)
+    for kind, pairs in kinds.items():
+        lines.append(f"warning: {len(pairs):,} {kind} ({temp_path(config, 'duplicates.csv')})")
+        for pair in pairs[:3]:
             labels = f" ({pair['label']}, {pair['other_label']})" if pair["label"] != pair["other_label"] else ""
             lines.append(f"    {pair['image']} ~ {pair['other_image']}{labels}, {pair['distance']} of 64 bits differ")
     if not duplicates["compared"]:

@@ -4,19 +4,24 @@ check_inputs() is called before anything slow starts, by the launcher even befor
 neither torch nor Pillow before it needs it.
 """
 
+import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
 from animals.checkpoint.tokens import read_geometry
 from animals.command import Findings, UserError
 from animals.files import subfolders
-from animals.pictures import moves
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path
 from config import Config
 
 DATA_PAGE = "https://aistudio.baidu.com/datasetdetail/140388/0"
+MOVES = {  # what moves pictures within input_dir (moves.py): manifest there, script, arguments, flag that moves back
+    "cut": ("validation_split.json", "data_process_utils.py", "--validation_fraction 0.2 --seed 42", "--undo_split"),
+    "quarantine": ("quarantine.json", "scripts/quarantine.py", "temp/duplicates.csv", "--undo"),
+}
 
 
 def check_inputs(config: Config, model_path: str, splits=SPLITS) -> dict[str, dict]:
@@ -48,7 +53,7 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
     """
     from animals.pictures import duplicates  # first of all, because it needs what `pip install` brings
 
-    report(folder_problems(config, splits))
+    Findings(folder_problems(config, splits)).report()
     with lock(config):
         entries = refresh(config, splits, read_geometry(model_path))
         summaries = {split: entries[split]["summary"] | {"built": "built" in entries[split]} for split in splits}
@@ -58,34 +63,49 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
     built = [split for split in splits if summaries[split]["built"]]
     said = [line for split in built for line in notes(config, split, summaries[split])]
     if not problems and not config.allow_leaks:
-        problems = [line for line in [duplicates.describe_identical(config, found, splits)] if line]
+        problems = duplicates.identical_problems(config, found, splits)
     if built and not problems:
         said += duplicates.describe_duplicates(config, found)
     for line in said:
         print(line, file=sys.stderr, flush=True)
-    report(problems)
+    Findings(problems).report()
     return summaries
 
 
-def report(problems: list[str]) -> None:
-    if problems:
-        raise UserError("\n".join(problems))
+def commands(input_dir: str, kind: str) -> tuple[str, str, str]:
+    """Command lines for a message: the script of MOVES[kind] alone, to move pictures, to move the last ones back."""
+    _, script, arguments, back = MOVES[kind]
+    script = f"python {script}" if input_dir == Config.input_dir else f"python {script} --input_dir {input_dir}"
+    return script, f"{script} {arguments}", f"{script} {back}"
+
+
+def read_moves(input_dir: str, kind: str) -> dict:
+    """The manifest of MOVES[kind]: its `steps`, and whether the newest one is `finished`."""
+    path = Path(input_dir, MOVES[kind][0])
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        [(step["created"], step["moves"]) for step in plan["steps"]]
+        return {"finished": plan["finished"], "steps": plan["steps"]}
+    except (FileNotFoundError, NotADirectoryError):
+        return {"finished": True, "steps": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: found {error!r}; expected a list of moves; restore the file") from None
+
+
+def interrupted(input_dir: str) -> list[str]:
+    """The kinds of moves whose newest step was interrupted."""
+    return [kind for kind in MOVES if not read_moves(input_dir, kind)["finished"]]
 
 
 def folder_problems(config: Config, splits) -> list[str]:
     """What is wrong with the folders themselves, a line per problem, before any picture is read."""
     problems = []
-    for kind in moves.interrupted(config.input_dir):
-        again, back = (moves.command(config.input_dir, kind, words) for words in moves.KINDS[kind][2:])
-        problems.append(
-            f"{moves.manifest(config.input_dir, kind)}: found a {kind} that was interrupted; finish it: {again}; "
-            f"or take it back: {back}"
-        )
+    for kind in interrupted(config.input_dir):
+        _, again, back = commands(config.input_dir, kind)
+        path = Path(config.input_dir, MOVES[kind][0])
+        problems.append(f"{path}: found a {kind} that was interrupted; finish it: {again}; or take it back: {back}")
     for split in splits:
-        if os.path.isdir(split_folder(config, split)):
-            problems += class_problems(config, split_folder(config, split))
-        else:
-            problems += missing_folders(config, [split])
+        problems += missing_folders(config, [split]) or class_problems(config, split_folder(config, split))
     return problems
 
 
@@ -96,7 +116,7 @@ def missing_folders(config: Config, splits) -> list[str]:
         found = f"{config.input_dir} holds {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''}"
     except OSError:
         found = f"{config.input_dir} does not exist either"
-    cut = moves.command(config.input_dir, "cut", moves.KINDS["cut"].again)
+    _, cut, _ = commands(config.input_dir, "cut")
     ways = {
         "train": f"expected one folder of pictures per class: {', '.join(config.folder_to_label)}; put the training "
         f"pictures there (the ten animals of the README: {DATA_PAGE}), or name another folder with --input_dir",
@@ -111,24 +131,24 @@ def class_problems(config: Config, root: str) -> list[str]:
     """What is wrong with the class folders in the folder of a split."""
     from animals.pictures.read import EXTENSIONS, walk
 
-    problems, table = [], ", ".join(config.folder_to_label)
+    problems, known, table = [], [], ", ".join(config.folder_to_label)
     try:
-        folders = subfolders(root)
-        for folder in folders:
-            strays = Counter()
+        for folder in subfolders(root):
+            path, strays = os.path.join(root, folder), Counter()
             if folder not in config.folder_to_label:
                 problems.append(
-                    f"{os.path.join(root, folder)}: a class folder that is not in the label table; expected one of "
-                    f"{table}; rename it, move it away, or add it to FOLDER_TO_LABEL in config.py"
+                    f"{path}: a class folder that is not in the label table; expected one of {table}; rename it, move "
+                    "it away, or add it to FOLDER_TO_LABEL in config.py"
                 )
-            elif next(walk(os.path.join(root, folder), strays), None) is None:
+                continue
+            known.append(folder)
+            if next(walk(path, strays), None) is None:
                 problems.append(
-                    f"{os.path.join(root, folder)}: found no picture ({counted(strays) or 'empty'}); expected at "
-                    f"least one file {', '.join(EXTENSIONS)}; add pictures or remove the folder"
+                    f"{path}: found no picture ({counted(strays) or 'empty'}); expected at least one file "
+                    f"{', '.join(EXTENSIONS)}; add pictures or remove the folder"
                 )
     except OSError as error:
         return [*problems, cannot_list(error, root)]
-    known = [folder for folder in folders if folder in config.folder_to_label]
     if len(known) < 2:
         problems.append(
             f"{root}: found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"

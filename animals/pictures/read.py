@@ -165,8 +165,6 @@ def walk(folder, strays: Counter):
             strays[extension or entry.name] += 1
 
 
-def list_pictures(path, strays: Counter | None = None) -> list[str]:
-    """The picture files below a folder, sorted; other files are counted in `strays`. A file is a list of itself."""
-    if os.path.isfile(path):
-        return [os.fspath(path)]
-    return [found for found, _ in walk(path, Counter() if strays is None else strays)]
+def list_pictures(path) -> list[str]:
+    """The picture files below a folder, sorted. A file is a list of itself."""
+    return [os.fspath(path)] if os.path.isfile(path) else [found for found, _ in walk(path, Counter())]
