@@ -20,7 +20,7 @@ from animals.pictures import prepare as data
 from animals.pictures.cache import fresh_entries, read_cache
 from config import Config
 from tests.helpers.browser import Browser, find_chromium
-from tests.helpers.pictures import command, drawn, held, problems, train
+from tests.helpers.pictures import command, drawn, held, problems, run, train
 
 
 def listed(config, image=None, problem=None):
@@ -87,7 +87,7 @@ def test_a_recompressed_copy_across_splits_warns(tree):
     assert {(match, image, other) for problem, match, image, other in listed(tree) if problem == "both splits"} == {
         ("near", f"validation_data/cat/{name}", "train_data/cat/1.jpg") for name in ("small.jpg", "large.jpg")
     }
-    done = command("--input_dir", tree.input_dir, "--temp_dir", tree.temp_dir)
+    done = run(command(tree))
     assert done.returncode == 0 and "2 near, both splits" in done.stdout + done.stderr
 
 

@@ -1,8 +1,10 @@
 """The one way pixels are read: what is read, what is refused, which files of a folder count."""
 
 import io
+import math
 import os
 import pickle
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -16,22 +18,36 @@ from animals.pictures import check, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split
 from config import Config
-from tests.helpers.pictures import (
-    CLASSES,
-    JPEG,
-    LOSSLESS,
-    PNG,
-    drawn,
-    excluded,
-    frames,
-    grey16,
-    half_transparent,
-    images,
-    python,
-    rotated,
-    saved,
-    train,
-)
+from tests.helpers.pictures import CLASSES, JPEG, PNG, drawn, excluded, images, python, saved, train
+
+LOSSLESS = {"WEBP": {"lossless": True}}
+
+
+def frames(format) -> bytes:
+    return saved(drawn(1), format, save_all=True, append_images=[drawn(2), drawn(3)], **LOSSLESS.get(format, {}))
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to view
+    return saved(drawn(1), "JPEG", exif=exif)
+
+
+def grey16() -> bytes:
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    return saved(Image.fromarray(ramp), "PNG")
+
+
+def half_transparent(mode) -> bytes:
+    """Left half opaque black, right half transparent black."""
+    if mode == "P":
+        picture = Image.new("P", (64, 48), 0)
+        picture.putpalette([0, 0, 0, 0, 0, 0])
+        picture.paste(1, (32, 0, 64, 48))
+        return saved(picture, "PNG", transparency=1)
+    picture = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (32, 0, 64, 48))
+    return saved(picture.convert(mode), "PNG")
 
 
 def bomb() -> bytes:
@@ -241,3 +257,44 @@ def test_animations_have_several_frames():
     """The fixtures are what they claim to be."""
     for format in ("GIF", "WEBP", "TIFF"):
         assert len(list(ImageSequence.Iterator(Image.open(io.BytesIO(frames(format)))))) == 3
+
+
+def mutated(rng, content: bytes) -> bytes:
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 5))):
+        kind, at = rng.randrange(5), rng.randrange(max(len(content), 1))
+        if kind == 0 and content:
+            content[min(at, len(content) - 1)] = rng.randrange(256)
+        elif kind == 1:
+            del content[at:]
+        elif kind == 2:
+            del content[at : at + rng.randrange(1, 50)]
+        elif kind == 3:
+            content[at:at] = rng.randbytes(rng.randrange(1, 50))
+        else:
+            content[at % 64 : at % 64 + 4] = rng.randbytes(4)  # headers: sizes, offsets
+    return bytes(content)
+
+
+def test_fuzz_the_cache_never_promises_what_training_cannot_decode(tree):
+    rng = random.Random(0)
+    seeds = [content for _, content, reason, _ in ODD_FILES if not reason]
+    seeds.append(saved(drawn(9), "TIFF", compression="tiff_lzw"))
+    for progressive in (False, True):  # large: decoded at half their size in training
+        seeds.append(saved(drawn(7, (2048, 2020)), "JPEG", quality=5, progressive=progressive))
+    for i in range(600):
+        train(tree, "cat", f"fuzz{i:03}.jpg").write_bytes(mutated(rng, seeds[i % len(seeds)]))
+    tree.allow_leaks = True  # some mutations change no pixel
+    summary = data.prepare(tree)["train"]
+    assert summary["n"] + sum(summary["excluded"].values()) == 612
+    reasons, used = excluded(tree), {row["images"][0]: row for row in load_split(tree, "train")}
+    assert min(len(reasons), len(used)) > 150
+    for i in range(600):
+        path = str(train(tree, "cat", f"fuzz{i:03}.jpg"))
+        try:
+            picture = read.load_picture(path)
+        except read.PictureError as error:
+            assert reasons[os.path.basename(path)] == str(error) and path not in used
+        else:
+            size = used[path]["width"], used[path]["height"]
+            assert picture.mode == "RGB" and picture.size in (size, tuple(math.ceil(side / 2) for side in size))

@@ -18,6 +18,7 @@ from config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = ("cat", "dog", "ragno")
+SAME_CONFIG = "import sys; from config import Config; config = Config(*sys.argv[1:3])"
 
 
 def drawn(seed, size=(64, 48)) -> Image.Image:
@@ -60,18 +61,22 @@ def images(config, split="train") -> list[str]:
     return [os.path.relpath(row["images"][0], config.input_dir) for row in load_split(config, split)]
 
 
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, ROOT / "data_process_utils.py", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, **options,
-    )  # fmt: skip
+def command(config, *arguments) -> list[str]:
+    """The command line of data_process_utils.py for the pictures of config."""
+    places = ["--input_dir", config.input_dir, "--temp_dir", config.temp_dir]
+    return [sys.executable, "data_process_utils.py", *places, *arguments]
 
 
-def python(script, *arguments, **options):
-    """Run a script that imports from the root in a Python of its own."""
-    environment = options.pop("env", os.environ) | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, **options)
+def run(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def python(script, config=None, *arguments, env=os.environ, **options):
+    """Run a script that imports from the root in a Python of its own; `config` there is the one given here."""
+    if config:
+        script = f"from animals.pictures import cache, prepare\n{SAME_CONFIG}\n{script}"
+        arguments = config.input_dir, config.temp_dir, *map(str, arguments)
+    return run([sys.executable, "-c", script, *arguments], env=env | {"PYTHONPATH": str(ROOT)}, **options)
 
 
 def problems(config, **more) -> list[str]:
@@ -83,31 +88,3 @@ def problems(config, **more) -> list[str]:
 
 JPEG = saved(drawn(1), "JPEG", quality=90)
 PNG = saved(drawn(1), "PNG")
-LOSSLESS = {"WEBP": {"lossless": True}}
-
-
-def frames(format) -> bytes:
-    return saved(drawn(1), format, save_all=True, append_images=[drawn(2), drawn(3)], **LOSSLESS.get(format, {}))
-
-
-def rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to view
-    return saved(drawn(1), "JPEG", exif=exif)
-
-
-def grey16() -> bytes:
-    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
-    return saved(Image.fromarray(ramp), "PNG")
-
-
-def half_transparent(mode) -> bytes:
-    """Left half opaque black, right half transparent black."""
-    if mode == "P":
-        picture = Image.new("P", (64, 48), 0)
-        picture.putpalette([0, 0, 0, 0, 0, 0])
-        picture.paste(1, (32, 0, 64, 48))
-        return saved(picture, "PNG", transparency=1)
-    picture = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
-    picture.paste((0, 0, 0, 0), (32, 0, 64, 48))
-    return saved(picture.convert(mode), "PNG")
