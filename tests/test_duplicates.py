@@ -23,67 +23,62 @@ from tests.helpers.browser import Browser, find_chromium
 from tests.helpers.pictures import command, drawn, held, problems, run, train
 
 
-def listed(config, image=None, problem=None):
-    """(problem, match, image, other image) a row of duplicates.csv, or the other image of one row."""
+def listed(config) -> list[tuple[str, str, str, str]]:
+    """(problem, match, image, other image) of each row of duplicates.csv, paths below input_dir."""
     with open(Path(config.temp_dir) / "duplicates.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     below = lambda path: os.path.relpath(path, config.input_dir)  # noqa: E731
-    found = [(row["problem"], row["match"], below(row["image"]), below(row["other_image"])) for row in rows]
-    return next(row[3] for row in found if row[::2] == (problem, image)) if image else found
+    return [(row["problem"], row["match"], below(row["image"]), below(row["other_image"])) for row in rows]
 
 
-def found(config) -> dict:
-    """What cache.json knows of the duplicates."""
-    return search.read_duplicates(config, fresh_entries(config, read_cache(config)))
+def described(config) -> list[str]:
+    """The warnings, from what cache.json knows of the duplicates."""
+    found = search.read_duplicates(config, fresh_entries(config, read_cache(config)))
+    return search.describe_duplicates(config, found)
 
 
-def test_clean_splits_have_no_duplicates(tree):
+def near_copy(path, copy, quality=40, **options):
+    """Save the picture at `path` again, compressed, perhaps in another size=(width, height)."""
+    picture = read.load_picture(path)
+    picture.resize(options.get("size", picture.size), Image.Resampling.BICUBIC).save(copy, quality=quality)
+
+
+@pytest.mark.parametrize("name", ["copy.jpg", "copy.png"])
+def test_the_same_pixels_in_both_splits_stop(tree, name):
     data.prepare(tree)
     assert listed(tree) == []
-
-
-def test_the_same_file_in_both_splits_stops(tree):
     shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
+    if name == "copy.png":  # another format
+        read.load_picture(held(tree, "cat", "copy.jpg")).save(held(tree, "cat", name))
+        held(tree, "cat", "copy.jpg").unlink()
     for _ in range(2):  # built, then from the cache
         (line,) = problems(tree)
-        assert "1 same pixels, both splits" in line and "copy.jpg" in line and "--allow_leaks" in line
-    assert listed(tree) == [("both splits", "same pixels", "validation_data/cat/copy.jpg", "train_data/cat/1.jpg")]
+        assert "1 same pixels, both splits" in line and name in line and "--allow_leaks" in line
+    assert listed(tree) == [("both splits", "same pixels", f"validation_data/cat/{name}", "train_data/cat/1.jpg")]
     tree.allow_leaks = True
     assert data.prepare(tree)["validation"]["n"] == 7
-
-
-def test_the_same_pixels_in_another_format_stop(tree):
-    read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "copy.png"))
-    (line,) = problems(tree)
-    assert "1 same pixels, both splits" in line
 
 
 def test_one_picture_under_two_labels_stops(tree):
     shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
     (line,) = problems(tree)
     assert "1 same pixels, two labels" in line
-    assert listed(tree) == [("two labels", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
+    pair = "train_data/dog/copy.jpg", "train_data/cat/1.jpg"
+    assert listed(tree) == [("two labels", "same pixels", *pair)]
     (line,) = problems(tree, splits=("train",))
     assert "two labels" in line and "duplicates.csv" in line
     data.prepare(tree, splits=("validation",))
-
-
-def test_two_folders_of_one_label_do_not_conflict(tree):
-    shutil.copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "copy.jpg"))
-    assert "two labels" in problems(tree)[0]
-    tree.folder_to_label = {"cat": "pet", "dog": "pet", "ragno": "spider"}
+    tree.folder_to_label = {"cat": "pet", "dog": "pet", "ragno": "spider"}  # two folders of one label: no conflict
     summary = data.prepare(tree)["train"]  # classified again, without decoding
     assert summary["classes"] == {"pet": 9, "spider": 4} and summary["decoded"] == 0
-    assert listed(tree) == [("one split", "same pixels", "train_data/dog/copy.jpg", "train_data/cat/1.jpg")]
+    assert listed(tree) == [("one split", "same pixels", *pair)]
 
 
 def test_a_recompressed_copy_across_splits_warns(tree):
-    original = read.load_picture(train(tree, "cat", "1.jpg"))
-    original.save(held(tree, "cat", "small.jpg"), quality=40)
-    original.resize((128, 96), Image.Resampling.BICUBIC).save(held(tree, "cat", "large.jpg"), quality=80)
+    near_copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "small.jpg"))
+    near_copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "large.jpg"), 80, size=(128, 96))
     data.prepare(tree)
-    said = search.describe_duplicates(tree, found(tree))
-    assert said[0].startswith("warning: 2 near, both splits (")
+    assert described(tree)[0].startswith("warning: 2 near, both splits (")
     assert {(match, image, other) for problem, match, image, other in listed(tree) if problem == "both splits"} == {
         ("near", f"validation_data/cat/{name}", "train_data/cat/1.jpg") for name in ("small.jpg", "large.jpg")
     }
@@ -96,9 +91,10 @@ def test_every_kind_is_counted_and_three_pairs_are_shown(tree):
         shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", f"copy {k}.jpg"))
     tree.allow_leaks = True
     data.prepare(tree)
-    lines = search.describe_duplicates(tree, found(tree))
-    assert lines[0].startswith("warning: 4 same pixels, both splits (") and lines[4].startswith("warning: ")
-    assert lines[1].endswith("copy 0.jpg ~ " + str(train(tree, "cat", "1.jpg")) + ", 0 of 64 bits differ")
+    lines = described(tree)
+    assert lines[0].startswith("warning: 4 same pixels, both splits (")
+    assert lines[4].startswith("warning: 3 near, one split of validation (")
+    assert lines[1].endswith(f"copy 0.jpg ~ {train(tree, 'cat', '1.jpg')}, 0 of 64 bits differ")
 
 
 def test_flat_pictures_are_compared_by_pixels_only(tree):
@@ -108,7 +104,7 @@ def test_flat_pictures_are_compared_by_pixels_only(tree):
     assert listed(tree) == []
 
 
-def searched(pictures, distance=8, limit=10**6):
+def searched(pictures, limit=10**6):
     """find_duplicates() on pictures of one label in train: (pairs, group)."""
     looks = [check.fingerprint(picture) for picture in pictures]
     zeros = np.zeros(len(looks), np.int8)
@@ -116,9 +112,8 @@ def searched(pictures, distance=8, limit=10**6):
     thumbnail = np.frombuffer(b"".join(thumbnail), np.uint8).reshape(-1, 32, 32)
     hashes = np.array(phash, np.uint64), np.array(mirrored, np.uint64)
     names = [str(i) for i in range(len(looks))]
-    found, group = search.find_duplicates(
-        search.Pictures(names, zeros, zeros, names, *hashes, thumbnail), distance, limit
-    )
+    described = search.Pictures(names, zeros, zeros, names, *hashes, thumbnail)
+    found, group = search.find_duplicates(described, 8, limit)
     return {(pair.other, pair.row) for pair in found}, group
 
 
@@ -141,10 +136,8 @@ def test_near_pairs_finds_what_comparing_all_pairs_finds(monkeypatch):
     small = Image.fromarray(rng.integers(0, 256, (3, 4), dtype=np.uint8))  # few shapes: many near each other
     pictures = []
     for _ in range(150):
-        noisy = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).astype(int) + rng.integers(
-            -60, 61, (32, 32)
-        )
-        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        plain = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        picture = Image.fromarray((plain + rng.integers(-60, 61, (32, 32))).clip(0, 255).astype(np.uint8))
         pictures.append(ImageOps.mirror(picture) if rng.random() < 0.3 else picture)
     thumb = [np.asarray(picture).astype(float) for picture in pictures]
     phash = [check.perceptual_hash(picture) for picture in pictures]
@@ -159,36 +152,35 @@ def test_near_pairs_finds_what_comparing_all_pairs_finds(monkeypatch):
                 close.append((j, i, bits, sure, np.corrcoef(thumb[j].ravel(), thumb[i][:, ::flip].ravel())[0, 1]))
     monkeypatch.setattr(search, "CORRELATION", np.median([pair[4] for pair in close]))
     for distance in (4, 8, 16):
-        expected = {
-            (i, j, bits)
-            for i, j, bits, sure, r in close
-            if bits <= distance and (bits <= sure or r >= search.CORRELATION)
-        }
+        near = [pair for pair in close if pair[2] <= distance]
+        expected = {tuple(pair[:3]) for pair in near if pair[2] <= pair[3] or pair[4] >= search.CORRELATION}
         found = {pair for block in search.near_pairs(rows, distance) for pair in zip(*map(list, block), strict=True)}
         assert found == expected and (distance < 16 or len(found) > 100)
 
 
 def test_a_pair_may_be_a_problem_in_more_than_one_way(tree):
     """Near ones under two labels, across the splits and within a split; equal ones within a split. None stops."""
-    original = read.load_picture(train(tree, "cat", "1.jpg"))
-    original.save(train(tree, "dog", "z.jpg"), quality=40)
-    original.resize((128, 96)).save(held(tree, "dog", "z.jpg"), quality=60)
-    read.load_picture(held(tree, "cat", "0.jpg")).save(held(tree, "cat", "z.jpg"), quality=50)
+    near_copy(train(tree, "cat", "1.jpg"), train(tree, "dog", "z.jpg"))
+    near_copy(train(tree, "cat", "1.jpg"), held(tree, "dog", "z.jpg"), 60, size=(128, 96))
+    near_copy(held(tree, "cat", "0.jpg"), held(tree, "cat", "z.jpg"), 50)
     shutil.copy(train(tree, "ragno", "0.jpg"), train(tree, "ragno", "z.jpg"))
     data.prepare(tree)
-    assert set(listed(tree)) == {
+    rows = listed(tree)
+    (across,) = [row for row in rows if row[0] == "both splits"]
+    assert across[3] in ("train_data/cat/1.jpg", "train_data/dog/z.jpg")
+    assert set(rows) == {
         ("one split", "same pixels", "train_data/ragno/z.jpg", "train_data/ragno/0.jpg"),
         ("two labels", "near", "train_data/dog/z.jpg", "train_data/cat/1.jpg"),
         ("two labels", "near", "validation_data/dog/z.jpg", "train_data/cat/1.jpg"),
-        ("both splits", "near", "validation_data/dog/z.jpg", listed(tree, "validation_data/dog/z.jpg", "both splits")),
+        ("both splits", "near", "validation_data/dog/z.jpg", across[3]),
         ("one split", "near", "validation_data/cat/z.jpg", "validation_data/cat/0.jpg"),
     }
 
 
 def test_what_the_report_is_told(tree):
     shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
-    read.load_picture(train(tree, "dog", "1.jpg")).save(held(tree, "dog", "near.jpg"), quality=40)
-    read.load_picture(held(tree, "dog", "0.jpg")).save(held(tree, "dog", "twin.jpg"), quality=40)
+    near_copy(train(tree, "dog", "1.jpg"), held(tree, "dog", "near.jpg"))
+    near_copy(held(tree, "dog", "0.jpg"), held(tree, "dog", "same side.jpg"))
     data.prepare(tree, splits=("validation",))
     assert search.known_duplicates(tree) is None  # nothing is known of train
     tree.allow_leaks = True
@@ -201,7 +193,7 @@ def test_what_the_report_is_told(tree):
         assert known["near_duplicates"] == {str(held(tree, "dog", "near.jpg"))}
         group = known["group"]
         assert sorted(group) == sorted(map(str, [*held(tree).rglob("*.jpg"), *train(tree).rglob("*.jpg")]))
-        assert group[str(held(tree, "dog", "0.jpg"))] == group[str(held(tree, "dog", "twin.jpg"))]
+        assert group[str(held(tree, "dog", "0.jpg"))] == group[str(held(tree, "dog", "same side.jpg"))]
         assert group[str(held(tree, "cat", "copy.jpg"))] == group[str(train(tree, "cat", "1.jpg"))]
         assert len({number for path, number in group.items() if "validation_data" in path}) == 8
         assert len(set(group.values())) == 12 + 6
@@ -213,7 +205,7 @@ def test_what_the_report_is_told(tree):
 
 
 def test_more_pictures_than_the_limit_are_said(tree, capsys):
-    read.load_picture(train(tree, "cat", "1.jpg")).save(held(tree, "cat", "near.jpg"), quality=40)
+    near_copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "near.jpg"))
     tree.near_duplicate_limit = 10
     data.prepare(tree)
     said = capsys.readouterr().err
@@ -251,8 +243,9 @@ def test_a_split_with_duplicates_says_so_where_its_accuracy_is_read(demo, run, t
         if k % 2:
             second.save(held_out / "copy.png")
         else:
-            second.resize((second.width * 3 // 4, second.height * 3 // 4)).save(held_out / "copy small.jpg", quality=90)
-        read.load_picture(originals[2]).save(held_out / "copy again.jpg", quality=40)
+            smaller = second.width * 3 // 4, second.height * 3 // 4
+            near_copy(originals[1], held_out / "copy small.jpg", 90, size=smaller)
+        near_copy(originals[2], held_out / "copy again.jpg")
     flags = f"--input_dir {tmp_path}/input --temp_dir {tmp_path}/temp --model_name_or_path {demo.checkpoint}"
     done = run(f"python data_process_utils.py {flags}")
     assert done.code == 2 and "15 same pixels, both splits" in done.output, done.output
@@ -270,30 +263,22 @@ def test_a_split_with_duplicates_says_so_where_its_accuracy_is_read(demo, run, t
     low, high = proportion_confint(sum(clean), 41, method="wilson")
     assert len(rows) == 71 and len(clean) == 41
     assert report["accuracy"] == sum(row["correct"] == "True" for row in rows) / 71
-    assert report["duplicates"] == {
-        "checked": True,
-        "identical": 15,
-        "near_duplicates": 15,
-        "n_without": 41,
-        "accuracy_without": by_hand,
-        "accuracy_without_ci95": pytest.approx([low, high]),
-        "groups": 71,
-    }
-    said = (
-        "of the 71 pictures, 15 identical to a training picture and 15 near-duplicates of one; accuracy without them "
-    )
-    assert f"{said}{by_hand:.4f} (95 % interval {low:.4f} to {high:.4f}, n = 41)" in done.output
+    counted = {"checked": True, "identical": 15, "near_duplicates": 15, "n_without": 41, "groups": 71}
+    interval = pytest.approx([low, high])
+    assert report["duplicates"] == counted | {"accuracy_without": by_hand, "accuracy_without_ci95": interval}
+    said = "of the 71 pictures, 15 identical to a training picture and 15 near-duplicates of one; accuracy without them"
+    assert f"{said} {by_hand:.4f} (95 % interval {low:.4f} to {high:.4f}, n = 41)" in done.output
 
     if not find_chromium():
         pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
     with Browser(tmp_path / "chromium") as browser:
         browser.view(1280, 800)
         browser.open((folder / "report.html").as_uri())
-        sentence = browser.js("document.querySelector('header .warning').innerText")
-        box = browser.js("document.querySelector('header .warning').getBoundingClientRect().toJSON()")
-        shown = browser.js("document.querySelector('header .warning [data-key=\"duplicates.accuracy_without\"]').value")
-    assert sentence.startswith(
-        "Held-out pictures that are identical to a training picture: 15; near-duplicates of one: 15"
-    )
+        warning = "document.querySelector('header .warning"
+        sentence = browser.js(f"{warning}').innerText")
+        box = browser.js(f"{warning}').getBoundingClientRect().toJSON()")
+        shown = browser.js(f'{warning} [data-key="duplicates.accuracy_without"]\').value')
+    said = "Held-out pictures that are identical to a training picture: 15; near-duplicates of one: 15"
+    assert sentence.startswith(said)
     assert 0 < box["top"] < box["bottom"] <= 800 and 0 <= box["left"] < box["right"] <= 1280
     assert float(shown) == pytest.approx(by_hand)

@@ -4,8 +4,6 @@
 import csv
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 
 from animals.pictures import moves
 from scripts import quarantine as program
-from tests.helpers.pictures import drawn
-from tests.test_split import ROOT, call, contents, cut, done_well, fingerprint, held_out, original, refused, tree, undo
+from tests.helpers.pictures import CLASSES, drawn
+from tests.test_split import call, contents, cut, done_well, fingerprint, held_out, killed, original, refused, tree, undo
 
 
 def write_list(path, columns, rows) -> Path:
@@ -30,13 +28,12 @@ def quarantine(tree, *arguments):
 
 
 def quarantined(tree) -> list[str]:
-    root = tree / "quarantine"
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return held_out(tree, "quarantine")
 
 
 def test_the_list_of_duplicates_as_it_is(tree):
     """The held-out picture and the later one go; the next check finds nothing; undo restores every byte."""
-    for folder in ("cat", "dog", "ragno"):
+    for folder in CLASSES:
         (tree / "validation_data" / folder).mkdir(parents=True)
         for i in range(11):
             drawn(7000 + 100 * ord(folder[0]) + i).save(tree / "validation_data" / folder / f"{i:02}.jpg")
@@ -97,32 +94,20 @@ def test_refusals_move_nothing(tree, columns, names, said):
 
 def test_kills_at_random_moments_lose_nothing(tree, request):
     before, pictures = fingerprint(tree), contents(tree)
-    names = [f"{folder}/{i:02}.jpg" for folder in ("cat", "dog", "ragno") for i in range(0, 20, 2)]
+    names = [f"{folder}/{i:02}.jpg" for folder in CLASSES for i in range(0, 20, 2)]
     where = write_list(tree.parent / "list.csv", ["image"], [[tree / "train_data" / name] for name in names])
     manifest = str(tree / "quarantine.json")
-    script = (  # slowed down so that the kill lands among the moves
-        "import sys, time, os\n"
-        "from animals.pictures import moves\n"
+    script = (
         "from config import Config\n"
         "from scripts import quarantine\n"
-        "rename, replace = os.rename, os.replace\n"
-        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b), print('moved', flush=True))\n"
-        "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
         "tree, verb, path = sys.argv[1:]\n"
-        "print('go', flush=True)\n"
         "if verb == 'undo': moves.undo(tree, 'quarantine')\n"
         "else: quarantine.quarantine(Config(input_dir=tree), path, True)\n"
     )
     rng, states = random.Random(2), Counter()
     for k in range(2 * request.config.getoption("--kills")):
         verb = "undo" if os.path.exists(manifest) else "quarantine"
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, tree, verb, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(rng.randrange(1, 12)):  # "go", then a line a move: however slow the machine, among the moves
-            process.stdout.readline()
-        process.kill()
-        process.communicate()
+        killed(script, rng, tree, verb, where)
         states[bool(moves.interrupted(str(tree)))] += 1
         assert contents(tree) == pictures, k
         if k % 2:

@@ -8,10 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -21,17 +19,14 @@ import data_process_utils
 from animals.command import UserError
 from animals.pictures import moves
 from animals.pictures import split as data_split
-from config import FOLDER_TO_LABEL
-from tests.helpers.pictures import drawn
-
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cat", "dog", "ragno")
+from config import FOLDER_TO_LABEL, Config
+from tests.helpers.pictures import CLASSES, command, drawn, run
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     root = tmp_path_factory.mktemp("original") / "input"
-    for k, folder in enumerate(FOLDERS):
+    for k, folder in enumerate(CLASSES):
         (root / "train_data" / folder).mkdir(parents=True)
         for i in range(20):
             drawn(1000 * k + i).save(root / "train_data" / folder / f"{i:02}.jpg")
@@ -59,18 +54,17 @@ def fingerprint(root) -> str:
     return digest.hexdigest()
 
 
-def arguments(tree, *more, program=data_process_utils):
-    flags = ["--input_dir", tree, "--temp_dir", tree.parent / "temp", *more]
-    flags += ["--max_excluded", "0.5"] if program is data_process_utils else []
-    return [sys.executable, program.__file__, *map(str, flags)]
+def arguments(tree, *more) -> list[str]:
+    return command(Config(str(tree), str(tree.parent / "temp")), *map(str, more))
 
 
 def call(tree, *more, program=data_process_utils):
     """The command within this process: .returncode, .stdout, .stderr."""
     said, complaints, code = io.StringIO(), io.StringIO(), 0
+    if program is data_process_utils:
+        more += ("--data_processes", "1", "--max_excluded", "0.5")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaints):
-        words = arguments(tree, *more, program=program)[1:]
-        patch.setattr(sys, "argv", words + ["--data_processes", "1"] * (program is data_process_utils))
+        patch.setattr(sys, "argv", arguments(tree, *more)[1:])
         try:
             program.main()
         except UserError as error:
@@ -101,8 +95,8 @@ def refused(tree, *arguments, **options) -> str:
     return done.stderr
 
 
-def held_out(tree) -> list[str]:
-    root = tree / "validation_data"
+def held_out(tree, folder="validation_data") -> list[str]:
+    root = tree / folder
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
@@ -122,27 +116,20 @@ def test_the_cut_is_stratified_and_undone_to_the_byte(tree):
     assert fingerprint(tree) == before
 
 
-def test_the_seed_decides(tree, tmp_path):
-    cut(tree, "--seed", "1")
-    first = held_out(tree)
-    undo(tree)
-    cut(tree, "--seed", "1")
-    assert held_out(tree) == first
-    undo(tree)
-    cut(tree, "--seed", "2")
-    assert held_out(tree) != first
+def test_the_seed_and_the_pixels_decide_and_not_the_names_or_their_order_on_the_disk(tree):
+    def chosen(seed):
+        cut(tree, "--seed", seed)
+        result = contents(tree / "validation_data"), held_out(tree)
+        undo(tree)
+        return result
 
-
-def test_names_and_their_order_on_the_disk_do_not_matter(tree):
-    cut(tree, "--seed", "1")
-    chosen = contents(tree / "validation_data")
-    undo(tree)
+    first = chosen("1")
+    assert chosen("1") == first and chosen("2")[1] != first[1]
     paths = [path for path in tree.rglob("*") if path.suffix in (".jpg", ".png")]
     random.Random(0).shuffle(paths)
     for i, path in enumerate(paths):
         path.rename(path.with_name(f"renamed{i:03}{path.suffix}"))
-    cut(tree, "--seed", "1")
-    assert contents(tree / "validation_data") == chosen
+    assert chosen("1")[0] == first[0]
 
 
 def test_near_duplicates_stay_on_one_side(tree):
@@ -185,13 +172,18 @@ def test_a_second_cut_is_refused_unless_told_to_add(tree):
 
 
 def test_pictures_of_the_users_own_in_validation_stay(tree):
-    (tree / "validation_data" / "cat").mkdir(parents=True)
-    drawn(9999).save(tree / "validation_data" / "cat" / "mine.jpg")
+    own = tree / "validation_data" / "cat"
+    own.mkdir(parents=True)
+    drawn(9999).save(own / "mine.jpg")
     before = fingerprint(tree)
     refused(tree, "--validation_fraction", "0.2")
     cut(tree, "--add_to_validation")
     undo(tree)
     assert fingerprint(tree) == before
+    for i in range(20):
+        drawn(8000 + i).save(own / f"{i:02}.jpg")
+    said = refused(tree, "--validation_fraction", "0.5", "--add_to_validation")
+    assert "names that pictures would be moved to" in said
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.1", "nan"])
@@ -199,22 +191,11 @@ def test_a_fraction_that_is_none(tree, fraction):
     assert "between 0 and 1" in refused(tree, "--validation_fraction", fraction)
 
 
-def test_undo_without_a_cut(tree):
-    assert "nothing to undo" in refused(tree, "--undo_split")
-
-
 def test_linked_pictures_are_not_moved(tree):
+    assert "nothing to undo" in refused(tree, "--undo_split")
     (tree / "train_data" / "cat").rename(tree.parent / "cats")
     (tree / "train_data" / "cat").symlink_to(tree.parent / "cats", target_is_directory=True)
     assert "symbolic links" in refused(tree, "--validation_fraction", "0.2")
-
-
-def test_a_taken_name_refuses_before_the_first_move(tree):
-    (tree / "validation_data" / "cat").mkdir(parents=True)
-    for i in range(20):
-        drawn(8000 + i).save(tree / "validation_data" / "cat" / f"{i:02}.jpg")
-    said = refused(tree, "--validation_fraction", "0.5", "--add_to_validation")
-    assert "names that pictures would be moved to" in said
 
 
 def test_undo_never_overwrites_and_says_what_is_gone(tree):
@@ -242,20 +223,31 @@ def test_an_interrupted_cut_stops_training_with_both_ways_out(tree):
     assert held_out(tree) == names and not moves.interrupted(str(tree))
 
 
-def test_kills_at_random_moments_lose_nothing(tree, request):
-    """Cut and undo are killed in turn at random moments, then undone: the tree is as it was."""
-    before, pictures = fingerprint(tree), contents(tree)
-    manifest = str(tree / "validation_split.json")
-    script = (  # the moves alone, slowed down so that the kill lands among them
+def killed(script, rng, *arguments):
+    """Run a script whose moves are slowed down, and kill it among them, however slow the machine is."""
+    slow = (
         "import sys, time, os\n"
         "from animals.pictures import moves\n"
         "rename, replace = os.rename, os.replace\n"
-        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b))\n"
+        "os.rename = lambda a, b: (time.sleep(0.004), rename(a, b), print('moved', flush=True))\n"
         "os.replace = lambda a, b: (time.sleep(0.01), replace(a, b))\n"
+        "print('go', flush=True)\n"
+    )
+    words = [sys.executable, "-c", slow + script, *arguments]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(rng.randrange(1, 12)):  # "go", then a line per move
+            process.stdout.readline()
+        process.kill()
+
+
+def test_kills_at_random_moments_lose_nothing(tree, request):
+    """Cut and undo are killed in turn at random moments, then undone: the tree is as it was."""
+    before, pictures = fingerprint(tree), contents(tree)
+    manifest = tree / "validation_split.json"
+    script = (  # the moves alone
         "tree, verb = sys.argv[1:3]\n"
         "names = sorted(f'{c}/{i:02}.jpg' for c in ('cat', 'dog', 'ragno') for i in range(0, 20, 2))\n"
         "names.append('cat/deep/er/1.png')\n"
-        "print('go', flush=True)\n"
         "pairs = [(f'train_data/{name}', f'validation_data/{name}') for name in names]\n"
         "if verb == 'undo': moves.undo(tree, 'cut')\n"
         "elif moves.interrupted(tree): moves.finish(tree, 'cut')\n"
@@ -263,21 +255,13 @@ def test_kills_at_random_moments_lose_nothing(tree, request):
     )
     rng, among_moves, kills = random.Random(0), 0, request.config.getoption("--kills")
     for k in range(4 * kills):
-        verb = "cut" if not os.path.exists(manifest) or rng.random() < 0.3 and moves.interrupted(str(tree)) else "undo"
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, tree, verb], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.16))
-        process.kill()
-        process.communicate()
+        verb = "cut" if not manifest.exists() or rng.random() < 0.3 and moves.interrupted(str(tree)) else "undo"
+        killed(script, rng, tree, verb)
         among_moves += bool(moves.interrupted(str(tree)))
         assert contents(tree) == pictures, k  # no file lost, none in both places
         if k % 4 == 3:  # the next real run
-            if any(tree.glob("validation_split.json")):
-                undo(tree)
-            else:
-                call(tree, "--undo_split")
+            done = call(tree, "--undo_split")
+            assert done.returncode == 0 or "nothing to undo" in done.stderr, k
             assert fingerprint(tree) == before, k
     assert among_moves >= kills
 
@@ -286,12 +270,8 @@ def test_the_real_command_killed_at_random_moments(tree):
     before, pictures = fingerprint(tree), contents(tree)
     rng = random.Random(1)
     for _ in range(4):
-        process = subprocess.Popen(
-            arguments(tree, "--validation_fraction", "0.2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(0.3, 1.2))
-        process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # then it is killed
+            run(arguments(tree, "--validation_fraction", "0.2", "--max_excluded", "0.5"), timeout=rng.uniform(0.3, 1.2))
         assert contents(tree) == pictures
         call(tree, "--undo_split")
         assert fingerprint(tree) == before
@@ -314,9 +294,8 @@ def test_the_manifest_records_every_move(tree):
 
 def test_the_demos_pictures(tmp_path):
     """The drawn animals of the demo can be cut and put back to the byte."""
-    script = ROOT / "demo" / "make_pictures.py"
-    tree = tmp_path / "input"
-    subprocess.run([sys.executable, script, tree, "--train", "20", "--validation", "1", "--test", "0"], check=True)
+    tree, words = tmp_path / "input", ["--train", "20", "--validation", "1", "--test", "0"]
+    subprocess.run([sys.executable, "demo/make_pictures.py", tree, *words], check=True)
     shutil.rmtree(tree / "validation_data")
     before = fingerprint(tree)
     cut(tree)
