@@ -109,7 +109,7 @@ def test_nothing_is_written_outside_temp(tree, tmp_path):
 def test_check_inputs_says_all_problems_at_once_and_needs_no_torch(tree, tmp_path):
     shutil.copy(train(tree, "cat", "1.jpg"), held(tree, "cat", "copy.jpg"))
     script = (
-        "try: prepare.check_inputs(config, sys.argv[3])\n"
+        "try: prepare.check_inputs(config, sys.argv[1])\n"
         "except Exception as error: print(error, 'torch' in sys.modules, sep='\\n')"
     )
     model, pictures, torch = python(script, tree, tmp_path / "model").stdout.splitlines()

@@ -12,7 +12,7 @@ import pytest
 from animals.pictures import moves
 from scripts import quarantine as program
 from tests.helpers.pictures import CLASSES, drawn
-from tests.test_split import call, contents, cut, done_well, fingerprint, held_out, killed, original, refused, tree, undo
+from tests.test_split import call, contents, cut, fingerprint, held_out, killed, original, refused, succeed, tree, undo
 
 
 def write_list(path, columns, rows) -> Path:
@@ -24,7 +24,7 @@ def write_list(path, columns, rows) -> Path:
 
 
 def quarantine(tree, *arguments):
-    return done_well(tree, *arguments, program=program)
+    return succeed(tree, *arguments, program=program)
 
 
 def quarantined(tree) -> list[str]:

@@ -17,8 +17,7 @@ from animals.checkpoint.tokens import image_token_count
 from animals.pictures import check, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split
-from config import Config
-from tests.helpers.pictures import CLASSES, JPEG, PNG, drawn, excluded, images, python, saved, train
+from tests.helpers.pictures import JPEG, PNG, drawn, excluded, images, make_tree, python, saved, train
 
 LOSSLESS = {"WEBP": {"lossless": True}}
 
@@ -98,15 +97,9 @@ ODD_FILES = [  # name, bytes, "" if it is used or the start of the reason, size 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """One build with every odd file in train_data/cat: (config, rows by name, reasons by name)."""
-    root = tmp_path_factory.mktemp("odd")
-    for split in ("train", "validation"):
-        for k, folder in enumerate(CLASSES):
-            place = root / "input" / f"{split}_data" / folder
-            place.mkdir(parents=True)
-            (place / "fine.jpg").write_bytes(saved(drawn(50 + k + 10 * len(split)), "JPEG"))
+    config = make_tree(tmp_path_factory.mktemp("odd"))
     for name, content, _, _ in ODD_FILES:
-        (root / "input" / "train_data" / "cat" / name).write_bytes(content)
-    config = Config(input_dir=str(root / "input"), temp_dir=str(root / "temp"), max_excluded=1.0)
+        train(config, "cat", name).write_bytes(content)
     data.prepare(config)
     rows = {Path(row["images"][0]).name: row for row in load_split(config, "train")}
     return config, rows, excluded(config)
@@ -262,17 +255,12 @@ def test_animations_have_several_frames():
 def mutated(rng, content: bytes) -> bytes:
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 5))):
-        kind, at = rng.randrange(5), rng.randrange(max(len(content), 1))
-        if kind == 0 and content:
-            content[min(at, len(content) - 1)] = rng.randrange(256)
-        elif kind == 1:
-            del content[at:]
-        elif kind == 2:
-            del content[at : at + rng.randrange(1, 50)]
-        elif kind == 3:
-            content[at:at] = rng.randbytes(rng.randrange(1, 50))
-        else:
-            content[at % 64 : at % 64 + 4] = rng.randbytes(4)  # headers: sizes, offsets
+        at, n = rng.randrange(max(len(content), 1)), rng.randrange(1, 50)
+        header = slice(at % 64, at % 64 + 4)  # sizes, offsets
+        cuts = (slice(at, None), b""), (slice(at, at + n), b"")
+        writes = (slice(at, at + 1), rng.randbytes(1)), (slice(at, at), rng.randbytes(n)), (header, rng.randbytes(4))
+        where, new = rng.choice([*cuts, *writes])
+        content[where] = new
     return bytes(content)
 
 

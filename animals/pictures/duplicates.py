@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animals.pictures import cache
-from animals.pictures.cache import SPLITS, csv_file, split_folder, temp_path
+from animals.pictures.cache import SPLITS, csv_file, temp_path
 from config import Config
 
 SURE = 4  # bits: below that a pair is near whatever the thumbnails say, unless one picture is mirrored
@@ -52,17 +52,17 @@ class Duplicate(NamedTuple):
 
 def load_pictures(config: Config, splits) -> Pictures:
     """What the JSON files of some splits know of their pictures."""
-    found = [(k, row) for k, split in enumerate(SPLITS) if split in splits for row in cache.read_rows(config, split)]
-    names = [os.path.relpath(row["images"][0], split_folder(config, SPLITS[k])) for k, row in found]
-    labels = [config.folder_to_label[name.partition(os.sep)[0]] for name in names]  # the row's may be those of before
-    hashes = [np.array([int(row[name], 16) for _, row in found], np.uint64) for name in ("phash", "mirrored")]
-    thumbnails = b"".join(base64.b64decode(row["thumbnail"]) for _, row in found)
+    parts = [(k, list(cache.read_rows(config, split))) for k, split in enumerate(SPLITS) if split in splits]
+    rows = [row for _, part in parts for row in part]
+    folders = [os.path.relpath(row["images"][0], config.input_dir).split(os.sep)[1] for row in rows]
+    labels = [config.folder_to_label[folder] for folder in folders]  # the row's own may be those of another table
+    thumbnails = b"".join(base64.b64decode(row["thumbnail"]) for row in rows)
     return Pictures(
-        [row["images"][0] for _, row in found],
-        np.array([k for k, _ in found], np.int8),
+        [row["images"][0] for row in rows],
+        np.concatenate([np.full(len(part), k, np.int8) for k, part in parts]),
         np.array([config.labels.index(label) for label in labels], np.int32),
-        [row["pixels"] for _, row in found],
-        *hashes,
+        [row["pixels"] for row in rows],
+        *(np.array([int(row[name], 16) for row in rows], np.uint64) for name in ("phash", "mirrored")),
         np.frombuffer(thumbnails, np.uint8).reshape(-1, 32, 32),
     )
 
@@ -146,9 +146,9 @@ def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.nd
 
 def built_from(config: Config, entries: dict[str, dict]) -> str:
     """What a search in the splits of `entries` (fresh ones of cache.json) depends on."""
-    limits = [config.near_duplicate_distance, config.near_duplicate_limit]
-    stamps = [(split, entries[split]["stamp"]) for split in SPLITS if split in entries]
-    return json.dumps([*limits, list(config.folder_to_label.items()), stamps])
+    limits = config.near_duplicate_distance, config.near_duplicate_limit
+    stamps = {split: entry["stamp"] for split, entry in entries.items()}
+    return json.dumps([*limits, list(config.folder_to_label.items()), sorted(stamps.items())])
 
 
 def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:

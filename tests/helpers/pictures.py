@@ -18,7 +18,6 @@ from config import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = ("cat", "dog", "ragno")
-SAME_CONFIG = "import sys; from config import Config; config = Config(*sys.argv[1:3])"
 
 
 def drawn(seed, size=(64, 48)) -> Image.Image:
@@ -74,8 +73,8 @@ def run(command, **options):
 def python(script, config=None, *arguments, env=os.environ, **options):
     """Run a script that imports from the root in a Python of its own; `config` there is the one given here."""
     if config:
-        script = f"from animals.pictures import cache, prepare\n{SAME_CONFIG}\n{script}"
-        arguments = config.input_dir, config.temp_dir, *map(str, arguments)
+        same = f"config = Config({config.input_dir!r}, {config.temp_dir!r})"
+        script = f"import sys; from config import Config; from animals.pictures import cache, prepare; {same}\n{script}"
     return run([sys.executable, "-c", script, *arguments], env=env | {"PYTHONPATH": str(ROOT)}, **options)
 
 
