@@ -10,13 +10,11 @@ Reads   <input_dir>/{train_data,validation_data}/<class folder>/**, classes as i
 Leaves  <temp_dir>/{train,validation}.json: conversations as TRL and datasets read them, one picture per line
         <temp_dir>/cache.json: what the JSON files were built from
         <temp_dir>/excluded.csv (image,split,reason): what training will not see
-        <temp_dir>/duplicates.csv: equal and similar pictures in both splits, under two labels, within a split
-        (animals/pictures/duplicates.py)
+        <temp_dir>/duplicates.csv: equal and similar pictures (animals/pictures/duplicates.py)
 
-Every picture is decoded once, as training decodes it (animals/pictures/read.py); later starts cost one stat per file.
-When pictures were added, removed or replaced, all of that split are decoded again; a changed prompt, label table or
-checkpoint geometry rewrites the JSON and decodes nothing. No picture is ever changed or deleted; only the cut and
-scripts/quarantine.py move any.
+Every picture is decoded once, as training decodes it; later starts cost one stat per file. When pictures were added,
+removed or replaced, all of that split are decoded again; a changed prompt, label table or checkpoint geometry rewrites
+the JSON and decodes nothing. No picture is changed or deleted; only the cut and scripts/quarantine.py move any.
 """
 
 import os

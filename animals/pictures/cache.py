@@ -95,8 +95,7 @@ def rules() -> str:
 
     from animals.pictures.read import FORMATS
 
-    limits = settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE
-    return json.dumps([FORMAT, PIL.__version__, FORMATS, *limits])
+    return json.dumps([FORMAT, PIL.__version__, FORMATS, settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE])
 
 
 def wording(config: Config, geometry: Geometry) -> str:
