@@ -89,7 +89,7 @@ def setting(default, text):
     return field(default=default, metadata={"help": text})
 
 
-# Which fields a script offers as flags: those that it reads.
+# Groups of fields that several scripts offer as flags.
 TASK_FIELDS = ("prompt", "answer", "folder_to_label")
 DATA_FIELDS = ("input_dir", "temp_dir", *TASK_FIELDS, "max_excluded", "near_duplicate_distance", "near_duplicate_limit")
 DATA_FIELDS += ("allow_leaks", "data_processes")
@@ -177,9 +177,8 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
 
 def parser(description: str, names) -> argparse.ArgumentParser:
     """A parser with a flag for each of the named fields of Config; it does not accept shortened flags."""
-    result = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    result = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=shown)
     add_flags(result, names)
     return result
 

@@ -1,13 +1,9 @@
 """Fine-tune LLaVA-1.6-Mistral-7B to name the animal in a picture: TRL's SFTTrainer, DeepSpeed ZeRO-3, 8-bit AdamW.
 
-    sh train.sh                                  # on all GPUs, with every flag in train.sh
-    sh train.sh --num_train_epochs 3             # the command line wins over train.sh
-    sh train.sh --rehearse                       # measure a few minutes of the run; rehearsal.json in logs/
-    NUM_PROCESSES=2 sh train.sh                  # 2 GPUs, or 2 processes on the CPU of a machine without a GPU
-
-Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and two that today's libraries have renamed:
---torch_dtype (now --dtype) and --warmup_ratio (now --warmup_steps below 1). Leaves in --output_dir a plain Hugging Face
-checkpoint under the hub's parameter names and checkpoint-N/ to resume from, in --logging_dir TensorBoard's events.
+`sh train.sh` starts it; that file shows examples. Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and
+two that today's libraries have renamed: --torch_dtype (now --dtype) and --warmup_ratio (now --warmup_steps below 1).
+Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names and checkpoint-N/ to resume from,
+in --logging_dir TensorBoard's events.
 """
 
 import argparse
@@ -20,8 +16,8 @@ import signal
 import sys
 
 import config as settings
-from animals.checkpoint.load import load_for_training
-from animals.checkpoint.steps import check_resume, newest_complete, publish, read_state, sweep
+from animals.checkpoint.load import load_for_training, zero3_is_on
+from animals.checkpoint.steps import check_resume, newest_complete, publish, read_state, run_name, sweep
 from animals.checkpoint.task import changed_task_flags, settings_for
 from animals.checkpoint.tokens import describe_whole_view, read_geometry
 from animals.command import UserError, run
@@ -32,10 +28,8 @@ from animals.ranks import barrier, choose_arithmetic, main_process, say
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
-from animals.training.parts import choose_parts
+from animals.training.parts import freeze, read_parts
 from animals.training.preflight import check_run
-
-FIELDS = (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts")  # of config.Config, as flags
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -50,7 +44,7 @@ def make_parser():
             raise UserError(f"{message}; `python train.py --help` lists every flag")
 
     parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, description=__doc__.partition("\n")[0])
-    settings.add_flags(parser, FIELDS)
+    settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts"))
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
@@ -107,19 +101,18 @@ def find_start(args, record):
 def publish_if_finished(args, checkpoint, pictures) -> bool:
     """Whether `checkpoint` is the last step. If so, publish its model, for Trainer would take one step more."""
     state = read_state(checkpoint)
-    if state["global_step"] < count_steps(args, pictures)[1]:
-        return False
-    if main_process():
+    finished = state["global_step"] >= count_steps(args, pictures)[1]
+    if finished and main_process():
         publish(args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir)
-    say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
-    return True
+        say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
+    return finished
 
 
 def main():
     if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: if torchrun dies, this rank does not continue to write without it.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; without torchrun, it may outlive its shell
 
-    # Settings: the flags, and what the checkpoint says of itself.
+    # Settings: the flags, and the checkpoint's own task.
     given, args, model_args, flags = parse(sys.argv[1:])
     path = model_args.model_name_or_path
     config = settings_for(given, path, training=True)
@@ -152,17 +145,19 @@ def main():
 
         make_trainer = functools.partial(RehearsalTrainer, ram=start_ram_meter(args))
     model = load_for_training(model_args, args)
-    choose_parts(model, config, args, model_args)
+    if not model_args.use_peft:  # peft freezes the base itself
+        freeze(model, read_parts(config.train_parts), float32=not zero3_is_on(args))
     args.assistant_only_loss = False  # the collator does it; SFTTrainer would refuse our chat template
-    logs = os.path.join(config.logging_dir, os.path.basename(os.path.normpath(args.output_dir)))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logs
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+        args.eval_on_start = False  # it was measured when the run began
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logs = os.path.join(config.logging_dir, run_name(args.output_dir))
     trainer = make_trainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=held_out,
         data_collator=collator,
-        processing_class=scorer.processor,
         peft_config=lora_config(model_args, args),
         scorer=scorer,
         eval_pictures=config.eval_pictures,
@@ -170,28 +165,26 @@ def main():
         dtype=model_args.dtype,
     )
     say(f"trains          {describe_trainable(trainer.model)}")
-
     if flags.rehearse:
         trainer.rehearse(logs, record["versions"])
     else:
-        train(trainer, args, record, checkpoint, stop)
+        train(trainer, checkpoint, stop)
     trainer.accelerator.end_training()
     end_rank(128 + stop.agreed if stop and stop.agreed else 0)
 
 
-def train(trainer, args, record, checkpoint, stop):
+def train(trainer, checkpoint, stop):
     """Train from `checkpoint`, or from the first step, and save the model, unless a signal ends the run before."""
+    out = trainer.args.output_dir
     if main_process():
-        os.makedirs(args.output_dir, exist_ok=True)
-        write_json(os.path.join(args.output_dir, "run.json"), record)
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
+        os.makedirs(out, exist_ok=True)
+        write_json(os.path.join(out, "run.json"), trainer.record)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed:
         say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
     else:
         trainer.save_final()
-        say(f"\nsaved {args.output_dir}. Next:\n    sh validation.sh --model_name_or_path {args.output_dir}")
+        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {out}")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
 from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError, run
@@ -33,10 +32,8 @@ def split_words(words):
     parser.add_argument("--config_file", default="scripts/deepspeed_zero3.yaml")
     chosen, flags = parser.parse_known_args(words)
     if not os.path.isfile(chosen.config_file):
-        raise UserError(
-            f"--config_file {chosen.config_file}: not found; expected scripts/deepspeed_zero3.yaml, scripts/ddp.yaml "
-            "or another one of accelerate's"
-        )
+        known = "scripts/deepspeed_zero3.yaml, scripts/ddp.yaml or another one of accelerate's"
+        raise UserError(f"--config_file {chosen.config_file}: not found; expected {known}")
     return chosen.script, chosen.config_file, flags
 
 
@@ -74,8 +71,7 @@ def count_processes(gpus):
 def uses_deepspeed(config_file) -> bool:
     import yaml
 
-    with open(config_file, encoding="utf-8") as file:
-        return yaml.safe_load(file).get("distributed_type") == "DEEPSPEED"
+    return yaml.safe_load(Path(config_file).read_text("utf-8")).get("distributed_type") == "DEEPSPEED"
 
 
 def pass_signals_on():
@@ -97,7 +93,7 @@ def pass_signals_on():
 
 
 def start_ranks(training, config_file, processes, script, flags):
-    """Wait until all ranks have ended. -> (the rank that failed first, its exit code or -signal), or (0, 0)."""
+    """Start the ranks and wait for them. If one fails, end with its exit code, or 128 + the signal that killed it."""
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -115,8 +111,12 @@ def start_ranks(training, config_file, processes, script, flags):
             torch.distributed.run.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return rank, failure.exitcode
-    return 0, 0
+        code = failure.exitcode  # of a killed one: -signal
+        if code not in (2, 130, 143):
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
+            print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
+        sys.exit(code if code >= 0 else 128 - code)
 
 
 def main():
@@ -144,12 +144,7 @@ def main():
         os.execv(sys.executable, alone)  # the rank takes this process's place, and so cannot outlive it
     pass_signals_on()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
-    rank, code = start_ranks(training, config_file, processes, script, flags)
-    if code not in (0, 2, 130, 143):
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
-        print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
-    sys.exit(code if code >= 0 else 128 - code)
+    start_ranks(training, config_file, processes, script, flags)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def load_weights(path, **options):
     """The model in `path`. Raises UserError unless every parameter is there and fits. options: of from_pretrained()."""
     if problems := check_weights(path):
         raise UserError("\n".join(problems))
-    return model_class(model_config(path)).from_pretrained(path, **options)
+    model, info = model_class(model_config(path)).from_pretrained(path, output_loading_info=True, **options)
+    if wrong := {kind: sorted(names) for kind, names in info.items() if names}:  # also what check_weights() let pass
+        raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download all files again")
+    return model
 
 
 def load_model(path, dtype="bfloat16"):
@@ -56,6 +59,11 @@ def load_model(path, dtype="bfloat16"):
     return model.eval().to(device)
 
 
+def zero3_is_on(args) -> bool:
+    """Whether these training arguments use DeepSpeed ZeRO-3."""
+    return bool(args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3)
+
+
 def load_for_training(model_args, args):
     """The checkpoint, partitioned over the ranks as it loads if ZeRO-3 is on; in 4 or 8 bit if asked. All ranks."""
     import torch
@@ -63,7 +71,7 @@ def load_for_training(model_args, args):
     from trl import get_quantization_config
 
     path, problems = model_args.model_name_or_path, []
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    zero3 = zero3_is_on(args)
     if model_args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (float16 needs loss scaling)")
     if adapter_config(path) is not None:

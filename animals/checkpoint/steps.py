@@ -4,13 +4,12 @@ A checkpoint is complete when its complete.json is there, and with it every file
 size. trainer.py writes that list last, so a folder that a killed run left behind is never complete. Imports no torch.
 """
 
-import json
 import os
 import re
 import shutil
 
 from animals.command import UserError
-from animals.files import read_json, replacing
+from animals.files import read_json, write_json
 from animals.ranks import say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
@@ -27,11 +26,9 @@ def write_manifest(folder):
     """
     files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
     flush_to_disk(*files, *{os.path.dirname(path) for path in files})
-    with replacing(os.path.join(folder, MANIFEST)) as file:
-        json.dump({os.path.relpath(path, folder): os.path.getsize(path) for path in files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    flush_to_disk(folder, os.path.dirname(os.path.abspath(folder)))
+    manifest = os.path.join(folder, MANIFEST)
+    write_json(manifest, {os.path.relpath(path, folder): os.path.getsize(path) for path in files})
+    flush_to_disk(manifest, folder, os.path.dirname(os.path.abspath(folder)))
 
 
 def flush_to_disk(*paths):
@@ -48,8 +45,8 @@ def missing_files(folder) -> list[str]:
         sizes = read_json(os.path.join(folder, MANIFEST))
     except (OSError, UserError):
         return [MANIFEST]
-    paths = {name: os.path.join(folder, name) for name in sizes}
-    return [n for n, path in paths.items() if not os.path.isfile(path) or os.path.getsize(path) != sizes[n]]
+    found = {name: Path(folder, name) for name in sizes}
+    return [name for name, file in found.items() if not file.is_file() or file.stat().st_size != sizes[name]]
 
 
 def newest_complete(output_dir) -> tuple[str | None, list[str]]:

@@ -32,6 +32,14 @@ def read_task(path) -> dict | None:
     missing = [name for name in KEYS if not isinstance(task, dict) or name not in task]
     if missing:
         raise UserError(f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it again")
+    folder = os.path.dirname(files[0])
+    model = os.path.join(base_of(folder), "config.json")
+    if task.get("image_view") == "whole" and os.path.isfile(model) and read_json(model).get("model_type") != "llava":
+        raise UserError(
+            f"{files[0]}: found the image_view 'whole', which an older version wrote, and tiles in {model}; expected "
+            f"a base of model_type 'llava'; make it, `python scripts/whole_view.py {base_of(folder)} OUT`, and write "
+            f"OUT into base_model_name_or_path of {folder}/adapter_config.json"
+        )
     return {name: task[name] for name in KEYS}  # older versions had more
 
 

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 import config as settings
 from animals.pictures.read import load_picture
+from animals.training.describe import batch_sizes
 
 TEXT_TOKENS = 60  # tokens of prompt, answer and </s> beside the picture's, where nobody has counted them
 
@@ -64,11 +65,6 @@ def add_fillers(dataset, args):
         return dataset
     blank = dataset.select(chosen).map(lambda row: {"label": None}, features=dataset.features, keep_in_memory=True)
     return datasets.concatenate_datasets([dataset, blank])
-
-
-def batch_sizes(args) -> tuple[int, int, int]:
-    """(pictures per micro-batch, micro-batches per rank and step, ranks): their product is the effective batch."""
-    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
 
 
 def shuffle_seed(args):

@@ -13,17 +13,18 @@ from importlib import metadata
 import config as settings
 
 
+def batch_sizes(args) -> tuple[int, int, int]:
+    """(pictures per micro-batch, micro-batches per rank and step, ranks): their product is the effective batch."""
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+
+
 def count_steps(args, pictures) -> tuple[int, int]:
     """(optimizer steps per epoch, optimizer steps in all), as transformers.Trainer counts them."""
-    per_round = args.per_device_train_batch_size * args.world_size  # one micro-batch on every rank
-    micro_batches = pictures // per_round if args.dataloader_drop_last else math.ceil(pictures / per_round)
-    per_epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    micro_batch, accumulation, ranks = batch_sizes(args)
+    rounds = pictures / (micro_batch * ranks)  # in a round, every rank has one micro-batch
+    rounds = math.floor(rounds) if args.dataloader_drop_last else math.ceil(rounds)
+    per_epoch = max(1, math.ceil(rounds / accumulation))
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-
-
-def effective_batch(args) -> int:
-    """Pictures per optimizer step."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def count_events(args, pictures) -> tuple[int, int]:
@@ -36,9 +37,8 @@ def count_events(args, pictures) -> tuple[int, int]:
             return 0
         if every < 1:  # a share of all steps
             every = math.ceil(steps * every) or steps
-        return int(
-            math.ceil(length / every) - max(0, math.ceil(delay) - 1) // every
-        )  # without those before --eval_delay
+        too_early = max(0, math.ceil(delay) - 1) // every  # before --eval_delay
+        return int(math.ceil(length / every) - too_early)
 
     evaluations = count(args.eval_strategy, args.eval_steps, args.eval_delay)
     # best: an evaluation is saved if it is better than all before it, so each of them at most
@@ -49,7 +49,7 @@ def count_events(args, pictures) -> tuple[int, int]:
 def describe(args, model_args, data, collator, held_out: int) -> str:
     """The run in a few lines, as equations, and one example in which the learned tokens are marked."""
     tokens = sorted(data[args.length_column_name])
-    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    micro_batch, accumulation, ranks = batch_sizes(args)
     per_epoch, steps = count_steps(args, len(data))
     stopped = f", stopped at --max_steps {args.max_steps}" if args.max_steps > 0 else ""
     zero = f"DeepSpeed ZeRO stage {args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
@@ -59,8 +59,8 @@ def describe(args, model_args, data, collator, held_out: int) -> str:
         f"pictures        {len(data)} to train on; {held_out} held out\n"
         f"image tokens    {tokens[0]} to {tokens[-1]} per picture, median {statistics.median(tokens):g}; "
         f"learned in the example below: {sum(label != -100 for label in labels)}\n"
-        f"effective batch {micro_batch} per device x {accumulation} accumulated x {args.world_size} "
-        f"{'CPU ranks' if args.use_cpu else 'GPUs'} = {effective_batch(args)} pictures per step\n"
+        f"effective batch {micro_batch} per device x {accumulation} accumulated x {ranks} "
+        f"{'CPU ranks' if args.use_cpu else 'GPUs'} = {micro_batch * accumulation * ranks} pictures per step\n"
         f"steps           {per_epoch} per epoch x {args.num_train_epochs:g} epochs{stopped} = {steps}\n"
         f"optimizer       {args.optim.value}, learning rate {args.learning_rate:g}, {zero}, "
         f"weights in {model_args.dtype}\n"
@@ -91,7 +91,7 @@ def record_run(config, args, model_args, summaries) -> dict:
     names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow", "peft")
     return {
         "world_size": args.world_size,
-        "effective_batch": effective_batch(args),
+        "effective_batch": math.prod(batch_sizes(args)),
         "labels": config.labels,
         "question": config.question,
         "data": summaries["train"]["fingerprint"],

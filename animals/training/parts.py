@@ -11,6 +11,7 @@ has them exactly, in TRAINED.
 import os
 import re
 
+from animals.checkpoint.load import zero3_is_on
 from animals.command import UserError
 
 PARTS = {  # part -> how its parameters' names begin
@@ -38,12 +39,9 @@ def trains(name: str, parts, config) -> bool:
     """Whether the parameter `name` of a model with this config gets a gradient when `parts` train."""
     if not belongs(name, parts) or "post_layernorm" in name:
         return False
-    read, layer = config.vision_feature_layer, re.search(r"vision_tower\..*layers\.(\d+)\.", name)
-    layers = config.vision_config.num_hidden_layers
-    last = max(
-        n % (layers + 1) for n in (read if isinstance(read, list) else [read])
-    )  # state 0 is the input of layer 0
-    return layer is None or int(layer[1]) < last
+    layer = re.search(r"vision_tower\..*layers\.(\d+)\.", name)
+    read, states = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1  # state 0: layer 0's input
+    return layer is None or int(layer[1]) < max(n % states for n in (read if isinstance(read, list) else [read]))
 
 
 def check_parts(config, args, model_args):
@@ -56,17 +54,6 @@ def check_parts(config, args, model_args):
             "found a run that would train all weights without ZeRO-3; expected ZeRO-3, which divides them, or fewer of "
             "them; add --config_file scripts/deepspeed_zero3.yaml, --use_peft or --train_parts projector"
         )
-
-
-def zero3_is_on(args) -> bool:
-    """Whether these training arguments use DeepSpeed ZeRO-3."""
-    return bool(args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3)
-
-
-def choose_parts(model, config, args, model_args):
-    """Freeze what --train_parts does not name; with --use_peft, peft does it. All ranks."""
-    if not model_args.use_peft:
-        freeze(model, read_parts(config.train_parts), float32=not zero3_is_on(args))
 
 
 def freeze(model, parts, float32: bool):
@@ -85,13 +72,6 @@ def trained_weights(model):
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def in_type(model, dtype: str):
-    """The model's state dict in `dtype`, such as "bfloat16"."""
-    import torch  # the launcher imports this file and may have no packages yet
-
-    return {name: value.to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
-
-
 def save_trained(model, folder):
     """Write the trained weights as they are, so that a resumed run continues bit for bit. Main process only."""
     from safetensors.torch import save_file
@@ -101,10 +81,14 @@ def save_trained(model, folder):
 
 
 def load_trained(model, folder):
-    """Load what save_trained() wrote, if it is there. All ranks."""
+    """Load what save_trained() wrote. All ranks. UserError for a checkpoint of ZeRO-3 or of LoRA."""
     from safetensors.torch import load_file
 
     file = os.path.join(folder, TRAINED)
-    values = load_file(file) if os.path.isfile(file) else {}
-    for name, value in trained_weights(model).items() if values else ():
+    if not os.path.isfile(file):
+        raise UserError(
+            f"{folder}: found no {TRAINED}; expected it; resume with the --config_file that it was saved with"
+        )
+    values = load_file(file)
+    for name, value in trained_weights(model).items():
         value.data.copy_(values[name])

@@ -12,16 +12,14 @@ import sysconfig
 from pathlib import Path
 
 from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards
-from animals.checkpoint.load import load_processor
+from animals.checkpoint.load import load_processor, zero3_is_on
 from animals.command import Findings, UserError
 from animals.pictures.prepare import check_inputs
 from animals.training.describe import count_events
-from animals.training.parts import belongs, check_parts, read_parts, zero3_is_on
+from animals.training.parts import belongs, check_parts, read_parts
 
 GIB = 2**30
-RESUME_BYTES = (
-    6.04  # per trained parameter in a checkpoint, to resume from: float32 weights 4, 8-bit Adam 2.03, the rest
-)
+RESUME_BYTES = 6.04  # in a checkpoint per trained parameter, to resume: float32 weights 4, 8-bit Adam 2.03, the rest
 RANK_GIB = 3  # host RAM of a rank for Python, CUDA, the libraries and data workers; an assumption
 
 
@@ -52,17 +50,15 @@ def check_output_dir(output_dir):
             f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an earlier "
             "run of train.py; choose another, or empty it"
         )
-    parent = nearest_folder(output_dir)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+    parent = nearest_existing(output_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to; choose another folder")
 
 
-def nearest_folder(path) -> str:
+def nearest_existing(path) -> Path:
     """`path`, or the nearest path above it that exists."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_checkpoint(path, config):
@@ -73,9 +69,9 @@ def check_checkpoint(path, config):
         raise UserError("\n".join(problems))
     try:
         processor = load_processor(path)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
             "files of the hub's repository; download all files again except the weights"
@@ -96,9 +92,9 @@ def check_gpus(args):
     """Every rank on this machine needs its own GPU, and Triton a compiler for the kernels of TRL's loss."""
     import torch
 
-    ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if args.use_cpu:
         return
+    ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if ranks > gpus:
         findings.append(f"found {gpus} GPUs for {ranks} processes; expected one each; set NUM_PROCESSES={gpus} or less")
     if missing := missing_for_triton():
@@ -155,8 +151,8 @@ def disk_needed(args, pictures, checkpoint_bytes, final_bytes) -> tuple[int, flo
 def check_disk(args, pictures, checkpoint_bytes, final_bytes, how="computed"):
     """Raises UserError unless the disk of --output_dir has room for the run; what lies there already counts as room."""
     at_once, needed = disk_needed(args, pictures, checkpoint_bytes, final_bytes)
-    already = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(args.output_dir) for f in files)
-    room = shutil.disk_usage(nearest_folder(args.output_dir)).free + already
+    already = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
+    room = shutil.disk_usage(nearest_existing(args.output_dir)).free + already
     if room < needed:
         raise UserError(
             f"--output_dir {args.output_dir}: found {room / GIB:.1f} GiB free; expected {needed / GIB:.1f} GiB for "
@@ -174,12 +170,13 @@ def check_host_ram(args, model_args, shapes):
     """
     ranks, found = ranks_here(), usable_ram() / GIB
     weights = sum(map(math.prod, shapes.values())) * (4 if model_args.dtype == "float32" else 2) / GIB
-    loading = weights * (1 + ranks / args.world_size) * zero3_is_on(args)
-    if found < loading + ranks * RANK_GIB and not args.use_cpu:
+    loading = weights * (1 + ranks / args.world_size) if zero3_is_on(args) else 0
+    expected = loading + ranks * RANK_GIB
+    if found < expected and not args.use_cpu:
         raise UserError(
-            f"found {found:.0f} GiB of RAM; expected {loading + ranks * RANK_GIB:.0f} GiB: {ranks} processes of "
-            f"{RANK_GIB} GiB and {loading:.1f} GiB to load weights of {weights:.1f} GiB (computed); add RAM, or train "
-            "with --use_peft --config_file scripts/ddp.yaml"
+            f"found {found:.0f} GiB of RAM; expected {expected:.0f} GiB: {ranks} processes of {RANK_GIB} GiB and "
+            f"{loading:.1f} GiB to load weights of {weights:.1f} GiB (computed); add RAM, or train with --use_peft "
+            "--config_file scripts/ddp.yaml"
         )
 
 

@@ -31,12 +31,11 @@ from animals.compat import load_as_resumed
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.scorer import stratified_sample
-from animals.training.batches import batch_sizes, heaviest_micro_batch, shuffle_seed
-from animals.training.describe import count_events, count_steps
-from animals.training.preflight import check_disk, usable_ram
+from animals.training.batches import heaviest_micro_batch, shuffle_seed
+from animals.training.describe import batch_sizes, count_events, count_steps
+from animals.training.preflight import GIB, check_disk, usable_ram
 from animals.training.trainer import AnimalTrainer
 
-GIB = 2**30
 STEPS, SECONDS = 3, 60  # timed steps at least, and until so much time has passed, unless the run is shorter
 
 
@@ -89,8 +88,8 @@ class RehearsalTrainer(AnimalTrainer):
         self.fetches = []  # of each step: when it began, and when it had its batches
         sample = eval_dataset.select(stratified_sample(eval_dataset["label"], eval_pictures))
         tokens = list(sample["image_tokens"])
-        longest = sorted(range(len(tokens)), key=tokens.__getitem__)
-        longest = longest[-2 * args.per_device_eval_batch_size * args.world_size :]  # two batches per rank
+        count = 2 * args.per_device_eval_batch_size * args.world_size  # two batches per rank
+        longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-count:]
         self.evaluated_share = sum(tokens[i] for i in longest) / sum(tokens)
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
@@ -136,19 +135,16 @@ class RehearsalTrainer(AnimalTrainer):
         longest = max(image_tokens[i] for i in chosen)
         return chosen, f"{len(chosen)} pictures, the longest of {longest} image tokens"
 
-    def _save_checkpoint(self, model, trial):
-        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
-        super()._save_checkpoint(model, trial)
-
     def try_checkpoint(self) -> tuple[dict, float]:
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
+        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
         started = time.perf_counter()
         self._save_checkpoint(self.model, None)
         seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        sizes = {path: path.stat().st_size / 1e9 for path in folder.rglob("*") if path.is_file()}
-        for path in sizes:  # a resumed run finds no page of it in RAM
-            with open(path, "rb") as file:
+        gb = {path: path.stat().st_size / 1e9 for path in folder.rglob("*") if path.is_file()}
+        for path in gb:
+            with open(path, "rb") as file:  # a resumed run finds no page of it in RAM
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
@@ -162,8 +158,7 @@ class RehearsalTrainer(AnimalTrainer):
             load_as_resumed(self, str(folder))
             barrier()
             seconds["seconds_to_read"] = time.perf_counter() - started
-        weights_gb = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
-        return {"gb": sum(sizes.values()), **seconds}, weights_gb
+        return {"gb": sum(gb.values()), **seconds}, sum(gb[path] for path in gb if path.suffix == ".safetensors")
 
     def rehearse(self, logging_dir, versions):
         """All of it: print the figures and write rehearsal.json. All ranks; UserError with what would not fit."""
@@ -184,12 +179,12 @@ class RehearsalTrainer(AnimalTrainer):
         if not main_process():
             return
         timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[1:], (ended, 0)])]
-        step = statistics.median(seconds for seconds, _ in timed)
-        evaluation = self.state.log_history[0]["eval_runtime"] / self.evaluated_share
+        seconds, waited = zip(*timed, strict=True)
+        step, evaluation = statistics.median(seconds), self.state.log_history[0]["eval_runtime"] / self.evaluated_share
         steps, events = count_steps(args, self.pictures)[1], count_events(args, self.pictures)
         found = {
             "seconds_per_step": step,
-            "waiting_for_data": sum(wait for _, wait in timed) / sum(seconds for seconds, _ in timed),
+            "waiting_for_data": sum(waited) / sum(seconds),
             "hours": hours_of_run(steps, *events, step, evaluation, checkpoint, weights_gb),
             "gpus": gpus,
             "host_gib": {phase: self.ram.peaks.get(phase) for phase in ("start", "training", "resume")},
@@ -199,8 +194,7 @@ class RehearsalTrainer(AnimalTrainer):
         os.makedirs(logging_dir, exist_ok=True)
         file = os.path.join(logging_dir, "rehearsal.json")
         write_json(file, found)
-        rounded = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.3g}"))
-        for name, value in rounded.items():
+        for name, value in json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.3g}")).items():
             print(f"{name:18}{value}")
         print(f"median of {len(timed)} steps; {steps} steps, {events[0]} evaluations, {events[1]} checkpoints in all")
         print(f"{file} holds these figures. Next: the run itself, the same command without --rehearse", flush=True)

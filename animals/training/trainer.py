@@ -11,13 +11,15 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import torch
-import torch.distributed
+from accelerate.utils import gather
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from animals.checkpoint.load import zero3_is_on
 from animals.checkpoint.save import complete
 from animals.checkpoint.steps import SAVING, delete_incomplete, move_in, newest_complete, write_manifest
 from animals.checkpoint.task import how_to_ask, task_of
@@ -26,16 +28,16 @@ from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
-from animals.training.batches import TokenBalancedSampler, add_fillers, batch_sizes, shuffle_seed
-from animals.training.parts import in_type, load_trained, save_trained
+from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
+from animals.training.describe import batch_sizes
+from animals.training.parts import load_trained, save_trained
 
 
 class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.received = 0  # the signal's number on this rank
-        self.agreed = 0  # the signal's number that all ranks know, for train.py's exit code
+        self.received = self.agreed = 0  # the signal's number on this rank, and on all ranks for train.py's exit code
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
@@ -43,15 +45,11 @@ class StopOnSignal(TrainerCallback):
     def on_signal(self, number, frame):
         if self.received == signal.SIGINT == number:
             os._exit(128 + number)
-        self.received = number
-        name = signal.Signals(number).name
+        self.received, name = number, signal.Signals(number).name
         say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C twice ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = torch.tensor(self.received, device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)  # all ranks stop at the same step
-        self.agreed = int(number)
+        self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
         if self.agreed and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
 
@@ -106,25 +104,21 @@ class AnimalTrainer(SFTTrainer):
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.sampler = None  # of --train_sampling_strategy batch_rebalance
-        super().__init__(train_dataset=add_fillers(train_dataset, args), args=args, **kwargs)
+        data, processor = add_fillers(train_dataset, args), scorer.processor
+        super().__init__(train_dataset=data, args=args, processing_class=processor, **kwargs)
         self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # without peft's
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        if zero3_is_on(args):
             release_head_early(self.model, base)
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if resume_from_checkpoint:
-            self.args.eval_on_start = False  # it was measured when the run began
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "batch_rebalance":
             return super()._get_train_sampler(train_dataset)
         args, image_tokens = self.args, self.train_dataset[self.args.length_column_name]
         options = {"rank": args.process_index, "drop_last": args.dataloader_drop_last, "seed": shuffle_seed(args)}
-        options["text_tokens"] = self.scorer.text_tokens
-        self.sampler = TokenBalancedSampler(image_tokens, *batch_sizes(args), **options)
+        sizes, text_tokens = batch_sizes(args), self.scorer.text_tokens
+        self.sampler = TokenBalancedSampler(image_tokens, *sizes, text_tokens=text_tokens, **options)
         return self.sampler
 
     def _run_epoch(self, **kwargs):
@@ -153,25 +147,15 @@ class AnimalTrainer(SFTTrainer):
         started = time.perf_counter()
         self.model.eval()
         with self.autocast_smart_context_manager():  # as in training
-            log_p = score_pictures(
-                self.model_wrapped if self.is_deepspeed_enabled else self.model,  # only gradients need DDP's wrapper
-                self.scorer,
-                pictures,
-                self.args.per_device_eval_batch_size,
-                list(data["image_tokens"]),
-                in_step=self.is_deepspeed_enabled,
-            )
+            model = self.model_wrapped if self.is_deepspeed_enabled else self.model  # only gradients need DDP's wrapper
+            size, tokens = self.args.per_device_eval_batch_size, list(data["image_tokens"])
+            log_p = score_pictures(model, self.scorer, pictures, size, tokens, in_step=self.is_deepspeed_enabled)
         seconds = time.perf_counter() - started
-        report = measure(self.scorer.labels, truth, log_p.argmax(1).tolist())
-        tokens = sum(len(self.scorer.answers[t]) for t in truth)
-        metrics = {
-            "accuracy": report["accuracy"],
-            "macro_f1": report["macro_f1"],
-            "loss": -log_p[range(len(truth)), truth].sum().item() / tokens,
-            "pictures": len(truth),
-            "runtime": seconds,
-            "samples_per_second": len(truth) / seconds,
-        }
+        report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
+        learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
+        metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
+        metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
+        metrics |= {"runtime": seconds, "samples_per_second": n / seconds}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)  # before model.train(): in evaluation mode TRL leaves its figures of the training out
         self.model.train()
@@ -183,7 +167,8 @@ class AnimalTrainer(SFTTrainer):
         if self.args.should_save:
             source, scorer = self.model.config.name_or_path, self.scorer
             if self.parts_in_float32():
-                state_dict = in_type(self.model, self.dtype)
+                dtype = getattr(torch, self.dtype)
+                state_dict = {name: value.to(dtype) for name, value in self.model.state_dict().items()}
             self.model.save_pretrained(output_dir, state_dict=state_dict)
             complete(output_dir, source, scorer.processor, task_of(scorer.config), self.dtype)
 
@@ -209,16 +194,16 @@ class AnimalTrainer(SFTTrainer):
             if measured[0]["step"] == 0:
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
         folder, longest = self.args.output_dir, max(map(len, self.scorer.answers))  # in tokens
-        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(
-                f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-                f"# {os.path.basename(os.path.normpath(folder))}\n\n"
-                f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
-                f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
-                f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
-                f"Ask it:\n\n{how_to_ask(folder, self.scorer.config, longest)}\n\nWhat ran (run.json):\n\n"
-                f"```json\n{json.dumps(self.record, indent=1, ensure_ascii=False)}\n```\n"
-            )
+        card = (
+            f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+            f"# {os.path.basename(os.path.normpath(folder))}\n\n"
+            f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
+            f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
+            f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
+            f"Ask it:\n\n{how_to_ask(folder, self.scorer.config, longest)}\n\nWhat ran (run.json):\n\n"
+            f"```json\n{json.dumps(self.record, indent=1, ensure_ascii=False)}\n```\n"
+        )
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
 
     def _save_checkpoint(self, model, trial):
         """Write checkpoint-N, then its manifest, and only then delete the oldest checkpoints. All ranks."""
@@ -243,7 +228,6 @@ class AnimalTrainer(SFTTrainer):
         saving = os.path.join(self.args.output_dir, SAVING)
         if main_process():
             shutil.rmtree(saving, ignore_errors=True)
-            os.makedirs(saving)
         barrier()
         with self.explain_failure():
             self.save_model(saving)  # on all ranks: ZeRO-3 gathers the weights
