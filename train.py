@@ -1,6 +1,6 @@
 """Fine-tune LLaVA-1.6-Mistral-7B to name the animal in a picture: TRL's SFTTrainer, DeepSpeed ZeRO-3, 8-bit AdamW.
 
-`sh train.sh` starts it; that file shows examples. Accepts the flags of trl.SFTConfig, trl.ModelConfig and config.py, and
+`sh train.sh` starts it; that file shows examples. Takes the flags of trl.SFTConfig, trl.ModelConfig and config.py, and
 two that today's libraries have renamed: --torch_dtype (now --dtype) and --warmup_ratio (now --warmup_steps below 1).
 Leaves in --output_dir a plain Hugging Face checkpoint under the hub's parameter names and checkpoint-N/ to resume from,
 in --logging_dir TensorBoard's events.
@@ -17,12 +17,12 @@ import sys
 
 import config as settings
 from animals.checkpoint.load import load_for_training, zero3_is_on
-from animals.checkpoint.steps import check_resume, newest_complete, publish, read_state, run_name, sweep
+from animals.checkpoint.steps import STATE, check_resume, newest_complete, publish, run_name, sweep
 from animals.checkpoint.task import changed_task_flags, settings_for
 from animals.checkpoint.tokens import describe_whole_view, read_geometry
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
-from animals.files import write_json
+from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
 from animals.ranks import barrier, choose_arithmetic, main_process, say
 from animals.training.batches import PictureCollator
@@ -100,7 +100,7 @@ def find_start(args, record):
 
 def publish_if_finished(args, checkpoint, pictures) -> bool:
     """Whether `checkpoint` is the last step. If so, publish its model, for Trainer would take one step more."""
-    state = read_state(checkpoint)
+    state = read_json(os.path.join(checkpoint, STATE))
     finished = state["global_step"] >= count_steps(args, pictures)[1]
     if finished and main_process():
         publish(args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir)

@@ -22,17 +22,7 @@ from transformers.trainer_callback import DefaultFlowCallback, TrainerState
 from animals.command import Findings, UserError
 from animals.ranks import choose_arithmetic, why_cpu
 from animals.training import describe, preflight
-from animals.training.preflight import (
-    check_attention,
-    check_checkpoint,
-    check_disk,
-    check_host_ram,
-    check_output_dir,
-    disk_needed,
-    missing_for_triton,
-    saved_bytes,
-    usable_ram,
-)
+from animals.training.preflight import check_disk, check_host_ram, check_output_dir, saved_bytes, usable_ram
 from config import Config
 from scripts.launch import read_flags, usable_gpus
 from tests.conftest import ROOT
@@ -49,11 +39,9 @@ def without_torch(tmp_path):
 
 
 def test_three_problems_in_one_message(demo, run, tmp_path, without_torch):
-    model, pictures, out = tmp_path / "model", tmp_path / "input", tmp_path / "out"
-    shutil.copytree(demo.model, model)
-    shard = next(model.glob("*.safetensors"))
+    model, pictures = shutil.copytree(demo.model, tmp_path / "m"), shutil.copytree(demo.input, tmp_path / "input")
+    out, shard = tmp_path / "out", next(model.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    shutil.copytree(demo.input, pictures)
     leaked = next((pictures / "train_data" / "cat").iterdir())
     shutil.copy(leaked, pictures / "validation_data" / "cat" / "again.jpg")
     out.mkdir()
@@ -86,17 +74,15 @@ def test_before_anything_is_installed(tmp_path):
 
 def test_more_ranks_than_gpus(run):
     done = run("sh train.sh", NUM_PROCESSES=4, CUDA_VISIBLE_DEVICES="0,1")
-    assert done.code == 2
-    (line,) = done.output.strip().splitlines()
-    assert line == "error: NUM_PROCESSES: found '4'; expected a whole number from 1 to 2, the GPUs there are"
+    line = "error: NUM_PROCESSES: found '4'; expected a whole number from 1 to 2, the GPUs there are\n"
+    assert (done.code, done.output) == (2, line)
 
 
 def test_a_tokenizer_that_cannot_be_used(demo, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(demo.model, model)
-    (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes()[:1000])
+    model = shutil.copytree(demo.model, tmp_path / "model")
+    os.truncate(model / "tokenizer.json", 1000)
     with pytest.raises(UserError, match="cannot be read"):
-        check_checkpoint(str(model), Config())
+        preflight.check_checkpoint(str(model), Config())
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
@@ -115,7 +101,6 @@ def arguments(output_dir="somewhere", **changed):
     args |= {"num_train_epochs": 1, "dataloader_drop_last": False, "output_dir": str(output_dir)}
     args |= {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 5, "save_only_model": False}
     args |= {"eval_strategy": "steps", "eval_steps": 100, "eval_delay": 0, "eval_on_start": True}
-    args |= {"logging_strategy": "steps", "logging_steps": 10, "logging_first_step": False}
     return SimpleNamespace(**{**args, "load_best_model_at_end": False, **changed})
 
 
@@ -142,7 +127,7 @@ def model_arguments(**changed):
 def test_disk_for_what_a_run_will_save(changed, at_once, gigabytes):
     args = arguments(**changed)
     checkpoint, final = saved_bytes(args, model_arguments(), SEVEN, ALL)
-    kept, needed = disk_needed(args, 11_446, checkpoint, final)
+    kept, needed = preflight.disk_needed(args, 11_446, checkpoint, final)
     assert (kept, round(needed / 1e9, 2)) == (at_once, gigabytes)
     assert final == 2 * 7_566_747_648
 
@@ -191,17 +176,13 @@ def test_an_example_shows_what_is_learned():
     assert describe.mark(ids, learned, letters) == "a<image>x3b>>cd<<"
 
 
-def test_disk_for_adapters_and_for_float32():
+def test_disk_for_adapters_for_float32_and_for_the_parts_that_train():
     shapes = {"q_proj.weight": (4096, 4096), "v_proj.weight": (1024, 4096), "norm.weight": (4096,)}
-    lora = model_arguments(use_peft=True)
-    adapters = 16 * (8192 + 5120)
+    lora, adapters = model_arguments(use_peft=True), 16 * (8192 + 5120)
     assert saved_bytes(arguments(), lora, shapes, ALL) == (pytest.approx(8.04 * adapters), 2 * adapters)
     lora.lora_modules_to_save = ["norm"]
     assert saved_bytes(arguments(), lora, shapes, ALL)[1] == 2 * (adapters + 4096)
     assert saved_bytes(arguments(), model_arguments(dtype="float32"), SEVEN, ALL)[1] == 4 * 7_566_747_648
-
-
-def test_disk_for_the_parts_that_train():
     shapes = {"vision_tower.a": (10,), "model.multi_modal_projector.b": (100,), "image_newline": (1000,)}  # old and new
     shapes["language_model.lm_head.c"] = (100, 100)
     for parts, trained in (("vision", 10), ("projector", 1100), ("projector,language", 11_100), (ALL, 11_110)):
@@ -231,15 +212,14 @@ def test_foreign_output_folders_and_small_disks_are_refused_together(tmp_path):
     findings = Findings()
     findings.attempt(check_output_dir, str(tmp_path))
     findings.attempt(check_disk, arguments(tmp_path), 11_446, 8.03e13, 2e13)
-    with pytest.raises(UserError) as caught:
-        findings.report()
-    foreign, small = str(caught.value).splitlines()
+    foreign, small = findings
     assert "beach.jpg" in foreign and "expected 168196.9 GiB for 2 checkpoints of 74785.2 GiB" in small
 
 
 @contextlib.contextmanager
 def disk(folder, size):
     """A disk of that many bytes at `folder`; skips the test where there is no right to mount one."""
+    folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk is mounted by root alone, and not on every machine")
@@ -264,7 +244,6 @@ def test_two_saves_of_the_7b_fit_on_137_gb(run, tmp_path):
     """179 steps, saved at 100 and the last: real shapes and files, on a disk of that size; up to the weights' load."""
     seven = replica.build(tmp_path / "seven", 32, 24, full_width=True, holes=True)
     replica.pictures(tmp_path / "input")
-    (tmp_path / "disk").mkdir()
     flags = f"--input_dir {tmp_path}/input --temp_dir {tmp_path}/cache --model_name_or_path {seven} --use_cpu"
     command = f"sh train.sh {flags} --output_dir {tmp_path}/disk/sft --max_steps 179 --dry_run"
     for gigabytes, code in ((137, 0), (136, 2)):
@@ -278,11 +257,8 @@ def test_two_saves_of_the_7b_fit_on_137_gb(run, tmp_path):
 def old_driver(tmp_path, monkeypatch):
     """An nvidia-smi that sees two GPUs."""
     (tmp_path / "bin").mkdir()
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text(
-        "#!/bin/sh\ncase $1 in --list-gpus) echo 'GPU 0: NVIDIA RTX 4090'; echo 'GPU 1: NVIDIA RTX 4090';;"
-        " *) echo 470.57.02; echo 470.57.02;; esac\n"
-    )
+    smi, gpus = tmp_path / "bin" / "nvidia-smi", "GPU 0: NVIDIA RTX 4090\nGPU 1: NVIDIA RTX 4090"
+    smi.write_text(f"#!/bin/sh\n[ $1 = --list-gpus ] && echo '{gpus}' || printf '470.57.02\n470.57.02\n'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -348,13 +324,13 @@ def test_a_container_has_less_ram_than_its_machine(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a control group needs root")
 def test_a_real_container(tmp_path):
-    root, name = Path("/sys/fs/cgroup"), f"animals-{os.getpid()}"
-    version_1 = (root / "memory" / "memory.limit_in_bytes").exists()
-    group = root / "memory" / name if version_1 else root / name
-    limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
+    name, root, file = f"animals-{os.getpid()}", Path("/sys/fs/cgroup"), "memory.max"
+    if (root / "memory" / "memory.limit_in_bytes").exists():  # version 1
+        root, file = root / "memory", "memory.limit_in_bytes"
+    group = root / name
     try:
         group.mkdir()
-        limit.write_text(str(3 * 2**30))
+        (group / file).write_text(str(3 * 2**30))
     except OSError as error:
         if group.exists():
             group.rmdir()
@@ -369,21 +345,21 @@ def test_a_real_container(tmp_path):
 
 
 def test_what_triton_builds_with(monkeypatch, tmp_path):
-    assert not [name for name in missing_for_triton() if "compiler" in name] or not shutil.which("gcc")
+    assert not [name for name in preflight.missing_for_triton() if "compiler" in name] or not shutil.which("gcc")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "C compiler (gcc or clang)" in missing_for_triton()
+    assert "C compiler (gcc or clang)" in preflight.missing_for_triton()
     monkeypatch.setenv("CC", "/nowhere/cc -O1")
-    assert "C compiler (/nowhere/cc)" in missing_for_triton()
+    assert "C compiler (/nowhere/cc)" in preflight.missing_for_triton()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert f"{tmp_path}/Python.h" in missing_for_triton()
+    assert f"{tmp_path}/Python.h" in preflight.missing_for_triton()
 
 
 def test_attention_that_the_scorer_cannot_use():
     for good in (None, "sdpa"):
-        check_attention(SimpleNamespace(attn_implementation=good))
+        preflight.check_attention(SimpleNamespace(attn_implementation=good))
     for bad in ("eager", "flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
         with pytest.raises(UserError, match=f"found {bad}; expected sdpa"):
-            check_attention(SimpleNamespace(attn_implementation=bad))
+            preflight.check_attention(SimpleNamespace(attn_implementation=bad))
 
 
 def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
@@ -397,18 +373,20 @@ def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
 def test_a_slim_container(demo, others_pictures, run, tmp_path, monkeypatch):
     """No git on PATH, and a copy of the files that is no repository: training runs, and records no commit."""
     (tmp_path / "bin").mkdir()
-    for folder in reversed(os.environ["PATH"].split(":")):
-        for path in sorted(Path(folder).glob("*")):
-            if not path.name.startswith("git"):
-                (tmp_path / "bin" / path.name).unlink(missing_ok=True)
-                (tmp_path / "bin" / path.name).symlink_to(path)
+    commands = {
+        path.name: path for folder in reversed(os.environ["PATH"].split(":")) for path in Path(folder).glob("*")
+    }
+    for name in commands:
+        if not name.startswith("git"):
+            (tmp_path / "bin" / name).symlink_to(commands[name])
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if run("sh -c 'command -v git'").code == 0:
         pytest.skip("git lies beside this python")
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("animals", "scripts", *(path.name for path in ROOT.glob("*.py")), "train.sh"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+    for folder in ("animals", "scripts"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    for path in (*ROOT.glob("*.py"), ROOT / "train.sh"):
+        shutil.copy(path, copy)
     done = run(
         f"sh {copy}/train.sh --input_dir {others_pictures} --temp_dir {tmp_path}/cache --model_name_or_path "
         f"{demo.model} --output_dir {tmp_path}/sft --logging_dir {tmp_path}/logs --max_steps 1 --save_steps 1 "

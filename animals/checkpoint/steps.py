@@ -7,12 +7,14 @@ size. trainer.py writes that list last, so a folder that a killed run left behin
 import os
 import re
 import shutil
+from pathlib import Path
 
 from animals.command import UserError
 from animals.files import read_json, write_json
 from animals.ranks import say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
+STATE = "trainer_state.json"  # transformers' own: global_step, best_model_checkpoint, log_history
 SAVING = ".saving"  # a folder in output_dir, in which the final model is written before it is moved into output_dir
 ONLY_FOR_RESUMING = re.compile(  # beginnings of the names in a checkpoint that the final model does not have
     r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|trained_float32|(run|complete)\.json|README"
@@ -68,11 +70,6 @@ def delete_incomplete(output_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def read_state(checkpoint) -> dict:
-    """trainer_state.json of a checkpoint: global_step, best_model_checkpoint, log_history ..."""
-    return read_json(os.path.join(checkpoint, "trainer_state.json"))
-
-
 def rehearsal_folder(output_dir):
     """The folder in which `train.sh --rehearse` writes its checkpoint."""
     return f"{os.path.normpath(output_dir)}.rehearsal"
@@ -120,8 +117,9 @@ def saved_steps(path):
 
 def global_step(path):
     """The optimizer step at which `path` was saved: by trainer_state.json, else its name, else the run's last step."""
-    if os.path.isfile(os.path.join(path, "trainer_state.json")):
-        return read_state(path)["global_step"]
+    state = os.path.join(path, STATE)
+    if os.path.isfile(state):
+        return read_json(state)["global_step"]
     named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
     return int(named[1]) if named else max(saved_steps(path), default=None)
 

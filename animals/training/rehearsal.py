@@ -87,17 +87,16 @@ class RehearsalTrainer(AnimalTrainer):
         self.run_args, self.pictures, self.ram = args, len(train_dataset), ram
         self.fetches = []  # of each step: when it began, and when it had its batches
         sample = eval_dataset.select(stratified_sample(eval_dataset["label"], eval_pictures))
-        tokens = list(sample["image_tokens"])
-        count = 2 * args.per_device_eval_batch_size * args.world_size  # two batches per rank
-        longest = sorted(range(len(tokens)), key=tokens.__getitem__)[-count:]
-        self.evaluated_share = sum(tokens[i] for i in longest) / sum(tokens)
+        sample = sample.sort("image_tokens", keep_in_memory=True)
+        count = min(len(sample), 2 * args.per_device_eval_batch_size * args.world_size)  # two batches per rank
+        longest = sample.select(range(len(sample) - count, len(sample)))
+        self.evaluated_share = sum(longest["image_tokens"]) / sum(sample["image_tokens"])
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
         args.max_steps = 1 + count_steps(args, self.pictures)[1]
         args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, True
         args.logging_strategy = args.eval_strategy = args.save_strategy = "no"  # rehearse() says when
-        few = sample.select(longest)
-        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=few, eval_pictures=0, **kwargs)
+        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=longest, eval_pictures=0, **kwargs)
 
     def log(self, logs, *args, **kwargs):
         """Print nothing: losses and accuracy of a rehearsal say nothing about the run."""
@@ -112,9 +111,9 @@ class RehearsalTrainer(AnimalTrainer):
         self.fetches.append((started, time.perf_counter()))
         if len(self.fetches) == 1:
             self.ram.phase = "training"
-            heaviest, text = self.heaviest()
+            chosen, text = self.heaviest()
             say(f"rehearsal: a step on the heaviest micro-batch of the run: {text}")
-            heavy = self.data_collator([self.train_dataset[i] for i in heaviest])
+            heavy = self.data_collator([self.train_dataset[i] for i in chosen])
             batches = [dict(heavy) for _ in batches]  # training_step() takes `pictures` out of each
         elif len(self.fetches) == 2:
             say("rehearsal: the run's own first steps")
@@ -135,9 +134,12 @@ class RehearsalTrainer(AnimalTrainer):
         longest = max(image_tokens[i] for i in chosen)
         return chosen, f"{len(chosen)} pictures, the longest of {longest} image tokens"
 
+    def _save_checkpoint(self, model, trial):
+        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
+        super()._save_checkpoint(model, trial)
+
     def try_checkpoint(self) -> tuple[dict, float]:
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
-        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
         started = time.perf_counter()
         self._save_checkpoint(self.model, None)
         seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
