@@ -89,6 +89,21 @@ def test_where_it_is_looked_for(tmp_path):
     assert read_task(run) is None
 
 
+def test_an_older_adapter_to_the_whole_view_needs_its_base(tmp_path):
+    base, adapter = tmp_path / "model", tmp_path / "sft"
+    base.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    write_task(adapter, TASK | {"image_view": "whole"})
+    (base / "config.json").write_text('{"model_type": "llava"}')
+    assert task_of(settings_for(Config(), adapter)) == TASK
+    (base / "config.json").write_text('{"model_type": "llava_next"}')
+    with pytest.raises(UserError, match=r"'whole', .*; expected .*'llava'; .* scripts/whole_view.py \S+ OUT") as error:
+        settings_for(Config(), adapter)
+    assert str(error.value).endswith(f"base_model_name_or_path of {adapter}/adapter_config.json")
+    assert "\n" not in str(error.value)
+
+
 def test_a_task_json_of_something_else_is_one_line(tuned):
     (tuned / "task.json").write_text('{"prompt": "Who?"}')
     with pytest.raises(UserError, match="found no answer, folder_to_label, chat_template in it; expected what"):

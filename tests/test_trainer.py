@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from animals.checkpoint.load import load_model, load_processor, load_weights
 from animals.command import UserError
-from animals.scoring.scorer import Scorer, score_batches
+from animals.scoring.scorer import Scorer, score_batches, score_in_parts
 from animals.training.batches import PictureCollator, add_fillers, fillers
 from animals.training.lora import LORA_TARGETS
 from animals.training.trainer import StopOnSignal, without_mask
@@ -40,6 +40,12 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def collator(demo):
     return PictureCollator(load_processor(str(demo.model)), assistant_only_loss=True)
+
+
+@pytest.fixture
+def scoring(demo, collator):
+    """A Scorer, and the trained model in float32."""
+    return Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -80,9 +86,9 @@ def test_loss_and_gradients_need_no_mask(demo, rows, collator, monkeypatch, lora
     assert max((gradients[name] - gradients_without[name]).abs().max() for name in gradients) < 1e-5
 
 
-def test_scoring_keeps_its_mask(demo, rows, collator):
+def test_scoring_keeps_its_mask(scoring, rows):
     """In evaluation the hook changes nothing: the scorer's 4-D mask and positions reach the model."""
-    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+    scorer, model = scoring
     batch = scorer.collate([Image.open(r["images"][0]) for r in rows])
     before = scorer.score(model, batch)
     model.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
@@ -101,9 +107,9 @@ def test_fillers_leave_nothing_to_repeat(n, balanced):
 
 def test_a_filler_teaches_nothing_and_survives_a_worker(demo, rows, collator):
     data = Dataset.from_list([{**r, "image_tokens": tokens} for r, tokens in zip(rows, (136, 250, 200), strict=True)])
-    args = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=2)
-    args.train_sampling_strategy, args.length_column_name, args.dataloader_drop_last = "random", "image_tokens", False
-    filled = add_fillers(data, args)
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 2}
+    args |= {"train_sampling_strategy": "random", "length_column_name": "image_tokens", "dataloader_drop_last": False}
+    filled = add_fillers(data, SimpleNamespace(**args))
     assert filled["label"][:] == ["cat", "cat", "cat", None] and filled[3]["images"] == rows[0]["images"]
     loader = torch.utils.data.DataLoader(
         filled, batch_size=4, collate_fn=pickle.loads(pickle.dumps(collator)), num_workers=1,
@@ -113,19 +119,18 @@ def test_a_filler_teaches_nothing_and_survives_a_worker(demo, rows, collator):
     assert (labels != -100).sum(1).tolist() == [2, 2, 2, 0]
 
 
-def test_a_batch_without_a_readable_picture_still_runs_a_forward(demo, rows, collator, tmp_path):
-    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+def test_a_batch_without_a_readable_picture_still_runs_a_forward(scoring, rows, tmp_path):
+    scorer, model = scoring
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    forwards = []
+    forwards, pictures = [], [str(tmp_path / "bad.jpg"), rows[0]["images"][0]]
     model.register_forward_hook(lambda *_: forwards.append(1))
-    pictures = [str(tmp_path / "bad.jpg"), rows[0]["images"][0]]
     done = list(score_batches(model, scorer, pictures, [[0], [1]], in_step=True))
     assert len(forwards) == 2 and set(done[0][2]) == {0}
     assert done[0][1].isnan().all() and done[1][1].isfinite().all()
 
 
-def test_out_of_memory_in_step_is_one_line_and_no_halves(demo, rows, collator):
-    scorer, model = Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
+def test_out_of_memory_in_step_is_one_line_and_no_halves(scoring, rows):
+    scorer, model = scoring
     batch = scorer.collate([Image.open(r["images"][0]) for r in rows])
 
     def full(module, args, kwargs):
@@ -134,8 +139,9 @@ def test_out_of_memory_in_step_is_one_line_and_no_halves(demo, rows, collator):
 
     model.register_forward_pre_hook(full, with_kwargs=True)
     with pytest.raises(UserError, match="out of memory in evaluation with 3 pictures .* lower --per_device_eval"):
-        scorer.score(model, batch, halve=False)
-    assert scorer.score(model, batch).isfinite().all()
+        score_in_parts(scorer, model, batch, most=3, halve=False)
+    log_p, most = score_in_parts(scorer, model, batch, most=3)
+    assert log_p.isfinite().all() and len(log_p) == 3 and most == 1
 
 
 def test_a_signal_saves_one_checkpoint_of_its_step(monkeypatch):
