@@ -35,13 +35,14 @@ def start(command, **environment):
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def sh(command, timeout=3600, **environment):
-    """start(), and wait: .code and .output."""
+def sh(command, timeout=3600, code=None, **environment):
+    """start(), and wait: .code and .output. With `code`, another exit code fails the test, which shows the output."""
     process = start(command, **environment)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
         process.kill()
+    assert code in (None, process.returncode), output[-3000:]
     return SimpleNamespace(code=process.returncode, output=output)
 
 

@@ -37,8 +37,7 @@ def trained(hub, data, run, tmp_path_factory):
     """Two steps of 2-rank ZeRO-3, a checkpoint after each."""
     out = tmp_path_factory.mktemp("lora") / "sft"
     command = f"sh train.sh {data} {STEPS} --model_name_or_path {hub} --output_dir {out} --max_steps 2 --save_steps 1"
-    done = run(command, NUM_PROCESSES=2)
-    assert done.code == 0, done.output[-3000:]
+    done = run(command, NUM_PROCESSES=2, code=0)
     return SimpleNamespace(out=out, command=command, output=done.output)
 
 
@@ -60,8 +59,7 @@ def test_resumed_adapter_is_the_same_to_the_bit(trained, run):
     before = (trained.out / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(trained.out / "checkpoint-2")
     (trained.out / "adapter_model.safetensors").unlink()
-    done = run(trained.command, NUM_PROCESSES=2)
-    assert done.code == 0, done.output[-3000:]
+    done = run(trained.command, NUM_PROCESSES=2, code=0)
     assert f"resuming from {trained.out}/checkpoint-1" in done.output
     assert (trained.out / "adapter_model.safetensors").read_bytes() == before
 
@@ -134,11 +132,9 @@ def test_merged_and_unmerged_say_the_same(trained, hub, scores, tmp_path):
 
 def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path, monkeypatch, capsys):
     flags = f"--model_name_or_path {trained.out}/checkpoint-1"
-    done = run(f"sh validation.sh {data} {flags} --report_dir {tmp_path}/report")
-    assert done.code == 0, done.output[-3000:]
+    done = run(f"sh validation.sh {data} {flags} --report_dir {tmp_path}/report", code=0)
     assert json.loads(done.output.strip().splitlines()[-1])["n"] > 0
-    done = run(f"python test.py {others_pictures}/validation_data/cat {flags} --output {tmp_path}/names.csv")
-    assert done.code == 0, done.output[-3000:]
+    done = run(f"python test.py {others_pictures}/validation_data/cat {flags} --output {tmp_path}/names.csv", code=0)
     monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(trained.out), "--merge", str(tmp_path / "plain")])
     merge_lora.main()
     assert f"sh validation.sh --model_name_or_path {tmp_path}/plain" in capsys.readouterr().out

@@ -48,8 +48,7 @@ PHASES = (  # beginnings of lines, in order
 
 def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     outs = tmp_path / "rehearsed" / "sft", tmp_path / "plain" / "sft"
-    done = run(command(demo, outs[0], "--rehearse"), NUM_PROCESSES=2)
-    assert done.code == 0, done.output[-3000:]
+    done = run(command(demo, outs[0], "--rehearse"), NUM_PROCESSES=2, code=0)
     assert re.search(".*\\n".join(PHASES), done.output, re.DOTALL), done.output[-3000:]
     found = figures(outs[0])
     assert found["host_gib"].keys() == {"start", "training", "resume"} and min(found["host_gib"].values()) > 0
@@ -63,8 +62,7 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     evaluations, checkpoints = re.search(r"3 steps, (\d+) evaluations, (\d+) checkpoints in all", done.output).groups()
 
     for out in outs:
-        done = run(command(demo, out), NUM_PROCESSES=2)
-        assert done.code == 0, done.output[-3000:]
+        done = run(command(demo, out), NUM_PROCESSES=2, code=0)
     assert done.output.count("'eval_accuracy'") == int(evaluations)
     saved = list(outs[0].glob("checkpoint-*"))
     assert len(saved) == int(checkpoints)
@@ -77,8 +75,7 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
 
 def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
     flags = "--rehearse --use_peft --config_file scripts/ddp.yaml --train_sampling_strategy random"
-    done = run(command(demo, tmp_path / "sft", flags))
-    assert done.code == 0, done.output[-3000:]
+    done = run(command(demo, tmp_path / "sft", flags), code=0)
     found = figures(tmp_path / "sft")
     assert found["checkpoint"]["seconds_to_read"] > 0
     counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
@@ -88,8 +85,7 @@ def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
 def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
     flags = "--rehearse --save_strategy no --eval_strategy no --eval_on_start False --max_steps 1"
     (tmp_path / "sft-logs" / "sft").mkdir(parents=True)  # an earlier rehearsal's
-    done = run(command(demo, tmp_path / "sft", flags))
-    assert done.code == 0, done.output[-3000:]
+    run(command(demo, tmp_path / "sft", flags), code=0)
     found = figures(tmp_path / "sft")
     assert found["checkpoint"] is None and found["host_gib"]["resume"] is None
     assert found["hours"] == pytest.approx(found["seconds_per_step"] / 3600)
@@ -114,8 +110,7 @@ def test_killed_in_any_phase_the_next_start_is_clean(demo, run, tmp_path, reques
         assert code in (0, 128 + number, -number), output[-3000:]
         assert not out.exists() and not (code == 0 and folder.exists())
         assert kill or folder.exists(), "the next start has something to delete"
-    done = run(command(demo, out, "--dry_run"))
-    assert done.code == 0, done.output[-3000:]
+    run(command(demo, out, "--dry_run"), code=0)
     assert not folder.exists() and not out.exists()
 
 
