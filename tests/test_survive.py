@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from animals.checkpoint.steps import check_resume, delete_incomplete, missing_files, newest_complete
 from animals.command import UserError
+from animals.files import read_json
 from tests.conftest import start
 
 STEPS = 24
@@ -159,7 +160,7 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
             shutil.copytree(newest, copy / f"checkpoint-{STEPS}", copy_function=os.link)
             victim = copy / f"checkpoint-{STEPS}" / name
             content = victim.read_bytes()
-            victim.unlink()
+            victim.unlink()  # a link: writing would harm the other runs' file
             if harm == "cut":
                 victim.write_bytes(content[:-1])
             found, passed_over = newest_complete(str(copy))
@@ -172,8 +173,7 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
 
 def test_changed_essentials_are_named(uninterrupted):
     newest, _ = newest_complete(str(uninterrupted))
-    with open(os.path.join(newest, "run.json")) as file:
-        record = json.load(file)
+    record = read_json(os.path.join(newest, "run.json"))
     check_resume(record, newest)
     with pytest.raises(UserError, match="world_size was 2, is 4 .* effective_batch was 16, is 32"):
         check_resume({**record, "world_size": 4, "effective_batch": 32}, newest)
@@ -182,8 +182,7 @@ def test_changed_essentials_are_named(uninterrupted):
 
 
 def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(demo.model, model)
+    model = shutil.copytree(demo.model, tmp_path / "model")
     for file in model.glob("*.safetensors"):
         weights = load_file(file)
         for name, weight in weights.items():
@@ -191,8 +190,7 @@ def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
                 weight[:] = float("nan")
         save_file(weights, file, {"format": "pt"})
     bad = SimpleNamespace(model=model, input=demo.input, cache=demo.cache)
-    done = run(command(bad, tmp_path / "sft"))
-    assert done.code == 2
+    done = run(command(bad, tmp_path / "sft"), code=2)
     assert "error: step 1: the loss is nan on " in done.output and str(demo.input) in done.output
 
 

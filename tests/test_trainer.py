@@ -44,7 +44,6 @@ def collator(demo):
 
 @pytest.fixture
 def scoring(demo, collator):
-    """A Scorer, and the trained model in float32."""
     return Scorer(collator.processor, Config()), load_model(str(demo.checkpoint), "float32")
 
 
@@ -169,9 +168,9 @@ FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20"
 @pytest.mark.parametrize("recipe", ["--config_file scripts/ddp.yaml --use_peft", "", "--use_peft"])
 def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
     """DDP and ZeRO-3 on two ranks; the first measurement is of the untuned model."""
-    where = f"--model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "
-    where += f"--logging_dir {tmp_path}/logs --output_dir {tmp_path}/sft"
-    done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2, code=0)
+    command = f"sh train.sh --model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "
+    command += f"--logging_dir {tmp_path}/logs --output_dir {tmp_path}/sft {FLAGS} {recipe}"
+    run(command, NUM_PROCESSES=2, code=0)
     state = json.loads((tmp_path / "sft" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     evaluations = [log for log in state if "eval_accuracy" in log]
     assert [log["step"] for log in evaluations] == [0, 1, 2] and evaluations[0]["eval_accuracy"] > 0.7
@@ -180,9 +179,9 @@ def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
         card = (tmp_path / "sft" / "README.md").read_text()
         assert re.search(r"accuracy: 0\.\d{4} on 20 .* at step 2; untuned: 0\.\d{4}", card)
     shutil.rmtree(tmp_path / "sft" / "checkpoint-2")
-    done = run(f"sh train.sh {where} {FLAGS} {recipe}", NUM_PROCESSES=2, code=0)
+    done = run(command, NUM_PROCESSES=2, code=0)
     assert "resuming from" in done.output
     assert done.output.count("eval_accuracy") == 1, "not again on a resume"
     if not recipe:
-        done = run(f"sh train.sh {where} {FLAGS} --seed 7 --data_seed 3", NUM_PROCESSES=2)
-        assert done.code == 2 and "seed was 42, is 7 (the order" in done.output and "data_seed was" in done.output
+        done = run(f"{command} --seed 7 --data_seed 3", NUM_PROCESSES=2, code=2)
+        assert "seed was 42, is 7 (the order" in done.output and "data_seed was" in done.output

@@ -70,8 +70,7 @@ def load_for_training(model_args, args):
     from accelerate import PartialState
     from trl import get_quantization_config
 
-    path, problems = model_args.model_name_or_path, []
-    zero3 = zero3_is_on(args)
+    path, problems, zero3 = model_args.model_name_or_path, [], zero3_is_on(args)
     if model_args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (float16 needs loss scaling)")
     if adapter_config(path) is not None:
