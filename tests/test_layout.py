@@ -142,9 +142,7 @@ def test_scripts_run_from_any_folder(script, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"train"}))
 def test_help_imports_nothing_slow(script):
-    code = (
-        f"import runpy, sys; sys.argv = ['{script}.py', '--help']\ntry: runpy.run_path('{script}.py', None, '__main__')"
-    )
+    code = f"import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_path('{script}.py', None, '__main__')"
     loaded = "[name for name in ('torch', 'trl', 'deepspeed', 'transformers') if name in sys.modules]"
     assert python(f"{code}\nexcept SystemExit: print({loaded})") == "[]"
 
