@@ -87,9 +87,8 @@ class RehearsalTrainer(AnimalTrainer):
         self.run_args, self.pictures, self.ram = args, len(train_dataset), ram
         self.fetches = []  # of each step: when it began, and when it had its batches
         sample = eval_dataset.select(stratified_sample(eval_dataset["label"], eval_pictures))
-        sample = sample.sort("image_tokens", keep_in_memory=True)
-        count = min(len(sample), 2 * args.per_device_eval_batch_size * args.world_size)  # two batches per rank
-        longest = sample.select(range(len(sample) - count, len(sample)))
+        count = 2 * args.per_device_eval_batch_size * args.world_size  # two batches per rank
+        longest = sample.select(sorted(range(len(sample)), key=list(sample["image_tokens"]).__getitem__)[-count:])
         self.evaluated_share = sum(longest["image_tokens"]) / sum(sample["image_tokens"])
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
