@@ -9,6 +9,7 @@ import copy
 import os
 from collections import deque
 from glob import escape, glob
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
@@ -41,8 +42,7 @@ def load_tower(path) -> Encoder:
     from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
 
     path, prefix = base_of(path), "vision_tower."
-    _, problems = read_shards(path)
-    if problems:
+    if problems := read_shards(path)[1]:
         raise UserError("\n".join(problems))
     index = os.path.join(path, "model.safetensors.index.json")
     files = set(read_json(index)["weight_map"].values()) if os.path.isfile(index) else {"model.safetensors"}
@@ -67,9 +67,7 @@ def load_tower(path) -> Encoder:
     def prepare(pictures):
         grid = {"image_grid_pinpoints": [[side, side]]} if tiles else {}  # one tile, the smallest grid there is
         pixels = images(pictures, **grid, return_tensors="pt")["pixel_values"]
-        return (
-            pixels[:, 0] if tiles else pixels
-        )  # [pictures, 3, side, side]; [:, 0] is the complete picture, not a tile
+        return pixels[:, 0] if tiles else pixels  # [pictures, 3, side, side]; [:, 0]: the complete picture, no tile
 
     def encode(tower, pixels):
         out = tower(pixels, output_hidden_states=True)
@@ -135,20 +133,22 @@ def encode_all(encoder, items, config, batch_size):
     modules = [copy.deepcopy(encoder.module).to(device) for device in devices]
 
     def collate(batch):
+        pictures = []
         try:
-            return [key for key, _ in batch], encoder.prepare([load_picture(path) for _, path in batch])
+            for _, path in batch:
+                pictures.append(load_picture(path))
         except PictureError as error:  # handed back, because a worker's exception would arrive as another type
-            return None, f"{[path for _, path in batch][:1]}: {error}"
+            return None, f"{path}: {error}"
+        return [key for key, _ in batch], encoder.prepare(pictures)
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
     pending = deque()  # one batch per device: a GPU computes while the next one is fed
-    for k, (keys, pixels) in enumerate(loader):
+    for (keys, pixels), device, module in zip(loader, cycle(devices), cycle(modules)):
         if keys is None:
             raise PictureError(pixels)
-        pixels = pixels.to(devices[k % len(devices)], precision())
         with torch.inference_mode():
-            pending.append((keys, encoder.encode(modules[k % len(modules)], pixels)))
+            pending.append((keys, encoder.encode(module, pixels.to(device, precision()))))
         if len(pending) == len(modules):
             keys, rows = pending.popleft()
             yield keys, rows.cpu().numpy()

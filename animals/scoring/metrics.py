@@ -1,5 +1,6 @@
-"""The numbers of a report: counts, intervals, calibration and comparisons, from scikit-learn and scipy where they have
-them. Imports no torch and reads no file. The tests hold every number against scikit-learn, scipy or statsmodels.
+"""The numbers of a report: counts, intervals, calibration and comparisons. Imports no torch and reads no file.
+
+The tests hold every number against scikit-learn, scipy or statsmodels.
 """
 
 from collections import Counter
@@ -17,14 +18,11 @@ def wilson_interval(correct, n, design_effect=1.0):
 
     design_effect: how many pictures count as one independent picture; the interval is that of n / design_effect.
     """
-    from scipy.stats import binomtest, norm
+    from scipy.stats import norm
 
     if n == 0:
         return [0.0, 1.0]
-    if design_effect == 1:
-        low, high = binomtest(correct, n).proportion_ci(method="wilson")
-        return [float(low), float(high)]
-    z2, p, n = float(norm.ppf(0.975)) ** 2, correct / n, n / design_effect  # scipy takes no fraction of a picture
+    z2, p, n = float(norm.ppf(0.975)) ** 2, correct / n, n / design_effect  # scipy's own takes no fraction of a picture
     middle, half = p + z2 / (2 * n), sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
     low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
     return [low if correct else 0.0, high if p < 1 else 1.0]  # exact where rounding would leave 1e-17
@@ -47,14 +45,13 @@ def measure(labels, truth, predicted, probability=None, groups=None):
     probability [pictures][labels] adds log_loss, ece, calibration and answered. groups: one number per picture, equal
     for near-duplicates. Macro averages are over the labels that occur in truth or predicted, as in scikit-learn.
     """
-    from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, log_loss
+    from sklearn.metrics import classification_report, confusion_matrix, log_loss
 
-    classes = list(range(len(labels)))
-    n, correct = len(truth), int(accuracy_score(truth, predicted, normalize=False))
+    n, classes = len(truth), list(range(len(labels)))
     occurring = classification_report(truth, predicted, output_dict=True, zero_division=0.0)
     per_class = classification_report(truth, predicted, labels=classes, output_dict=True, zero_division=0.0)
     confusion = confusion_matrix(truth, predicted, labels=classes)
-    support = confusion.sum(axis=1)
+    support, correct = confusion.sum(axis=1), int(confusion.trace())
     effect = design_effect(groups or range(n))
     report = {
         "n": n,
@@ -75,15 +72,15 @@ def measure(labels, truth, predicted, probability=None, groups=None):
         "labels": labels,
     }
     if probability is not None:
-        answers = [(row[p], t == p) for row, t, p in zip(probability, truth, predicted, strict=True)]
-        confidence, right = zip(*answers, strict=True)
+        confidence = [row[p] for row, p in zip(probability, predicted, strict=True)]
+        right = [t == p for t, p in zip(truth, predicted, strict=True)]
         report["log_loss"] = float(log_loss(truth, probability, labels=classes))
         report |= {"calibration": calibration(confidence, right), "answered": answered(confidence, right)}
         report["ece"] = report["calibration"]["ece"]
     return report
 
 
-def calibration(confidence, right, bins=CALIBRATION_BINS):
+def calibration(confidence, right):
     """Is the model right as often as its probabilities say?
 
     confidence: the probability of each answer that was given; right: whether that answer was correct. The dict holds
@@ -95,16 +92,14 @@ def calibration(confidence, right, bins=CALIBRATION_BINS):
     under-confident where the mean difference is outside 99 % of the simulated ones, else miscalibrated.
     """
     import numpy as np
-    from sklearn.calibration import calibration_curve
 
     confidence, right, n = np.asarray(confidence, np.float64), np.asarray(right, np.float64), len(right)
-    accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=bins, strategy="quantile")
-    edges = np.percentile(confidence, 100 * np.linspace(0, 1, bins + 1))[1:-1]  # those of calibration_curve
-    _, bin_of, counts = np.unique(np.searchsorted(edges, confidence), return_inverse=True, return_counts=True)
+    edges = np.percentile(confidence, np.linspace(0, 100, CALIBRATION_BINS + 1))[1:-1]
+    _, bin_of = np.unique(np.searchsorted(edges, confidence), return_inverse=True)  # empty bins have no number
 
     def errors(outcome):
         """ECE and the mean of confidence - accuracy, for whether each picture's answer is right."""
-        differences = counts * mean_confidence - np.bincount(bin_of, outcome)
+        differences = np.bincount(bin_of, confidence - outcome)  # [bins], the sum over the pictures of each
         return np.abs(differences).sum() / n, differences.sum() / n
 
     random, (ece, difference) = np.random.default_rng(0), errors(right)
@@ -113,11 +108,12 @@ def calibration(confidence, right, bins=CALIBRATION_BINS):
     low, high = np.quantile(simulated[:, 1], [0.005, 0.995])
     verdict = "over-confident" if difference > high else "under-confident" if difference < low else "miscalibrated"
     table, low = [], float(confidence.min())
-    for b, count in enumerate(counts.tolist()):
-        high, correct = float(confidence[bin_of == b].max()), int(right[bin_of == b].sum())
-        values = {"low": low, "high": high, "n": count, "confidence": float(mean_confidence[b])}
-        table.append(values | {"accuracy": float(accuracy[b]), "accuracy_ci95": wilson_interval(correct, count)})
-        low = high
+    for b in range(bin_of.max() + 1):
+        inside, correct = confidence[bin_of == b], int(right[bin_of == b].sum())
+        row = {"low": low, "high": float(inside.max()), "n": len(inside), "confidence": float(inside.mean())}
+        interval = wilson_interval(correct, len(inside))
+        table.append(row | {"accuracy": correct / len(inside), "accuracy_ci95": interval})
+        low = row["high"]
     return {
         "ece": float(ece),
         "ece_if_calibrated": {"median": float(median), "percentile_99": float(most)},
@@ -130,10 +126,10 @@ def calibration(confidence, right, bins=CALIBRATION_BINS):
 def answered(confidence, right):
     """[{min_probability, share that test.py still answers with it, accuracy on that share; None where that is 0}]."""
     rows = []
-    for threshold in (k / 100 for k in range(100)):
-        kept = [ok for p, ok in zip(confidence, right, strict=True) if p >= threshold]
+    for least in (k / 100 for k in range(100)):
+        kept = [ok for p, ok in zip(confidence, right, strict=True) if p >= least]
         accuracy = sum(kept) / len(kept) if kept else None
-        rows.append({"min_probability": threshold, "share": len(kept) / len(right), "accuracy": accuracy})
+        rows.append({"min_probability": least, "share": len(kept) / len(right), "accuracy": accuracy})
     return rows
 
 
@@ -150,11 +146,11 @@ def without_duplicates(pictures, right, known):
         return {"checked": False} | dict.fromkeys(keys)
     identical = known["identical"].intersection(pictures)
     near = known["near_duplicates"].intersection(pictures) - identical
-    seen, group = identical | near, [known["group"][picture] for picture in pictures]
-    kept = [i for i, picture in enumerate(pictures) if picture not in seen]
-    correct, n = sum(right[i] for i in kept), len(kept)
-    interval = wilson_interval(correct, n, design_effect([group[i] for i in kept]))
-    values = (len(identical), len(near), n, correct / n if n else None, interval, len(set(group)))
+    group, seen = known["group"], identical | near
+    kept = {picture: ok for picture, ok in zip(pictures, right, strict=True) if picture not in seen}
+    correct, n, groups = sum(kept.values()), len(kept), len({group[picture] for picture in pictures})
+    interval = wilson_interval(correct, n, design_effect([group[picture] for picture in kept]))
+    values = (len(identical), len(near), n, correct / n if n else None, interval, groups)
     return {"checked": True} | dict(zip(keys, values, strict=True))
 
 
@@ -199,17 +195,16 @@ def paired(pictures, other_rows, where):
         )
     ours, others = Counter(sha for _, sha, _ in pictures), Counter(row["sha256"] for row in other_rows)
     if ours != others:
-        missing = [image for image, sha, _ in pictures if sha not in others]
-        extra = sorted(row["image"] for row in other_rows if row["sha256"] not in ours)
+        missing = [image for image, sha, _ in pictures if sha not in others][:1]
+        extra = sorted(row["image"] for row in other_rows if row["sha256"] not in ours)[:1]
         raise UserError(
-            f"{where}: found other pictures ({(others - ours).total()} not held out here, {extra[:1]}; "
-            f"{(ours - others).total()} of ours lacking, {missing[:1]}); expected the same {len(pictures)} pictures; "
+            f"{where}: found other pictures ({(others - ours).total()} not held out here, {extra}; "
+            f"{(ours - others).total()} of ours lacking, {missing}); expected the same {len(pictures)} pictures; "
             "run validation.sh for both checkpoints on the same pictures"
         )
     order = sorted(range(len(pictures)), key=lambda i: pictures[i][1:])
     other = dict(zip(order, sorted(other_rows, key=lambda row: (row["sha256"], row["label"])), strict=True))
-    relabelled = [image for i, (image, _, label) in enumerate(pictures) if other[i]["label"] != label]
-    if relabelled:
+    if relabelled := [image for i, (image, _, label) in enumerate(pictures) if other[i]["label"] != label]:
         raise UserError(
             f"{where}: found other labels for {len(relabelled)} pictures, {relabelled[0]} among them; expected the "
             "same; run validation.sh for both checkpoints with the same label table"

@@ -54,17 +54,15 @@ class Texts:
 
 def report_page(report, rows, folder, language):
     """The HTML of report.html, for a report in `folder` (pictures are linked relative to it)."""
-    number = {label: i for i, label in enumerate(report["labels"])}
+    number = report["labels"].index
     wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])
     right = sorted((row for row in rows if row["correct"]), key=lambda row: row["probability"])
-    in_cell = {}
+    in_cell, by_name = {}, {row["image"]: row for row in rows}
     for row in wrong + right:
-        in_cell.setdefault((number[row["label"]], number[row["prediction"]]), []).append(row)
-    changed, by_name = [], {row["image"]: row for row in rows}
-    if report["comparison"]:
-        changed = [side | {"row": by_name[side["image"]]} for side in report["comparison"]["changed"]]
-        changed.sort(key=lambda side: side["row"]["correct"])
-    small, large, dropped = embed([row["image"] for row in wrong + right], [row["image"] for row in wrong[:MISTAKES]])
+        in_cell.setdefault((number(row["label"]), number(row["prediction"])), []).append(row)
+    changed = [side | {"row": by_name[side["image"]]} for side in (report["comparison"] or {"changed": []})["changed"]]
+    changed.sort(key=lambda side: side["row"]["correct"])
+    pictures = embed([row["image"] for row in wrong + right], [row["image"] for row in wrong[:MISTAKES]])
     shown = [row["accuracy_ci95"] for row in report.get("baselines") or [] if row["name"] != "majority"]  # far below
     bins, classes = report["calibration"]["bins"], [row for row in report["per_class"].values() if row["n"]]
     return render(
@@ -72,7 +70,7 @@ def report_page(report, rows, folder, language):
         folder,
         language,
         report=report,
-        scale=scale(*report["accuracy_ci95"]),
+        scale=scale_of([report["accuracy_ci95"]]),
         baselines_scale=scale_of([report["accuracy_ci95"], *shown]),
         class_scale=scale(min(row["recall_ci95"][0] for row in classes), 1),
         confidence_scale=scale(min(row["confidence"] for row in bins), 1),
@@ -82,9 +80,7 @@ def report_page(report, rows, folder, language):
         worst=WORST,
         changed=changed[:CHANGED],
         other_said={side["image"]: side["other_prediction"] for side in changed},
-        small=small,
-        large=large,
-        dropped=dropped,
+        **pictures,
     )
 
 
@@ -103,8 +99,8 @@ def write_index(report_dir, language):
     runs = {}
     for row in sorted(found, key=lambda row: (row["step"] or 0, row["final"])):
         runs.setdefault(row["run"], []).append(row)
-    ordered = sorted(runs.items(), key=lambda run: max(row["date"] for row in run[1]), reverse=True)
-    tables = [(run, rows, curve(rows)) for run, rows in ordered]
+    tables = [(run, rows, curve(rows)) for run, rows in runs.items()]
+    tables.sort(key=lambda table: max(row["date"] for row in table[1]), reverse=True)
     axis = scale_of([row["accuracy_ci95"] for row in found] or [[0, 1]])
     page = render("index.html", report_dir, language, runs=tables, count=len(found), scale=axis, broken=broken)
     with replacing(os.path.join(report_dir, "index.html")) as file:
@@ -117,11 +113,10 @@ def curve(rows):
     if len({row["step"] for row in rows}) < 2:
         return None
     axis, last = scale_of([row["accuracy_ci95"] for row in rows]), max(row["step"] for row in rows)
-    points = [
-        row | {"x": row["step"] / last, "y": at(row["accuracy"], axis)}
-        | {"low": at(row["accuracy_ci95"][0], axis), "high": at(row["accuracy_ci95"][1], axis)}
-        for row in rows
-    ]  # fmt: skip
+    points = []
+    for row in rows:
+        low, high, y = (at(value, axis) for value in (*row["accuracy_ci95"], row["accuracy"]))
+        points.append(row | {"x": row["step"] / last, "low": low, "y": y, "high": high})
     return {"scale": axis, "points": points, "last": last}
 
 
@@ -131,8 +126,8 @@ def scale(low, high):
     for step in (0.01, 0.02, 0.05, 0.1, 0.2):  # the last one always fits
         start, end = max(0, floor((low - margin) / step)), min(round(1 / step), ceil((high + margin) / step))
         if end - start <= 6:
-            return [k * step for k in range(start, end + 1)]
-    raise AssertionError((low, high))
+            break
+    return [k * step for k in range(start, end + 1)]
 
 
 def scale_of(intervals):
@@ -148,17 +143,18 @@ def at(value, ticks):
 def show(value, kind):
     """A number as the pages write it."""
     space = "\N{NO-BREAK SPACE}"
-    if kind == "sure":  # a probability: 100.0 % would say too much
-        return f">{space}99.9{space}%" if value >= 0.9995 else f"{100 * value:.1f}{space}%"
+    if kind in ("p", "p="):
+        return "< 0.0001" if value < 0.0001 else f"{kind[1:]} {value:.2g}".strip()
+    if kind == "sure" and value >= 0.9995:  # a probability: 100.0 % would say too much
+        return f">{space}99.9{space}%"
     return {
         "percent": f"{100 * value:.1f}{space}%",
+        "sure": f"{100 * value:.1f}{space}%",
+        "round": f"{100 * value:.0f}{space}%",
         "points": f"{100 * value:+.1f}",
         "ratio": f"{value:.3f}",
         "count": f"{value:,.0f}",
         "seconds": f"{value:,.1f}",
-        "round": f"{100 * value:.0f}{space}%",
-        "p": f"{value:.2g}" if value >= 0.0001 else "< 0.0001",
-        "p=": f"= {value:.2g}" if value >= 0.0001 else "< 0.0001",
     }[kind]
 
 
@@ -180,7 +176,7 @@ def render(template, folder, language, **context):
 
 
 def embed(small, large, small_side=SMALL):
-    """Data URIs of pictures: ({path: small picture}, {path: large one}, how many did not fit into EMBEDDED bytes).
+    """Pictures as data URIs: {small: {path: URI}, large: {path: URI}, dropped: how many exceed EMBEDDED}.
 
     small, large: paths in order of importance; the large ones come first. A picture that can no longer be read is left
     out. small_side: pixels, the longest side of a small picture.
@@ -190,7 +186,7 @@ def embed(small, large, small_side=SMALL):
     from tqdm import tqdm
 
     order, wanted = list(dict.fromkeys([*large, *small])), set(large)
-    found, used, dropped = ({}, {}), 0, 0
+    found, used, dropped = {"small": {}, "large": {}}, 0, 0
 
     def shrink(path):
         """The small and, where it is wanted, the large data URI; [] if the picture is unreadable or does not fit."""
@@ -206,13 +202,13 @@ def embed(small, large, small_side=SMALL):
         for path, uris in zip(order, shrunk, strict=True):
             used += sum(map(len, uris))
             dropped += used > EMBEDDED
-            if used <= EMBEDDED:
-                for pictures, uri in zip(found, uris, strict=False):
-                    pictures[path] = uri
-    return *found, dropped
+            for size, uri in zip(found, uris, strict=False):
+                if used <= EMBEDDED:
+                    found[size][path] = uri
+    return found | {"dropped": dropped}
 
 
-def data_uri(picture, side, quality=75):
+def data_uri(picture, side, quality):
     """The data URI of a copy as a JPEG whose longer side has at most `side` pixels."""
     copy, file = picture.copy(), io.BytesIO()
     copy.thumbnail((side, side))

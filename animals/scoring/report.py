@@ -19,7 +19,7 @@ def write_report(report, rows, folder, language="en"):
 
     report, rows: what validate() returns. The files are made beside `folder`; an interrupted run leaves the old report.
     """
-    new = f"{os.path.normpath(folder)}.new"
+    folder, new = os.path.normpath(folder), f"{os.path.normpath(folder)}.new"
     os.makedirs(new, exist_ok=True)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(new, "predictions.csv"), "w", newline="", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def write_report(report, rows, folder, language="en"):
     for name in os.listdir(new):
         os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
-    write_index(os.path.dirname(os.path.normpath(folder)), language)
+    write_index(os.path.dirname(folder), language)
 
 
 def read_report(path):
@@ -56,12 +56,12 @@ def read_report(path):
 
 def print_report(report, folder):
     """Print the tables for people, then the line of JSON for programs."""
-    part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
     print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'95 % interval':>14} {'f1':>6}")
     for label, row in report["per_class"].items():
-        interval = "{:.3f}, {:.3f}".format(*row["recall_ci95"])
-        precision, recall, f1 = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        print(f"{label:<12} {row['n']:>5} {precision:>9} {recall:>7} {interval:>14} {f1:>6}")
+        n, low, high = row["n"], *row["recall_ci95"]
+        print(f"{label:<12} {n:>5} {row['precision']:>9.3f} {row['recall']:>7.3f}", end=" ")
+        print(f"  {low:.3f}, {high:.3f} {row['f1']:>6.3f}")
+    part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
     print(
         f"\naccuracy {report['accuracy']:.4f} ({interval_of(report['accuracy_ci95'])}, n = {report['n']}{part}; chance "
         f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
@@ -90,13 +90,11 @@ def duplicates_line(report):
     found, n = report["duplicates"], report["n"]
     if not found["checked"]:
         return "duplicates: not known; `python data_process_utils.py` looks for pictures that are in both splits"
-    line = f"duplicates: none of the {n} pictures is identical to a training picture or a near-duplicate of one"
-    if found["n_without"] < n:
-        line = f"duplicates: of the {n} pictures, {found['identical']} identical to a training picture and "
-        line += f"{found['near_duplicates']} near-duplicates of one"
-        if found["n_without"]:
-            line += f"; accuracy without them {found['accuracy_without']:.4f} "
-            line += f"({interval_of(found['accuracy_without_ci95'])}, n = {found['n_without']})"
+    line = f"duplicates: of the {n} pictures, {found['identical']} identical to a training picture and "
+    line += f"{found['near_duplicates']} near-duplicates of one"
+    if 0 < found["n_without"] < n:
+        line += f"; accuracy without them {found['accuracy_without']:.4f} "
+        line += f"({interval_of(found['accuracy_without_ci95'])}, n = {found['n_without']})"
     if found["groups"] < n:
         line += f"; the pictures form {found['groups']} groups of near-duplicates, so the intervals are those of "
         line += f"n / {report['design_effect']:.2f} (design effect)"
@@ -104,6 +102,7 @@ def duplicates_line(report):
 
 
 def calibration_line(report):
+    """Whether the model is right as often as its probabilities say."""
     found, noise = report["calibration"], report["calibration"]["ece_if_calibrated"]
     few = f", as far as {report['n']} pictures can tell" if found["verdict"] == "calibrated" else ""
     return (
@@ -113,6 +112,7 @@ def calibration_line(report):
 
 
 def answered_line(report):
+    """What test.py --min_probability would answer, and how well."""
     chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
     said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
     return f"test.py --min_probability: {', '.join(said) or 'every answer has a probability below 0.5'}"

@@ -18,7 +18,6 @@ def contact_sheet(rows, labels, model, folder, language, min_probability=0.0):
     named.sort(key=lambda row: row["probability"])
     groups = [(name, [row for row in named if row["prediction"] == name]) for name in [*labels, "unsure"]]
     side = SMALL_SIDE if len(named) > MANY else SIDE
-    small, _, dropped = embed([row["image"] for row in named], [], side)
     return render(
         "sheet.html",
         folder,
@@ -32,6 +31,5 @@ def contact_sheet(rows, labels, model, folder, language, min_probability=0.0):
         groups=[(name, group) for name, group in groups if group],
         unreadable=[row for row in rows if row["error"]],
         side=side,
-        small=small,
-        dropped=dropped,
+        **embed([row["image"] for row in named], [], side),
     )
