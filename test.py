@@ -56,11 +56,9 @@ def make_row(labels, min_probability, checkpoint, picture, probability, error):
     """One row of the CSV, from the probabilities [labels] or from the error of a picture that could not be read."""
     if error:
         return [picture, "", "", error] + [""] * (len(GUESSES) + 1 + len(labels))
-    order = sorted(range(len(labels)), key=lambda k: -probability[k])
-    guesses = [cell for k in order[1:3] for cell in (labels[k], probability[k])]
-    best = probability[order[0]]
-    name = labels[order[0]] if best >= min_probability else "unsure"
-    return [picture, name, best, "", *guesses, *[""] * (len(GUESSES) - len(guesses)), checkpoint, *probability]
+    (name, best), *others = sorted(zip(labels, probability, strict=True), key=lambda pair: -pair[1])
+    guesses = [cell for pair in [*others, ("", ""), ("", "")][:2] for cell in pair]  # there may be one label only
+    return [picture, name if best >= min_probability else "unsure", best, "", *guesses, checkpoint, *probability]
 
 
 def read_finished(path, header, labels, checkpoint):
@@ -72,10 +70,8 @@ def read_finished(path, header, labels, checkpoint):
         text = file.read()
     first, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [header]
     if first != header:
-        raise UserError(
-            f"--resume: found the columns {','.join(first)} in {path}; expected {','.join(header)}; remove it, or "
-            "name another --output"
-        )
+        found = f"found the columns {','.join(first)} in {path}; expected {','.join(header)}"
+        raise UserError(f"--resume: {found}; remove it, or name another --output")
     rows = [row for row in rows if len(row) == len(header)]
     if others := {row[header.index("checkpoint")] for row in rows} - {checkpoint, ""}:
         raise UserError(
@@ -92,8 +88,8 @@ def name_pictures(args, config, pictures):
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
     PartialState(cpu=on_cpu)  # the first call decides where this process computes
     scorer, model = load_scorer(args.model_name_or_path, config, dtype)
-    size = args.per_device_eval_batch_size
-    batches = [list(range(i, min(i + size, len(pictures)))) for i in range(0, len(pictures), size)]
+    places, size = range(len(pictures)), args.per_device_eval_batch_size
+    batches = [places[i : i + size] for i in places[::size]]
     scored = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
     return (
         [(pictures[i], p, errors.get(i)) for i, p in zip(indices, probabilities(log_p), strict=True)]
@@ -133,9 +129,8 @@ def main():
     with replacing(output, newline="") as file:
         csv.writer(file).writerows([header, *(make_row(config.labels, limit, checkpoint, *done) for done in finished)])
     with open(output, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
         for batch in batches:
-            writer.writerows(make_row(config.labels, limit, checkpoint, *done) for done in batch)
+            csv.writer(file).writerows(make_row(config.labels, limit, checkpoint, *done) for done in batch)
             file.flush()
             unreadable += sum(error is not None for _, _, error in batch)
     print(f"{len(pictures)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)

@@ -84,16 +84,16 @@ def validate(args, config):
             for row, before in zip(rows, other_rows, strict=True)
             if row["prediction"] != before["prediction"]
         ]
-        report["comparison"] = compare(right, [row["correct"] for row in other_rows])
-        report["comparison"] |= {"model": other["model"], "where": args.compare_with, "changed": changed}
+        about = {"model": other["model"], "where": args.compare_with, "changed": changed}
+        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | about
     return report, rows
 
 
 def read_excluded(config):
     """[{image, reason}]: the held-out files that excluded.csv lists as unusable."""
     with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
-    return [{"image": row["image"], "reason": row["reason"]} for row in rows]
+        rows = csv.DictReader(file)
+        return [{key: row[key] for key in ("image", "reason")} for row in rows if row["split"] == "validation"]
 
 
 def main():

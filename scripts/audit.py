@@ -42,7 +42,8 @@ def find_suspects(known, rows, group):
     """The suspects among `rows`, dicts with image, split and label: the same with the other COLUMNS and `neighbours`.
 
     known: float32 features [rows, features]. group [rows]: equal values for near-duplicates that the hashes know.
-    probability is that of the likely label, nearest the picture most like the suspect, neighbours rows of the nearest.
+    Of each suspect, probability is that of the likely label, nearest is the picture that is most like it, and
+    neighbours are the rows of the NEIGHBOURS nearest pictures.
     """
     import numpy as np
     from cleanlab import Datalab
@@ -107,11 +108,9 @@ def write_page(config, suspects, n, model):
     parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
     shown = [row for part in parts.values() for row in part[:SHOWN]]
     beside = [other["image"] for row in shown for other in row["neighbours"]]
-    small, large, dropped = embed(beside, [row["image"] for row in shown])
-    values = {"parts": parts, "shown": SHOWN, "n": n, "model": model}
-    pictures = {"small": small, "large": large, "dropped": dropped}
+    values = {"parts": parts, "shown": SHOWN, "n": n, "model": model} | embed(beside, [row["image"] for row in shown])
     with replacing(os.path.join(config.temp_dir, "audit.html")) as file:
-        file.write(render("audit.html", config.temp_dir, config.language, **values, **pictures))
+        file.write(render("audit.html", config.temp_dir, config.language, **values))
 
 
 def main():
@@ -123,9 +122,9 @@ def main():
     config.allow_leaks = True  # identical pictures that were found are no reason not to look further
     check_inputs(config, model, SPLITS)
     rows = [
-        {"image": images[0], "split": split, "label": label, "sha256": sha256}
-        for split, data in ((split, load_split(config, split)) for split in SPLITS)
-        for images, label, sha256 in zip(data["images"], data["label"], data["sha256"], strict=True)
+        {"image": row["images"][0], "split": split, "label": row["label"], "sha256": row["sha256"]}
+        for split in SPLITS
+        for row in load_split(config, split)
     ]
     if len(rows) < FEWEST:
         raise UserError(f"{config.input_dir}: found {len(rows)} pictures; expected at least {FEWEST}; add pictures")
@@ -137,8 +136,8 @@ def main():
         out.writerows([row[column] for column in COLUMNS] for row in suspects)
     write_page(config, suspects, len(rows), model)
     count = Counter(row["reason"] for row in suspects)
-    found, folder = ", ".join(f"{reason} {count[reason]:,}" for reason in REASONS), config.temp_dir
-    print(f"suspects: {found}; listed in {folder}/audit.csv; look at them in {folder}/audit.html")
+    found = ", ".join(f"{reason} {count[reason]:,}" for reason in REASONS)
+    print(f"suspects: {found}; listed in {config.temp_dir}/audit.csv; look at them in {config.temp_dir}/audit.html")
 
 
 if __name__ == "__main__":

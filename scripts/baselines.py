@@ -55,11 +55,11 @@ def check_untuned(config, report, path, with_pictures):
 def check_clip(folder):
     """Raises UserError unless `folder` holds a CLIP."""
     file = os.path.join(folder, "config.json")
-    kind = read_json(file).get("model_type") if os.path.isfile(file) else None
-    if kind != "clip":
+    kind = repr(read_json(file).get("model_type")) if os.path.isfile(file) else "no config.json there"
+    if kind != "'clip'":
         raise UserError(
-            f"--clip_model {folder}: found {'no config.json there' if kind is None else f'a {kind!r}'}; expected the "
-            "folder of a CLIP: `hf download openai/clip-vit-large-patch14-336 --local-dir clip`"
+            f"--clip_model {folder}: found {kind}; expected the folder of a CLIP: "
+            "`hf download openai/clip-vit-large-patch14-336 --local-dir clip`"
         )
     if problems := read_shards(folder)[1]:
         raise UserError("\n".join(problems))
@@ -142,8 +142,8 @@ def baseline(name, rows, answers, further):
     right = [row["label"] == answer for row, answer in zip(rows, answers, strict=True)]
     found = compare([row["correct"] for row in rows], right)
     keys = ("difference", "difference_ci95", "mcnemar_p", "only_this", "only_other")
-    values = {"name": name, "accuracy": found["other_accuracy"]}
-    values |= {"accuracy_ci95": wilson_interval(sum(right), len(right))}
+    interval = wilson_interval(sum(right), len(right))
+    values = {"name": name, "accuracy": found["other_accuracy"], "accuracy_ci95": interval}
     return values | {key: found[key] for key in keys} | further
 
 

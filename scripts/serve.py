@@ -32,7 +32,7 @@ from animals.command import UserError, run
 from animals.pictures.read import PictureError, list_pictures, load_picture
 from animals.ranks import choose_arithmetic
 from animals.scoring.page import Texts, data_uri, render, show
-from animals.scoring.scorer import load_scorer, probabilities
+from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities
 
 MAX_UPLOAD = 64_000_000  # bytes; a 50-megapixel JPEG of a phone has 25,000,000
 EXAMPLES = 12  # pictures to try on the page
@@ -123,12 +123,10 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], (*settings.TASK_FIELDS, "input_dir", "language"))
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="pictures to try on the page (default: <input_dir>/test_data)")
-    add("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="the checkpoint that answers")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights, on a GPU")
-    add("--use_cpu", action="store_true", help="compute on the CPU although there is a GPU")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: other machines may ask, too")
     add("--port", type=int, default=7860, help="port to listen on; 0: any free one")
     add("--min_probability", type=float, default=0.0, help="0 to 1; below it the answer is `unsure`")
+    add_inference_flags(parser, batches=False)
     args = parser.parse_args()
     require_checkpoint(args.model_name_or_path)
     config = settings_for(settings.config_from(args), args.model_name_or_path)

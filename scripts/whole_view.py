@@ -32,7 +32,7 @@ def write_whole_view(source: Path, out: Path):
     config = read_json(source / "config.json")
     if config["model_type"] == "llava":
         raise UserError(
-            f"{source}: found a plain LLaVA, which sees the whole view already; expected LLaVA-NeXT; use it"
+            f"{source}: found a plain LLaVA, which sees the whole view already; expected LLaVA-NeXT; use it as it is"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: found files there; expected a new or empty folder; delete it, or name another one")
@@ -41,12 +41,11 @@ def write_whole_view(source: Path, out: Path):
     out.mkdir(parents=True, exist_ok=True)
     write_weights(source, out)
     complete(out, source, load_processor(source), read_task(source))
-    processor, tokenizer = read_json(out / "processor_config.json"), read_json(out / "tokenizer_config.json")
+    processor, kind = read_json(out / "processor_config.json"), {"processor_class": PROCESSORS["llava"]}
     pixels = processor.pop("image_processor", None) or read_json(out / "preprocessor_config.json")
-    kind = {"processor_class": PROCESSORS["llava"]}
     write_json(out / "preprocessor_config.json", whole_view_pixels(pixels) | kind)
     write_json(out / "processor_config.json", processor | kind)
-    write_json(out / "tokenizer_config.json", tokenizer | kind)
+    write_json(out / "tokenizer_config.json", read_json(out / "tokenizer_config.json") | kind)
     write_json(out / "config.json", whole_view_config(config))
 
 
@@ -57,7 +56,7 @@ def write_weights(source: Path, out: Path):
     index_file = source / "model.safetensors.index.json"
     index = read_json(index_file) if index_file.is_file() else {"weight_map": {"image_newline": "model.safetensors"}}
     changed = index["weight_map"].pop("image_newline")
-    for name in {changed, *index["weight_map"].values()} - {changed}:
+    for name in set(index["weight_map"].values()) - {changed}:
         try:
             os.link(os.path.realpath(source / name), out / name)  # a file in the hub's cache is a symbolic link
         except OSError:  # another disk, or one without hard links
@@ -96,9 +95,7 @@ def whole_view_pixels(pixels: dict) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", type=Path, help="folder of a LLaVA-NeXT checkpoint, of the hub's or a trained one")
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()

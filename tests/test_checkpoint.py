@@ -142,7 +142,7 @@ DAMAGE = {  # what happens to a folder -> what is said
     "no shard": (lambda f: (f / TWO).unlink(), rf"{TWO}: not found; .*hf download \S+ {TWO}"),
     "cut short": (
         lambda f: os.truncate(f / THREE, (f / THREE).stat().st_size - 100),
-        rf"{THREE}: found [\d,]+ bytes where its header tells of [\d,]+; delete",
+        rf"{THREE}: found [\d,]+ bytes although its header says [\d,]+; delete",
     ),
     "pointer": (lambda f: (f / TWO).write_text(LFS_POINTER), rf"{TWO}: found a Git LFS pointer"),
     "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], r"model.safetensors: not found"),
@@ -195,7 +195,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute 
 alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
 assert check.check_weights(sys.argv[1]) == []
 check.unpartitioned_models = contextlib.nullcontext
-check.meta_model.cache_clear()
 try:
     assert check.check_weights(sys.argv[1]) != []
 except NotImplementedError:

@@ -4,7 +4,6 @@ Accepts the copies of the hub's folder that exist: as downloaded, older and newe
 links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
 """
 
-import functools
 import json
 import os
 
@@ -93,14 +92,8 @@ def read_shards(path, stem="model"):
 
 def read_header(file):
     """{parameter name: shape} of a safetensors file. Raises ValueError if it is no such file or is cut short."""
-    status = os.stat(file)
-    return _read_header(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache  # several checks at one start ask for the same headers
-def _read_header(file, size, changed):
     with open(file, "rb") as opened:
-        start = opened.read(8)
+        start, size = opened.read(8), os.stat(file).st_size
         if start == b"version ":
             raise ValueError("a Git LFS pointer instead of the weights (`git lfs pull` fetches them)")
         length = int.from_bytes(start, "little")
@@ -113,7 +106,7 @@ def _read_header(file, size, changed):
     header.pop("__metadata__", None)
     complete = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != complete:
-        raise ValueError(f"{size:,} bytes where its header tells of {complete:,}")
+        raise ValueError(f"{size:,} bytes although its header says {complete:,}")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
@@ -123,9 +116,8 @@ def first_names(names, count=3):
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-@functools.cache
-def meta_model(path, changed):
-    """The model that config.json describes, without memory (meta device). changed: time of the file, for the cache."""
+def meta_model(path):
+    """The model that config.json describes, without memory (meta device)."""
     import torch
 
     config = model_config(path)
@@ -153,14 +145,12 @@ def check_weights(path):
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    model = meta_model(path, os.path.getmtime(os.path.join(path, "config.json")))
+    model = meta_model(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
     missing = [name for name in expected if name not in found]
     unused = ("position_ids", "inv_freq")  # parameters of older versions, which today's model computes
-    unexpected = [
-        file_name for name, (file_name, _) in found.items() if not (name in expected or name.endswith(unused))
-    ]
+    unexpected = [found[name][0] for name in found if not (name in expected or name.endswith(unused))]
     if missing:
         problems.append(f"{path}: {len(missing)} parameters are missing: {first_names(missing)}")
     if unexpected:

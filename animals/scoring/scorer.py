@@ -27,35 +27,31 @@ class Scorer:
         import torch
 
         self.processor, self.config, self.labels = processor, config, config.labels
-        prompt, answers = self._token_ids(), []  # answers: each label's token ids, </s> last
+        prompt, self.answers = self._token_ids(), []  # answers: each label's token ids, </s> last
         for label in self.labels:
             tokens = self._token_ids(label)
             if tokens[: len(prompt)] != prompt or len(tokens) < len(prompt) + 2:
                 raise UserError(f"label {label!r}: its tokens do not follow the prompt's; change --answer or --prompt")
-            answers.append(tokens[len(prompt) :])
-        if len({tuple(answer) for answer in answers}) < len(answers):
+            self.answers.append(tokens[len(prompt) :])
+        if len(set(map(tuple, self.answers))) < len(self.answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
-        self.answers = answers
-        self.text_tokens = len(prompt) - 1 + max(map(len, answers))  # the most of an example, beside its picture's
+        self.text_tokens = len(prompt) - 1 + max(map(len, self.answers))  # the most of an example, beside its picture's
         if len(prompt) > LONG_PROMPT:
-            say(
-                f"the question takes {len(prompt) - 1} tokens beside each picture's, with {len(self.labels)} labels in "
-                "it; --prompt without {labels} makes it short"
-            )
+            say(f"the question takes {len(prompt) - 1} tokens per picture; --prompt without {{labels}} makes it short")
         # The model predicts </s> but never reads it. For each token that it reads: id, label, place in the answer.
-        fed = [(t, k, i) for k, answer in enumerate(answers) for i, t in enumerate(answer[:-1])]
+        fed = [(t, k, i) for k, answer in enumerate(self.answers) for i, t in enumerate(answer[:-1])]
         self.fed_ids, self.fed_label, self.fed_place = torch.tensor(fed).T  # each [fed]
         # For each predicted token: id, label, and which of the kept logits predicts it (0: the prompt's last token's).
         predicted, row = [], 0
-        for k, answer in enumerate(answers):
+        for k, answer in enumerate(self.answers):
             predicted += [(token, k, row + i if i else 0) for i, token in enumerate(answer)]
             row += len(answer) - 1
         self.target_ids, self.target_label, self.target_row = torch.tensor(predicted).T  # each [predicted]
 
     def _text(self, label=None):
         """The conversation as the model reads it, with BOS; without a label it ends where the answer begins."""
-        chat, template = self.config.conversation(label), self.config.chat_template
-        return self.processor.apply_chat_template(chat, chat_template=template, tokenize=False)
+        template = self.config.chat_template
+        return self.processor.apply_chat_template(self.config.conversation(label), template, tokenize=False)
 
     def _token_ids(self, label=None):
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
@@ -78,8 +74,7 @@ class Scorer:
             padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
         )  # fmt: skip
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
-        size, prompt = seen.shape
-        fed = len(self.fed_ids)
+        (size, prompt), fed = seen.shape, len(self.fed_ids)
         batch["input_ids"] = torch.cat([batch["input_ids"], self.fed_ids.expand(size, fed)], dim=1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         batch["position_ids"] = torch.cat([positions, seen.sum(1, keepdim=True) + self.fed_place], dim=1)
@@ -116,8 +111,7 @@ def score_in_parts(scorer, model, batch, most, halve=True):
     while start < size:
         tried = min(most, size - start)
         try:
-            part = {key: value[start : start + tried] for key, value in batch.items()}
-            scored.append(scorer.score(model, part))
+            scored.append(scorer.score(model, {key: value[start : start + tried] for key, value in batch.items()}))
             start += tried
         except torch.OutOfMemoryError:
             if not halve:
@@ -230,11 +224,12 @@ def load_scorer(path, config, dtype):
     return scorer, model
 
 
-def add_inference_flags(parser):
-    """The flags that validation.py and test.py share."""
-    parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="checkpoint")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="pictures per forward pass and rank")
-    types = ["bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", default=types[0], choices=types, help="number type of the weights")
-    parser.add_argument("--use_cpu", action="store_true", help="compute on the CPU although there is a GPU")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes per rank that decode pictures")
+def add_inference_flags(parser, batches=True):
+    """The flags of the commands that score pictures. batches: also those about pictures that are scored together."""
+    add, types = parser.add_argument, ["bfloat16", "float16", "float32"]
+    add("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="checkpoint")
+    add("--dtype", default=types[0], choices=types, help="number type of the weights on a GPU")
+    add("--use_cpu", action="store_true", help="compute on the CPU although there is a GPU")
+    if batches:
+        add("--per_device_eval_batch_size", type=int, default=8, help="pictures per forward pass and rank")
+        add("--dataloader_num_workers", type=int, default=0, help="processes per rank that decode pictures")
