@@ -1,11 +1,13 @@
 """The table of baselines: each row against a direct computation on the same pictures, with a tiny random CLIP."""
 
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
@@ -25,16 +27,15 @@ def tiny_clip(tmp_path_factory):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
-    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    letters = [f"{letter}{end}" for letter in ascii_lowercase for end in ("", "</w>")]
     words = {word: i for i, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     CLIPTokenizer(vocab=words, merges=[]).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     half = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = half | {"vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
     torch.manual_seed(1)
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=half | {"image_size": 32, "patch_size": 8}, projection_dim=16)
-    )
+    vision = half | {"image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if not any(part in name for part in ("norm", "bias", "class_embedding", "logit_scale")):
@@ -102,26 +103,21 @@ def zero_shot(folder, pictures):
 def probe(root, demo, rows):
     """Features one picture at a time from the untuned model's own pieces; the fit by hand."""
     processor, model = load_processor(str(demo.model)), load_model(str(demo.model), "float32")
-    tower, features = model.model.vision_tower, {}
+    tower, features = model.model.vision_tower, []
     paths = [p for folder in FOLDERS for p in list_pictures(str(root / "input" / "train_data" / folder))]
-    for split, names in (("train", paths), ("validation", [row["image"] for row in rows])):
-        features[split] = []
-        for path in names:
-            whole = processor.image_processor(load_picture(path), return_tensors="pt")["pixel_values"][0, :1]
-            with torch.inference_mode():
-                out = tower(whole, output_hidden_states=True)
-            patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
-            features[split].append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
-        features[split] = np.stack(features[split])
+    for path in [*paths, *(row["image"] for row in rows)]:
+        whole = processor.image_processor(load_picture(path), return_tensors="pt")["pixel_values"][0, :1]
+        with torch.inference_mode():
+            out = tower(whole, output_hidden_states=True)
+        patches = out.hidden_states[model.config.vision_feature_layer][0, 1:]
+        features.append(torch.cat([out.pooler_output[0], patches.mean(0)]).numpy())
     blocks = [np.load(path)["features"] for path in (root / "temp" / "features").glob("*/*.npz")]
     kept = np.concatenate([block for block in blocks if block.shape[1] != 16])  # 16: CLIP's
-    everything = np.concatenate(list(features.values()))
-    assert np.allclose(np.sort(kept, axis=0), np.sort(everything, axis=0), atol=1e-4)
-    answers = [FOLDERS[Path(path).parent.name] for path in paths]
-    predicted, strength = fit(features["train"], answers, features["validation"])
-    scaler = StandardScaler().fit(features["train"])
-    by_hand = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(features["train"]), answers)
-    assert by_hand.predict(scaler.transform(features["validation"])).tolist() == predicted
+    assert np.allclose(np.sort(kept, axis=0), np.sort(features, axis=0), atol=1e-4)
+    answers, train, held_out = [FOLDERS[Path(p).parent.name] for p in paths], *np.split(features, [len(paths)])
+    predicted, strength = fit(train, answers, held_out)
+    by_hand = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(train, answers)
+    assert by_hand.predict(held_out).tolist() == predicted
     return predicted
 
 

@@ -1,7 +1,7 @@
 """Batch size, order and rank count change nothing; what does not fit into memory goes in parts; validation.py."""
 
-import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from animals.checkpoint.steps import global_step, newest_complete, run_name, wri
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.report import read_report
 from animals.scoring.scorer import Scorer, load_scorer, score_pictures, stratified_sample
 from config import Config
 
@@ -51,12 +52,11 @@ def scored(demo, few):
 def test_batch_size_and_order_change_nothing(scored, batch_size, order):
     scorer, model, paths, lengths, alone = scored
     shuffle = np.random.default_rng(batch_size).permutation(len(paths)).tolist()
-    # unlike lengths in one batch when shuffled: much padding, which must not leak
+    # When they are shuffled, a batch has pictures of unlike lengths: much padding, which must not leak.
     sizes = [lengths[i] for i in shuffle] if order == "by length" else [0] * len(paths)
     together = score_pictures(model, scorer, [paths[i] for i in shuffle], batch_size, sizes)
     p, q = alone[shuffle].softmax(1), together.softmax(1)
-    assert (p - q).abs().max() < 1e-4
-    assert torch.equal(p.argmax(1), q.argmax(1))
+    assert (p - q).abs().max() < 1e-4 and torch.equal(p.argmax(1), q.argmax(1))
     assert (q.double().sum(1) - 1).abs().max() < 1e-6
     assert alone.std(0).max() > 0.01, "pictures differ in what they score"
 
@@ -85,19 +85,8 @@ def test_a_batch_that_does_not_fit_goes_in_parts(scored, capsys):
     said = capsys.readouterr().err
     assert "out of memory with 10 pictures at once: going on with 5" in said
     assert "out of memory with 5 pictures at once: going on with 3" in said
-
-
-def test_one_picture_that_does_not_fit_is_an_error(scored):
-    scorer, model, paths, lengths, _ = scored
     with pytest.raises(torch.OutOfMemoryError):
         score_pictures(SmallMemory(model, 0), scorer, paths[:2], 2, lengths[:2])
-
-
-def read_predictions(folder):
-    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = {row["image"]: row for row in csv.DictReader(file)}
-    labels = Config().labels
-    return {image: (row["prediction"], [float(row[label]) for label in labels]) for image, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +109,12 @@ def test_more_ranks_change_nothing(by_one, run, tmp_path, ranks):
     assert done.code == 0, done.output
     last = json.loads(done.output.splitlines()[-1])
     assert (last["accuracy"], last["n"]) == (alone["accuracy"], alone["n"])
-    many, one = (read_predictions(Path(brief["report"]).parent) for brief in (last, alone))
-    assert many.keys() == one.keys() and len(one) == 10 * PER_CLASS
-    for image, (prediction, probabilities) in one.items():
-        assert many[image][0] == prediction
-        assert np.abs(np.array(many[image][1]) - probabilities).max() < 1e-4
-        assert sum(probabilities) == pytest.approx(1, abs=1e-9)
-    report = json.loads(Path(last["report"]).read_text())
+    (report, many), (_, one) = (read_report(brief["report"]) for brief in (last, alone))
+    assert len(one) == 10 * PER_CLASS
+    for row, before in zip(many, one, strict=True):
+        assert (row["image"], row["prediction"]) == (before["image"], before["prediction"])
+        p, q = (np.array([side[label] for label in report["labels"]]) for side in (row, before))
+        assert np.abs(p - q).max() < 1e-4 and q.sum() == pytest.approx(1, abs=1e-9)
     same = report["comparison"]
     assert (same["difference"], same["mcnemar_p"], same["changed"], same["only_this"]) == (0, 1, [], 0)
     assert report["processes"] == ranks and "baselines" not in report
@@ -142,10 +130,8 @@ def test_other_pictures_end_with_one_line(by_one, run, demo):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_one_line(demo, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(demo.checkpoint, broken, ignore=shutil.ignore_patterns("checkpoint-*"))
-    with open(broken / "model.safetensors", "r+b") as file:
-        file.truncate(100_000)
+    broken = shutil.copytree(demo.checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("checkpoint-*"))
+    os.truncate(broken / "model.safetensors", 100_000)
     with pytest.raises(UserError, match=r"^[^\n]*model.safetensors: found 100,000 bytes[^\n]*$"):
         load_scorer(str(broken), Config(), "float32")
     (broken / "tokenizer.json").write_text("{")

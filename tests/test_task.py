@@ -14,7 +14,9 @@ from PIL import Image
 
 from animals.checkpoint.task import changed_task_flags, how_to_ask, read_task, settings_for, task_of, write_task
 from animals.command import UserError
+from animals.files import read_json
 from animals.pictures.read import load_picture
+from animals.scoring.report import read_report
 from animals.scoring.scorer import load_scorer
 from config import ANSWER, CHAT_TEMPLATE, FOLDER_TO_LABEL, PROMPT, Config
 from scripts.whole_view import write_whole_view
@@ -182,15 +184,14 @@ invented = pytest.mark.parametrize("trained", ["invented names"], indirect=True)
 @invented
 def test_every_saved_folder_says_what_it_was_trained_on(trained, run):
     table = {label: label for label in trained.labels}
+    task = {"folder_to_label": table, "prompt": "Zorx or what? {labels}", "answer": "It is {label}."}
     for folder in (trained.out, trained.out / "checkpoint-2"):
-        task = {"folder_to_label": table, "prompt": "Zorx or what? {labels}", "answer": "It is {label}."}
-        saved = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        assert saved == task | {"chat_template": CHAT_TEMPLATE}
-        config = json.loads((folder / "config.json").read_text())
+        assert read_json(folder / "task.json") == task | {"chat_template": CHAT_TEMPLATE}
+        config = read_json(folder / "config.json")
         assert config["id2label"] == dict(zip("012", trained.labels, strict=True))
         assert config["label2id"] == {label: i for i, label in enumerate(trained.labels)}
-        assert "<s>" not in json.loads((folder / "chat_template.json").read_text())["chat_template"], "the hub's"
-    rows = json.loads((trained.input.parent / "cache" / "train.json").read_text(encoding="utf-8"))
+        assert "<s>" not in read_json(folder / "chat_template.json")["chat_template"], "the hub's"
+    rows = read_json(trained.input.parent / "cache" / "train.json")
     assert rows[0]["messages"] == Config(**task).conversation("Quax")
     for command in ("sh validation.sh", "python validation.py", "python test.py"):
         done = run(f"{command} --prompt other --model_name_or_path {trained.out}")
@@ -203,25 +204,24 @@ def test_no_flag_is_needed_to_score_what_was_trained(trained, run, tmp_path):
     flags = f"{trained.data} --model_name_or_path {trained.out}"
     done = run(f"sh validation.sh {flags} {trained.on} --report_dir {tmp_path}")
     assert done.code == 0, done.output[-3000:]
-    report = json.loads((tmp_path / "sft" / "report.json").read_text(encoding="utf-8"))
-    history = json.loads((trained.out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    report, scored = read_report(str(tmp_path / "sft"))
+    history = read_json(trained.out / "checkpoint-2" / "trainer_state.json")["log_history"]
     [last], n = [log for log in history if "eval_accuracy" in log], len(trained.labels)
     assert last["eval_pictures"] == report["n"] == (9 if trained.on else 36 if n == 3 else 120)
     assert (report["accuracy"], report["macro_f1"]) == (last["eval_accuracy"], last["eval_macro_f1"])
     assert n > 3 or trained.on or report["accuracy"] > 0.4, "not one answer to everything"
     assert sorted(report["labels"]) == sorted(trained.labels)
     assert report["question"] == trained.prompt.replace("{labels}", ", ".join(report["labels"]))
-    with open(tmp_path / "sft" / "predictions.csv", newline="", encoding="utf-8") as file:
-        scored = {row["image"]: row for row in csv.DictReader(file)}
-    pictures = " ".join(f"'{path}'" for path in list(scored)[:: len(scored) // 3][:3])
+    some = scored[:: len(scored) // 3][:3]
+    pictures = " ".join(f"'{row['image']}'" for row in some)
     done = run(f"python test.py {pictures} --model_name_or_path {trained.out} --output {tmp_path}/n.csv")
     assert done.code == 0, done.output[-3000:]
     with open(tmp_path / "n.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and list(rows[0])[-n:] == report["labels"]
-    for row in rows:
+    for row, before in zip(rows, some, strict=True):
         for label in report["labels"]:
-            assert float(row[label]) == pytest.approx(float(scored[row["image"]][label]), abs=0.02)  # a GPU: bf16
+            assert float(row[label]) == pytest.approx(before[label], abs=0.02)  # a GPU: bf16
 
 
 def test_the_trained_scorer_equals_teacher_forcing(trained):
@@ -255,8 +255,7 @@ def test_training_on_top_with_another_answer_is_said_and_recorded(trained, run, 
     )
     assert done.code == 0, done.output[-3000:]
     assert done.output.count('--answer: found "{label}"; expected "It is {label}."') == 1
-    before, after = (json.loads((path / "task.json").read_text()) for path in (trained.out, tmp_path / "sft"))
-    assert after == before | {"answer": "{label}"}
+    assert read_task(tmp_path / "sft") == read_task(trained.out) | {"answer": "{label}"}
 
 
 @invented

@@ -1,7 +1,4 @@
-"""The whole view as a plain llava checkpoint, which scripts/whole_view.py writes: read, trained, saved.
-
-test_task.py holds its scorer against teacher forcing and asks it by every command.
-"""
+"""The plain llava checkpoint of scripts/whole_view.py: read, trained, saved. test_task.py scores with it."""
 
 import json
 import shutil
@@ -21,9 +18,6 @@ from animals.scoring.scorer import Scorer
 from config import Config
 from scripts import whole_view
 
-STEPS = (
-    "--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --eval_strategy no --max_steps 2 --save_steps 1"
-)
 PICTURE = Image.effect_mandelbrot((300, 225), (-2, -1, 1, 1), 50).convert("RGB")
 
 
@@ -34,13 +28,16 @@ def whole(hub, tmp_path_factory):
     return out
 
 
+def read_weights(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
 def read_bare(folder):
     """Weights in the files, model and processor as bare transformers reads them: nothing is missing, nothing left."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     assert check_files(folder) == [] and check_weights(folder) == []
-    weights = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-    shapes = replica.hub_shapes(replica.hub_config(2, 3, full_width=False))
+    weights, shapes = read_weights(folder), replica.hub_shapes(replica.hub_config(2, 3, full_width=False))
     del shapes["image_newline"]
     assert {name: tuple(value.shape) for name, value in weights.items()} == shapes
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -58,8 +55,7 @@ def test_only_the_shard_with_image_newline_is_written_again(hub, tmp_path, capsy
     assert f"Next:\n    sh train.sh --model_name_or_path {out}" in capsys.readouterr().out
     shards = sorted(file.name for file in source.glob("*.safetensors"))
     assert [shard for shard in shards if not (out / shard).samefile(source / shard)] == shards[:1]
-    before = {key: value for shard in shards for key, value in load_file(source / shard).items()}
-    weights, _, _ = read_bare(out)
+    before, (weights, _, _) = read_weights(source), read_bare(out)
     assert all(value.dtype == torch.float16 and torch.equal(value, before[key]) for key, value in weights.items())
     if len(shards) > 1:
         index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -101,7 +97,8 @@ def test_pixels_features_and_tokens_are_those_of_the_base_view(hub, whole):
 def test_trained_it_stays_a_plain_llava_and_resumes_to_the_bit(whole, data, run, tmp_path):
     """Two steps of 2-rank ZeRO-3, a checkpoint after each; then the second one again."""
     out = tmp_path / "sft"
-    command = f"sh train.sh {data} {STEPS} --model_name_or_path {whole} --output_dir {out}"
+    command = f"sh train.sh {data} --model_name_or_path {whole} --output_dir {out} --per_device_train_batch_size 4 "
+    command += "--gradient_accumulation_steps 1 --eval_strategy no --max_steps 2 --save_steps 1"
     done = run(command, NUM_PROCESSES=2)
     assert done.code == 0 and "image tokens    576 to 576" in done.output, done.output[-3000:]
     _, model, processor = read_bare(out)

@@ -235,25 +235,14 @@ def hub_cache(folder):
         file.symlink_to(os.path.relpath(blobs / f"{i:040x}", folder))
 
 
-VARIANTS = {
-    f.__name__: f
-    for f in (
-        without_processor_config,
-        old_template,
-        jinja_template,
-        no_template,
-        transformers_5,
-        modelscope,
-        hub_cache,
-    )
-}
+USABLE = without_processor_config, old_template, jinja_template, no_template, transformers_5, modelscope, hub_cache
+VARIANTS = {f.__name__: f for f in USABLE}
 BROKEN = {f.__name__: f for f in (slow_tokenizer, only_tokenizer_model)}
 
 
 def build_variant(source, folder, name) -> Path:
     """A copy of the replica `source` in `folder`, changed into the variant `name`."""
-    folder = Path(folder)
-    shutil.copytree(source, folder)
+    folder = Path(shutil.copytree(source, folder))
     (VARIANTS | BROKEN)[name](folder)
     return folder
 
