@@ -24,6 +24,7 @@ from animals.checkpoint.family import HUB_NAME, model_class, model_config
 from animals.checkpoint.load import load_for_training, load_model, load_processor
 from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
+from animals.files import read_json
 from animals.pictures.read import load_picture
 from animals.scoring.scorer import Scorer, score_batches
 from animals.training.batches import PictureCollator
@@ -124,10 +125,9 @@ def test_tokenizer_model_alone_is_refused_by_name(hub, tmp_path, name):
 def change_shard(folder, name, value=None):
     """Set a parameter in the first shard and in the index; None removes it."""
     index = folder / "model.safetensors.index.json"
-    values = {key: old for key, old in load_file(folder / ONE).items() if key != name}
-    values |= {} if value is None else {name: value}
+    values = {key: old for key, old in (load_file(folder / ONE) | {name: value}).items() if old is not None}
     save_file(values, folder / ONE, metadata={"format": "pt"})
-    others = {key: shard for key, shard in json.loads(index.read_text())["weight_map"].items() if shard != ONE}
+    others = {key: shard for key, shard in read_json(index)["weight_map"].items() if shard != ONE}
     replica.dump(index, {"metadata": {}, "weight_map": others | dict.fromkeys(values, ONE)})
 
 
@@ -162,8 +162,7 @@ DAMAGE = {  # what happens to a folder -> what is said
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_before_the_weights_load(hub, tmp_path, damage):
-    folder = shutil.copytree(hub, tmp_path / "model")
-    change, message = DAMAGE[damage]
+    folder, (change, message) = shutil.copytree(hub, tmp_path / "model"), DAMAGE[damage]
     change(folder)
     problems = "\n".join(check_files(folder) or check_weights(folder))
     assert re.search(message, problems), problems
@@ -308,7 +307,7 @@ def test_saved_folder_is_the_hubs(trained, hub, arithmetic):
     assert check_files(trained) == [] and check_weights(trained) == []
     for name in HUB_FILES - {"config.json"}:
         assert json_or_bytes(trained / name) == json_or_bytes(hub / name), name
-    config, before = (json.loads((folder / "config.json").read_text()) for folder in (trained, hub))
+    config, before = (read_json(folder / "config.json") for folder in (trained, hub))
     for part in (before, before["text_config"], before["vision_config"]):
         part |= {"dtype": arithmetic, "torch_dtype": arithmetic}
     numbers = {label: i for i, label in enumerate(Config().labels)}
@@ -316,7 +315,7 @@ def test_saved_folder_is_the_hubs(trained, hub, arithmetic):
 
 
 def json_or_bytes(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()
+    return read_json(path) if path.suffix == ".json" else path.read_bytes()
 
 
 def test_bare_transformers_and_its_pipeline_read_it(trained, tmp_path):

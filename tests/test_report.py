@@ -89,7 +89,7 @@ def expected_numbers(folder, report, other_right):
     rows, labels = read_rows(folder / "predictions.csv"), report["labels"]
     y, said = [row["label"] for row in rows], [row["prediction"] for row in rows]
     p = np.array([[float(row[label]) for label in labels] for row in rows])
-    right = [a == b for a, b in zip(y, said, strict=True)]
+    right = np.array(y) == said
     low, high = wilson_interval(sum(right), len(y), report.get("design_effect", 1))
     want = {
         "accuracy": sk.accuracy_score(y, said), "accuracy_low": low, "accuracy_high": high, "n": len(y),
@@ -101,8 +101,7 @@ def expected_numbers(folder, report, other_right):
         "log_loss": sk.log_loss([labels.index(label) for label in y], p, labels=range(len(labels))),
         "seconds": report["seconds"], "images_per_second": report["images_per_second"],
     }  # fmt: skip
-    if report["held_out"] > len(y):
-        want["held_out"] = report["held_out"]
+    want |= {"held_out": report["held_out"]} if report["held_out"] > len(y) else {}
     table = sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0)
     for label, row in report["per_class"].items():
         keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
@@ -111,19 +110,17 @@ def expected_numbers(folder, report, other_right):
     confidence, found, want["ece"] = p.max(axis=1), report["calibration"], 0
     for b, row in enumerate(found["bins"]):
         inside, key = (confidence <= row["high"]) & ((confidence > row["low"]) | (b == 0)), f"calibration.{b}."
-        accuracy, mean = np.mean(np.array(right)[inside]), confidence[inside].mean()
+        accuracy, mean = right[inside].mean(), confidence[inside].mean()
         want |= {f"{key}n": inside.sum(), f"{key}accuracy": accuracy, f"{key}confidence": mean}
         want["ece"] += inside.mean() * abs(accuracy - mean)
     want |= {f"ece_if_calibrated.{key}": value for key, value in found["ece_if_calibrated"].items()}
-    for least in (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99):
-        said_at_all = confidence >= least
-        if said_at_all.any():
-            key = f"answered.{least if least else 0.0}."
-            want |= {f"{key}share": said_at_all.mean(), f"{key}accuracy": np.mean(np.array(right)[said_at_all])}
+    for least in (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99):
+        if (kept := confidence >= least).any():
+            want[f"answered.{least}.share"], want[f"answered.{least}.accuracy"] = kept.mean(), np.mean(right[kept])
     if other_right:
         table = sk.confusion_matrix(right, other_right, labels=[True, False]).ravel().tolist()
         want |= {f"comparison.{name}": n for name, n in zip(SIDES, table, strict=True)}
-        c = compare(right, other_right)  # held against scipy and statsmodels in test_metrics.py
+        c = compare(right.tolist(), other_right)  # held against scipy and statsmodels in test_metrics.py
         want |= {f"comparison.{name}": c[name] for name in ("n", "accuracy", "other_accuracy", "difference")}
         want["comparison.mcnemar_p"] = want["baselines.probe.mcnemar_p"] = c["mcnemar_p"]
         for key, name in (("comparison.", ""), ("baselines.probe.", "difference_")):
@@ -180,6 +177,10 @@ def test_every_number_on_the_demos_page(demo):
     check_numbers(demo.root / REPORT)
 
 
+def fetched(browser):
+    return {request.partition("#")[0] for request in browser.requests() if not request.startswith("data:")}
+
+
 def shown_pictures(browser):
     links = browser.js("[...document.querySelectorAll('.cell:target li a')].map(a => [a.href, a.offsetWidth > 0])")
     assert all(visible for _, visible in links)
@@ -223,17 +224,17 @@ def test_in_chromium(which, browser, made, demo, tmp_path):
                 assert browser.js(NARROW), "a table that scrolls"
                 assert browser.js(ONE_LINE), "a number broken over two lines"
                 paper.append(browser.js("getComputedStyle(document.body).backgroundColor"))
-                assert {request.split("#")[0] for request in browser.requests() if request[:5] != "data:"} == {url}
+                assert fetched(browser) == {url}
         first = browser.js(FIRST_SCREEN)
         assert len(first) == 9 and max(first) < 800, "accuracy, interval and six mistakes with their names"
     assert len(set(paper)) == 2, "light and dark"
     assert browser.js("[...document.scripts].filter(s => s.src).length") == 0
     assert browser.js("[...document.images].filter(i => !i.alt).length") == 0
     cells = browser.js("[...document.querySelectorAll('.confusion a')].map(a => [a.hash, a.textContent])")
-    for how, (hash_, count) in enumerate(cells):
+    for i, (hash_, count) in enumerate(cells):
         link = f"document.querySelector('.confusion a[href=\"{hash_}\"]')"
         browser.js(f"{link}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        if how % 2:
+        if i % 2:
             browser.js(f"{link}.focus()")
             browser.press_enter()
         else:
@@ -246,8 +247,7 @@ def test_in_chromium(which, browser, made, demo, tmp_path):
         assert len(counted) == int(count)
         assert browser.js(OVERFLOW) == []
     browser.wait_for("[...document.querySelectorAll('.cell:target img')].every(i => i.complete && i.naturalWidth)", 10)
-    fetched = [request for request in browser.requests() if not request.startswith("data:")]
-    assert {request.split("#")[0] for request in fetched} == {url}
+    assert fetched(browser) == {url}
     browser.js("document.querySelector('.worst .file').focus()")
     browser.press_enter()
     browser.wait_for("document.querySelector('.worst .file').textContent == 'path copied'", 5)
@@ -317,7 +317,7 @@ def test_contact_sheet(made, tmp_path, browser):
     rows.append({"image": "broken.jpg", "prediction": "", "error": "not a <picture>"})
     html = contact_sheet(rows, LABELS, "a/model", str(tmp_path), "en", 0.4)
     (tmp_path / "sheet.html").write_text(html, encoding="utf-8")
-    headings = ["cat", "dog", "rare", "&lt;b&gt;&amp;", "unsure", "unreadable"]  # nobody got the label never said
+    headings = ["cat", "dog", "rare", "&lt;b&gt;&amp;", "unsure", "unreadable"]  # `never said` is not among them
     assert re.findall(r"<h2>(.*?) <span", html) == headings
     cat = re.search(r'id="name-1".*?</section>', html, re.S)[0]
     shown = [float(x) for x in re.findall(r"</a>([\d.]+)", cat)]
@@ -420,10 +420,9 @@ def test_what_is_shown_where(made, monkeypatch):
         "baselines_scale": sorted(report["accuracy_ci95"] + report["baselines"][0]["accuracy_ci95"])[::3],
     }  # fmt: skip
     for name, (low, high) in held.items():
-        ticks = page[name]
-        assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9, name
-        room = (high - low) / 4 + 0.2  # and no more than a step beyond
-        assert low - ticks[0] <= room and ticks[-1] - high <= room and len(ticks) <= 7, name
+        (first, *_, last), room = page[name], (high - low) / 4 + 0.2  # no more than a step beyond
+        assert low - room <= first <= low + 1e-9 and high - 1e-9 <= last <= high + room, name
+        assert len(page[name]) <= 7, name
 
 
 def test_numbers_for_people():

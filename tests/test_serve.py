@@ -17,13 +17,16 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from animals.pictures.read import list_pictures
+from animals.pictures.read import list_pictures, load_picture
 from config import Config
 from scripts.serve import MAX_UPLOAD
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = Config().labels
-TEN_BARS = "document.querySelectorAll('#answer .bars li').length == 10"
+BARS = "[...document.querySelectorAll('#answer .bars li')]"
+TEN_BARS = f"{BARS}.length == 10"
+PROBABILITIES = f"Object.fromEntries({BARS}.map(li => [li.dataset.label, +li.dataset.probability]))"
+PICTURE_SHAPE = "(i => i.naturalWidth && [i.naturalWidth, i.naturalHeight])(document.querySelector('#answer img'))"
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +36,10 @@ def pictures(demo, tmp_path_factory):
     originals = list_pictures(str(demo.input / "validation_data"))[:: 300 // 18]
     for i, path in enumerate(originals):
         (folder / f"{i:02}.jpg").write_bytes(Path(path).read_bytes())
-    with Image.open(originals[0]) as picture:
-        picture.save(folder / "a.png")
-    with Image.open(originals[1]) as picture:
-        exif = picture.getexif()
-        exif[0x0112] = 6  # turned a quarter
-        picture.crop((0, 0, 90, 60)).save(folder / "turned.jpg", exif=exif)
+    load_picture(originals[0]).save(folder / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    load_picture(originals[1]).crop((0, 0, 90, 60)).save(folder / "turned.jpg", exif=exif)
     (folder / "text.jpg").write_text("no picture")
     Image.new("1", (10_000, 10_000)).save(folder / "bomb.png")
     return folder
@@ -53,10 +54,8 @@ def served(run, demo, pictures, tmp_path_factory):
     assert done.code == 0, done.output
     with open(output, newline="", encoding="utf-8") as file:
         rows = {Path(row["image"]).name: row for row in csv.DictReader(file)}
-    process = subprocess.Popen(
-        [sys.executable, "scripts/serve.py", *flags.split(), "--port", "0", "--language", "en"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "scripts/serve.py", *flags.split(), "--port", "0", "--language", "en"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = re.match(r"http://\S+", process.stdout.readline())[0]
     yield SimpleNamespace(process=process, url=url, port=urlsplit(url).port, rows=rows)
     process.kill()
@@ -108,7 +107,7 @@ def test_only_its_own_page_may_ask(served, pictures):
     with pytest.raises(ConnectionRefusedError):  # bound to 127.0.0.1, not to all of the machine's addresses
         socket.create_connection(("127.0.0.2", port), 10)
     status, text = ask(port, "POST", "/name", b"", Content_Length=str(MAX_UPLOAD + 1))
-    assert (status, "too large: more than 64 MB" in text) == (413, True)
+    assert status == 413 and "too large: more than 64 MB" in text
 
 
 def test_in_chromium(served, pictures, tmp_path):
@@ -128,14 +127,10 @@ def test_in_chromium(served, pictures, tmp_path):
                     assert row["error"] in browser.js("document.querySelector('#answer').innerText")
                 else:
                     browser.wait_for(TEN_BARS)
-                    found = browser.js(
-                        "Object.fromEntries([...document.querySelectorAll('#answer .bars li')]"
-                        ".map(li => [li.dataset.label, +li.dataset.probability]))"
-                    )
+                    found = browser.js(PROBABILITIES)
                     assert found == pytest.approx({label: float(row[label]) for label in LABELS}, abs=1e-4)
                     assert browser.js("document.querySelector('#answer .score').innerText") == row["prediction"]
-                    shape = browser.wait_for("(i => i.naturalWidth && [i.naturalWidth, i.naturalHeight])"
-                                             "(document.querySelector('#answer img'))")  # fmt: skip
+                    shape = browser.wait_for(PICTURE_SHAPE)
                     assert name != "turned.jpg" or shape == [60, 90], "upright"
                 assert browser.js("document.documentElement.scrollWidth <= innerWidth")
             browser.js("document.querySelector('#examples button').click()")

@@ -63,9 +63,9 @@ def load_tower(path) -> Encoder:
     images = AutoImageProcessor.from_pretrained(path, backend="pil")
     side, layer, tiles = config.vision_config.image_size, config.vision_feature_layer, config.model_type != "llava"
     layer = layer if isinstance(layer, int) else layer[-1]
+    grid = {"image_grid_pinpoints": [[side, side]]} if tiles else {}  # one tile, the smallest grid there is
 
     def prepare(pictures):
-        grid = {"image_grid_pinpoints": [[side, side]]} if tiles else {}  # one tile, the smallest grid there is
         pixels = images(pictures, **grid, return_tensors="pt")["pixel_values"]
         return pixels[:, 0] if tiles else pixels  # [pictures, 3, side, side]; [:, 0]: the complete picture, no tile
 
@@ -85,14 +85,11 @@ def precision():
 
 def encoder_name(weights, images) -> str:
     """A name that changes with the weights {name: tensor}, the image processor's settings or the precision."""
+    import joblib
     import torch
-    import xxhash
 
-    digest = xxhash.xxh3_128(repr([sorted(images.to_dict().items()), str(precision())]).encode())
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    contents = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in weights.items()}
+    return joblib.hash([repr(sorted(images.to_dict().items())), str(precision()), contents])
 
 
 def features(encoder, pictures, sha256, config, batch_size=32):
