@@ -67,9 +67,6 @@ def settings_of(*flags):
     return model_args, args
 
 
-# --- the replica is like the hub's folder ---------------------------------------------------------------------------
-
-
 def test_replica_has_the_hubs_small_files_to_the_byte(hub):
     sizes = {name: (hub / name).stat().st_size for name in HUB_FILES}
     assert sizes["added_tokens.json"] == 41 and sizes["chat_template.json"] == 694
@@ -94,9 +91,6 @@ def test_7b_has_the_hubs_names_and_shapes_both_ways():
     model._weight_conversions = [rule for rule in rules if rule.was_used()]  # as load_for_training leaves it
     saved = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()}
     assert len(saved) == 687 and saved == replica.hub_shapes(replica.hub_config())
-
-
-# --- other copies of it ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", replica.VARIANTS)
@@ -206,9 +200,6 @@ print("seen")
     assert done.stdout.strip().endswith("seen"), done.stderr[-2000:]
 
 
-# --- token for token -------------------------------------------------------------------------------------------------
-
-
 def test_prompt_and_answers_token_for_token(hub):
     processor = load_processor(hub)
     scorer = Scorer(processor, Config())
@@ -239,9 +230,6 @@ def test_training_learns_the_answer_and_sees_what_scoring_sees(hub, tmp_path, la
     scorer = Scorer(processor, Config())
     scored = scorer.collate([load_picture(tmp_path / "a.png")])["input_ids"][0].tolist()
     assert scored[: -len(scorer.fed_ids)] == ids[: -len(ANSWERS[label])]
-
-
-# --- same pixels -----------------------------------------------------------------------------------------------------
 
 
 def save_odd_pictures(folder):
@@ -278,9 +266,6 @@ def test_training_and_inference_see_the_same_pixels(hub, tmp_path):
             assert torch.equal(trained[name], scored[0][name]), (path.name, name)
         if path.stem == "turned":
             assert trained["image_sizes"].tolist() == [[200, 90]], "EXIF orientation: height, width"
-
-
-# --- trained with ZeRO-3 on two ranks, saved, read by others ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

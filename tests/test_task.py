@@ -32,9 +32,6 @@ def tuned(tmp_path):
     return tmp_path
 
 
-# --- what wins ------------------------------------------------------------------------------------------------------
-
-
 def test_config_py_then_the_checkpoint_then_flags(tuned, tmp_path):
     defaults = {"folder_to_label": FOLDER_TO_LABEL, "prompt": PROMPT, "answer": ANSWER, "chat_template": CHAT_TEMPLATE}
     assert task_of(settings_for(Config(), "no/such/folder")) == defaults
@@ -112,9 +109,6 @@ def test_a_task_json_of_something_else_is_one_line(tuned):
         settings_for(Config(), tuned)
 
 
-# --- labels from the folders ------------------------------------------------------------------------------------------
-
-
 def test_folders_are_labels(tmp_path):
     names = [f"kind_{i:03} of thing" for i in range(120)]
     for name in ["." + names[0], *reversed(names)]:
@@ -132,9 +126,6 @@ def test_folders_are_labels(tmp_path):
 def test_what_is_no_table_is_one_line(table):
     with pytest.raises(UserError, match='--folder_to_label: .*; expected JSON like {"ragno": "spider"}'):
         Config(folder_to_label=table)
-
-
-# --- the whole path ---------------------------------------------------------------------------------------------------
 
 
 SYLLABLES = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]

@@ -57,12 +57,11 @@ def report_page(report, rows, folder, language):
     number = report["labels"].index
     wrong = sorted((row for row in rows if not row["correct"]), key=lambda row: -row["probability"])
     right = sorted((row for row in rows if row["correct"]), key=lambda row: row["probability"])
-    in_cell, by_name = {}, {row["image"]: row for row in rows}
+    in_cell, by_name, comparison = {}, {row["image"]: row for row in rows}, report["comparison"]
     for row in wrong + right:
         in_cell.setdefault((number(row["label"]), number(row["prediction"])), []).append(row)
-    changed = [side | {"row": by_name[side["image"]]} for side in (report["comparison"] or {"changed": []})["changed"]]
+    changed = [side | {"row": by_name[side["image"]]} for side in comparison["changed"]] if comparison else []
     changed.sort(key=lambda side: side["row"]["correct"])
-    pictures = embed([row["image"] for row in wrong + right], [row["image"] for row in wrong[:MISTAKES]])
     shown = [row["accuracy_ci95"] for row in report.get("baselines") or [] if row["name"] != "majority"]  # far below
     bins, classes = report["calibration"]["bins"], [row for row in report["per_class"].values() if row["n"]]
     return render(
@@ -80,7 +79,7 @@ def report_page(report, rows, folder, language):
         worst=WORST,
         changed=changed[:CHANGED],
         other_said={side["image"]: side["other_prediction"] for side in changed},
-        **pictures,
+        **embed([row["image"] for row in wrong + right], [row["image"] for row in wrong[:MISTAKES]]),
     )
 
 
