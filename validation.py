@@ -116,8 +116,7 @@ def main():
         write_report(report, rows, folder, config.language)
         log_tensorboard(report, os.path.join(config.logging_dir, run_name(args.model_name_or_path), "validation"))
         print_report(report, folder)
-    if PartialState().num_processes > 1:
-        PartialState().destroy_process_group()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

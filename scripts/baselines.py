@@ -141,10 +141,9 @@ def baseline(name, rows, answers, further):
     """The baseline's row in report.json: its accuracy and the model's difference to it, from its answer per picture."""
     right = [row["label"] == answer for row, answer in zip(rows, answers, strict=True)]
     found = compare([row["correct"] for row in rows], right)
+    accuracy = {"accuracy": found["other_accuracy"], "accuracy_ci95": wilson_interval(sum(right), len(right))}
     keys = ("difference", "difference_ci95", "mcnemar_p", "only_this", "only_other")
-    interval = wilson_interval(sum(right), len(right))
-    values = {"name": name, "accuracy": found["other_accuracy"], "accuracy_ci95": interval}
-    return values | {key: found[key] for key in keys} | further
+    return {"name": name} | accuracy | {key: found[key] for key in keys} | further
 
 
 def main():

@@ -58,9 +58,8 @@ def print_report(report, folder):
     """Print the tables for people, then the line of JSON for programs."""
     print(f"\n{'label':<12} {'n':>5} {'precision':>9} {'recall':>7} {'95 % interval':>14} {'f1':>6}")
     for label, row in report["per_class"].items():
-        n, low, high = row["n"], *row["recall_ci95"]
-        print(f"{label:<12} {n:>5} {row['precision']:>9.3f} {row['recall']:>7.3f}", end=" ")
-        print(f"  {low:.3f}, {high:.3f} {row['f1']:>6.3f}")
+        line = "{:<12} {n:>5} {precision:>9.3f} {recall:>7.3f}   {:.3f}, {:.3f} {f1:>6.3f}"
+        print(line.format(label, *row["recall_ci95"], **row))
     part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
     print(
         f"\naccuracy {report['accuracy']:.4f} ({interval_of(report['accuracy_ci95'])}, n = {report['n']}{part}; chance "
@@ -69,9 +68,10 @@ def print_report(report, folder):
     )
     print("\n".join([duplicates_line(report), calibration_line(report), answered_line(report)]))
     if c := report["comparison"]:
+        low, high = c["difference_ci95"]
         print(
             f"against {c['model']}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} "
-            f"({interval_of(c['difference_ci95'], '+.4f')}); {c['only_this']} pictures only this one has right, "
+            f"(95 % interval {low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, "
             f"{c['only_other']} only the other; McNemar's exact p = {c['mcnemar_p']:.3g}"
         )
     print(
@@ -81,8 +81,8 @@ def print_report(report, folder):
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
 
 
-def interval_of(bounds, form=".4f"):
-    return f"95 % interval {bounds[0]:{form}} to {bounds[1]:{form}}"
+def interval_of(bounds):
+    return "95 % interval {:.4f} to {:.4f}".format(*bounds)
 
 
 def duplicates_line(report):
@@ -122,8 +122,5 @@ def print_baselines(rows):
     """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
     print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
     for row in rows:
-        interval, difference = "{:.4f}, {:.4f}".format(*row["accuracy_ci95"]), row["difference_ci95"]
-        print(
-            f"{row['name']:<12} {row['accuracy']:>8.4f}  {interval}  {row['difference']:>+10.4f}  "
-            f"{difference[0]:+.4f}, {difference[1]:+.4f}  {row['mcnemar_p']:>7.3g}"
-        )
+        line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
+        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row))
