@@ -2,15 +2,13 @@
 
     python test.py                                          # every picture in input/test_data
     python test.py one.jpg some/folder --output names.csv   # pictures, folders or both
-    python test.py --model_name_or_path model               # the untuned model
     python test.py --min_probability 0.6                    # `unsure` where the best label has less
     python test.py --html                                   # also a contact sheet, the least certain pictures first
     python test.py --resume                                 # go on where an interrupted run stopped
 
 Leaves a CSV with a row per picture: image, prediction, probability, error, the second and third guess with their
-probabilities, checkpoint (it changes with the model's files, dtype and question) and one column per label with its
-probability; these add up to 1. A picture that cannot be read has a row with an error. Each row is written as soon as it
-is known, so an interrupted run keeps its rows.
+probabilities, checkpoint (it changes with the model's files, dtype and question) and the probability of each label;
+these add up to 1. A picture that cannot be read has a row with an error. Each row is written as soon as it is known.
 """
 
 import csv
@@ -82,7 +80,7 @@ def read_finished(path, header, labels, checkpoint):
 
 
 def name_pictures(args, config, pictures):
-    """Load the model. -> an iterator over batches, lists of (picture, probabilities [labels], error or None)"""
+    """Loads the model, then returns an iterator over batches: [(picture, probabilities [labels], error or None)]."""
     from accelerate import PartialState
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)

@@ -101,7 +101,7 @@ def features(encoder, pictures, sha256, config, batch_size=32):
     from tqdm import tqdm
 
     folder, known = os.path.join(config.temp_dir, "features", encoder.name), {}
-    for path in sorted(glob(os.path.join(escape(folder), "*.npz"))):
+    for path in glob(os.path.join(escape(folder), "*.npz")):
         with np.load(path) as kept:
             known |= zip(kept["sha256"].tolist(), kept["features"], strict=True)
     new = [(sha, path) for sha, path in dict(zip(sha256, pictures, strict=True)).items() if sha not in known]
