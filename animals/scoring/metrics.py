@@ -10,7 +10,6 @@ from animals.command import UserError
 
 CALIBRATION_BINS = 10  # each of equally many pictures
 SIMULATIONS = 2000  # of a perfectly calibrated model
-SCORES = {"precision": "precision", "recall": "recall", "f1": "f1-score"}  # our name: classification_report's
 
 
 def wilson_interval(correct, n, design_effect=1.0):
@@ -45,14 +44,14 @@ def measure(labels, truth, predicted, probability=None, groups=None):
     probability [pictures][labels] adds log_loss, ece, calibration and answered. groups: one number per picture, equal
     for near-duplicates. Macro averages are over the labels that occur in truth or predicted, as in scikit-learn.
     """
-    from sklearn.metrics import classification_report, confusion_matrix, log_loss
+    from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
     n, classes = len(truth), list(range(len(labels)))
-    occurring = classification_report(truth, predicted, output_dict=True, zero_division=0.0)
-    per_class = classification_report(truth, predicted, labels=classes, output_dict=True, zero_division=0.0)
     confusion = confusion_matrix(truth, predicted, labels=classes)
-    support, correct = confusion.sum(axis=1), int(confusion.trace())
-    effect = design_effect(groups or range(n))
+    *found, support = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
+    scores = dict(zip(("precision", "recall", "f1"), found, strict=True))  # each [labels]
+    occurring = support + confusion.sum(axis=0) > 0
+    correct, effect = int(confusion.trace()), design_effect(groups or range(n))
     report = {
         "n": n,
         "correct": correct,
@@ -62,9 +61,9 @@ def measure(labels, truth, predicted, probability=None, groups=None):
         "chance": 1 / len(labels),
         "majority": int(support.max()) / n,  # the accuracy of always answering the most frequent label
         "majority_label": labels[int(support.argmax())],
-        **{f"macro_{ours}": float(occurring["macro avg"][theirs]) for ours, theirs in SCORES.items()},
+        **{f"macro_{name}": float(values[occurring].mean()) for name, values in scores.items()},
         "per_class": {
-            label: {ours: float(per_class[str(k)][theirs]) for ours, theirs in SCORES.items()}
+            label: {name: float(values[k]) for name, values in scores.items()}
             | {"n": int(support[k]), "recall_ci95": wilson_interval(int(confusion[k, k]), int(support[k]))}
             for k, label in enumerate(labels)
         },
