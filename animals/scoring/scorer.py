@@ -227,7 +227,7 @@ def load_scorer(path, config, dtype):
 def add_inference_flags(parser, batches=True):
     """The flags of the commands that score pictures. batches: also those about pictures that are scored together."""
     add, types = parser.add_argument, ["bfloat16", "float16", "float32"]
-    add("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="checkpoint")
+    add("--model_name_or_path", default=settings.TRAINING_DEFAULTS["output_dir"], help="folder of the checkpoint")
     add("--dtype", default=types[0], choices=types, help="number type of the weights on a GPU")
     add("--use_cpu", action="store_true", help="compute on the CPU although there is a GPU")
     if batches:
