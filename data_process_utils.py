@@ -21,8 +21,8 @@ import os
 from collections import Counter
 
 import config as settings
+from animals.checkpoint.image_tokens import Geometry, describe_whole_view, read_geometry
 from animals.checkpoint.task import settings_for
-from animals.checkpoint.tokens import Geometry, describe_whole_view, read_geometry
 from animals.command import Findings, UserError, run
 from animals.pictures import moves
 from animals.pictures.cache import SPLITS, fresh_entries, load_split, lock, read_cache, refresh, split_folder

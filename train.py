@@ -16,10 +16,17 @@ import signal
 import sys
 
 import config as settings
+from animals.checkpoint.image_tokens import describe_whole_view, read_geometry
 from animals.checkpoint.load import load_for_training, zero3_is_on
-from animals.checkpoint.steps import STATE, check_resume, newest_complete, publish, run_name, sweep
+from animals.checkpoint.steps import (
+    STATE,
+    check_resume,
+    copy_model_to_output,
+    delete_old_rehearsal,
+    newest_complete,
+    run_name,
+)
 from animals.checkpoint.task import changed_task_flags, settings_for
-from animals.checkpoint.tokens import describe_whole_view, read_geometry
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
@@ -99,11 +106,13 @@ def find_start(args, record):
 
 
 def publish_if_finished(args, checkpoint, pictures) -> bool:
-    """Whether `checkpoint` is the last step. If so, publish its model, for Trainer would take one step more."""
+    """Whether `checkpoint` is the last step. If so, copy its model to output_dir, because Trainer would take one step more."""
     state = read_json(os.path.join(checkpoint, STATE))
     finished = state["global_step"] >= count_steps(args, pictures)[1]
     if finished and main_process():
-        publish(args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir)
+        copy_model_to_output(
+            args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir
+        )
         say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
     return finished
 
@@ -121,7 +130,7 @@ def main():
 
     # Checks: everything that can be known to be wrong, in one message, before the weights load.
     if main_process():
-        sweep(args.output_dir)
+        delete_old_rehearsal(args.output_dir)
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)

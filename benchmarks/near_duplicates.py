@@ -25,8 +25,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from animals.pictures.check import fingerprint
 from animals.pictures.duplicates import Pictures, near_pairs
+from animals.pictures.inspection import fingerprint
 from animals.pictures.read import PictureError, list_pictures, load_picture
 from config import Config
 

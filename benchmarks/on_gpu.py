@@ -25,8 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+from animals.checkpoint.image_tokens import image_token_count, read_geometry
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError, run
 from animals.pictures.read import list_pictures, load_picture
 from animals.ranks import count_gpus

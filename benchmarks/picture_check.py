@@ -93,10 +93,10 @@ def step_check(root):
 def step_build(root):
     """The first build of a tree of scale(): real listing, caches and search for duplicates; the facts about the 500
     sources are looked up instead of decoding each link to them again."""
-    from animals.pictures import check
+    from animals.pictures import inspection
 
-    facts = [check.inspect(root.parent / "small" / f"{i}.jpg") for i in range(500)]
-    check.inspect_all = lambda paths, _: (facts[int(Path(path).stem) % 500] for path in paths)
+    facts = [inspection.inspect(root.parent / "small" / f"{i}.jpg") for i in range(500)]
+    inspection.inspect_all = lambda paths, _: (facts[int(Path(path).stem) % 500] for path in paths)
     prepare(root)
 
 

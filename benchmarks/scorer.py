@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
+from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.tokens import Geometry, image_token_count
 from animals.command import run
 from animals.pictures.read import list_pictures, load_picture
 from animals.scoring.metrics import compare

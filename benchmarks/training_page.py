@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 
-from animals.checkpoint.tokens import image_token_count
+from animals.checkpoint.image_tokens import image_token_count
 from config import FOLDER_TO_LABEL
 
 PIXELS = {(300, 225): 8, (300, 200): 3, (225, 300): 3, (300, 300): 3, (640, 480): 2, (300, 1200): 1}  # shape: share

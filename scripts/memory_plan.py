@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from animals.checkpoint.family import family_problem, model_class, model_config
-from animals.checkpoint.tokens import Geometry, image_token_count
+from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError, run
 from animals.files import read_json
 from animals.training.lora import LORA_TARGETS

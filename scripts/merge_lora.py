@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from animals.checkpoint.check import adapter_config, require_checkpoint
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.save import SHARD_SIZE, complete
+from animals.checkpoint.save import SHARD_SIZE, add_other_files
 from animals.checkpoint.task import read_task
 from animals.command import UserError, run
 
@@ -25,7 +25,7 @@ def merge(adapter, out, dtype="bfloat16"):
     require_checkpoint(adapter)
     model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    complete(out, adapter, load_processor(adapter), read_task(adapter))
+    add_other_files(out, adapter, load_processor(adapter), read_task(adapter))
 
 
 def main():

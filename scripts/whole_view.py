@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from animals.checkpoint.check import adapter_config, check_weights, require_checkpoint
 from animals.checkpoint.family import PROCESSORS
 from animals.checkpoint.load import load_processor
-from animals.checkpoint.save import complete
+from animals.checkpoint.save import add_other_files
 from animals.checkpoint.task import read_task
 from animals.command import UserError, run
 from animals.files import read_json, write_json
@@ -40,7 +40,7 @@ def write_whole_view(source: Path, out: Path):
         raise UserError("\n".join(problems))
     out.mkdir(parents=True, exist_ok=True)
     write_weights(source, out)
-    complete(out, source, load_processor(source), read_task(source))
+    add_other_files(out, source, load_processor(source), read_task(source))
     processor, kind = read_json(out / "processor_config.json"), {"processor_class": PROCESSORS["llava"]}
     pixels = processor.pop("image_processor", None) or read_json(out / "preprocessor_config.json")
     write_json(out / "preprocessor_config.json", whole_view_pixels(pixels) | kind)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from animals.checkpoint.tokens import image_token_count, read_geometry
+from animals.checkpoint.image_tokens import image_token_count, read_geometry
 from animals.pictures import cache, check, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from animals.checkpoint.check import check_files, check_weights, match_names
 from animals.checkpoint.family import HUB_NAME, model_class, model_config
+from animals.checkpoint.image_tokens import image_token_count, read_geometry
 from animals.checkpoint.load import load_for_training, load_model, load_processor
-from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
 from animals.files import read_json
 from animals.pictures.read import load_picture
 from animals.scoring.scorer import Scorer, score_batches
 from animals.training.batches import PictureCollator
 from config import Config
-from tests.test_tokens import HUB_SIZES
+from tests.test_image_tokens import HUB_SIZES
 from train import parse
 
 # What a download holds beside weights, README and .gitattributes.

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from statsmodels.stats.proportion import proportion_confint
 
 from animals.command import UserError, yes_or_no
-from animals.pictures import check, read
 from animals.pictures import duplicates as search
+from animals.pictures import inspection, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import fresh_entries, read_cache
 from config import Config
@@ -106,7 +106,7 @@ def test_flat_pictures_are_compared_by_pixels_only(tree):
 
 def searched(pictures, limit=10**6):
     """find_duplicates() on pictures of one label in train: (pairs, group)."""
-    looks = [check.fingerprint(picture) for picture in pictures]
+    looks = [inspection.fingerprint(picture) for picture in pictures]
     zeros = np.zeros(len(looks), np.int8)
     phash, mirrored, thumbnail = zip(*looks, strict=True)
     thumbnail = np.frombuffer(b"".join(thumbnail), np.uint8).reshape(-1, 32, 32)
@@ -140,8 +140,8 @@ def test_near_pairs_finds_what_comparing_all_pairs_finds(monkeypatch):
         picture = Image.fromarray((plain + rng.integers(-60, 61, (32, 32))).clip(0, 255).astype(np.uint8))
         pictures.append(ImageOps.mirror(picture) if rng.random() < 0.3 else picture)
     thumb = [np.asarray(picture).astype(float) for picture in pictures]
-    phash = [check.perceptual_hash(picture) for picture in pictures]
-    mirrored = [check.perceptual_hash(ImageOps.mirror(picture)) for picture in pictures]
+    phash = [inspection.perceptual_hash(picture) for picture in pictures]
+    mirrored = [inspection.perceptual_hash(ImageOps.mirror(picture)) for picture in pictures]
     rows = search.Pictures([], np.zeros(150), np.zeros(150), [], np.array(phash), np.array(mirrored), np.array(thumb))
     monkeypatch.setattr(search, "BLOCK", 1000)
     close = []  # (row, other, bits, bits below which that is enough, correlation)
@@ -217,7 +217,7 @@ def test_the_perceptual_hash_is_imagehashs():
     for seed in range(20):
         picture = drawn(seed, (300, 200))
         thumb = picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-        found = check.fingerprint(picture)
+        found = inspection.fingerprint(picture)
         assert found[0] == int(str(imagehash.phash(thumb)), 16) and found[0].bit_count() == 32
         assert found[1] == int(str(imagehash.phash(ImageOps.mirror(thumb))), 16) and found[2] == thumb.tobytes()
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from animals.checkpoint.tokens import image_token_count
-from animals.pictures import check, read
+from animals.checkpoint.image_tokens import image_token_count
+from animals.pictures import inspection, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split
 from tests.helpers.pictures import JPEG, PNG, drawn, excluded, images, make_tree, python, saved, train
@@ -167,9 +167,9 @@ def test_equal_pixels_have_equal_hashes_in_every_format(tmp_path):
     jpeg = tmp_path / "x.jpg"
     jpeg.write_bytes(saved(drawn(2), "JPEG"))
     read.load_picture(jpeg).save(tmp_path / "y.png")
-    facts = list(map(check.inspect, paths))
+    facts = list(map(inspection.inspect, paths))
     assert len({f.pixels for f in facts}) == 1 and len({f.sha256 for f in facts}) == 5
-    assert len({f.pixels for f in map(check.inspect, [jpeg, tmp_path / "y.png"])}) == 1
+    assert len({f.pixels for f in map(inspection.inspect, [jpeg, tmp_path / "y.png"])}) == 1
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from animals.checkpoint.steps import sweep
+from animals.checkpoint.steps import delete_old_rehearsal
 from animals.command import UserError
 from animals.training import rehearsal
 from animals.training.batches import heaviest_micro_batch
@@ -129,7 +129,7 @@ def test_only_what_a_rehearsal_leaves_is_swept(tmp_path):
         (folder / name).mkdir(parents=True)
         (folder / "README.md").touch()
         for _ in range(2):
-            sweep(str(tmp_path / "sft/"))
+            delete_old_rehearsal(str(tmp_path / "sft/"))
             assert folder.exists() == stays
         shutil.rmtree(folder, ignore_errors=True)
 

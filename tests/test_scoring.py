@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from animals.checkpoint.image_tokens import image_token_count, read_geometry
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.steps import global_step, newest_complete, run_name, write_manifest
-from animals.checkpoint.tokens import image_token_count, read_geometry
 from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
 from animals.scoring.report import read_report

@@ -123,7 +123,7 @@ def test_a_batch_without_a_readable_picture_still_runs_a_forward(scoring, rows, 
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     forwards, pictures = [], [str(tmp_path / "bad.jpg"), rows[0]["images"][0]]
     model.register_forward_hook(lambda *_: forwards.append(1))
-    done = list(score_batches(model, scorer, pictures, [[0], [1]], in_step=True))
+    done = list(score_batches(model, scorer, pictures, [[0], [1]], same_passes=True))
     assert len(forwards) == 2 and set(done[0][2]) == {0}
     assert done[0][1].isnan().all() and done[1][1].isfinite().all()
 

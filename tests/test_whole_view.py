@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from animals.checkpoint.check import check_files, check_weights
+from animals.checkpoint.image_tokens import STOCK, describe_whole_view, image_token_count, read_geometry
 from animals.checkpoint.load import load_model, load_processor
-from animals.checkpoint.tokens import STOCK, describe_whole_view, image_token_count, read_geometry
 from animals.command import UserError
 from animals.scoring.scorer import Scorer
 from config import Config

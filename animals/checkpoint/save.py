@@ -23,7 +23,7 @@ COPIED = (
 )
 
 
-def complete(folder, source, processor, task, dtype=None):
+def add_other_files(folder, source, processor, task, dtype=None):
     """Put beside the weights in `folder` what makes it a checkpoint like the one in `source`. Main process only.
 
     processor: as load_processor(source) returns it. task: None if nobody trained it. dtype: the weights'.

@@ -75,22 +75,22 @@ def rehearsal_folder(output_dir):
     return f"{os.path.normpath(output_dir)}.rehearsal"
 
 
-def sweep(output_dir):
+def delete_old_rehearsal(output_dir):
     """Delete the folder that a killed rehearsal left, unless it holds anything else. Main process only."""
     folder = rehearsal_folder(output_dir)
     if os.path.isdir(folder) and all(re.match("README.md$|checkpoint-", name) for name in os.listdir(folder)):
         shutil.rmtree(folder)
 
 
-def publish(checkpoint, output_dir):
+def copy_model_to_output(checkpoint, output_dir):
     """Copy the model of a complete checkpoint into output_dir, without ONLY_FOR_RESUMING. Main process only."""
     saving = os.path.join(output_dir, SAVING)
     shutil.rmtree(saving, ignore_errors=True)
     shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if ONLY_FOR_RESUMING.match(n)])
-    move_in(saving, output_dir)
+    move_model(saving, output_dir)
 
 
-def move_in(saving, output_dir):
+def move_model(saving, output_dir):
     """Move a model from .saving into output_dir, config.json last: without it nobody reads the folder. Main process."""
     for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):
         os.replace(os.path.join(saving, name), os.path.join(output_dir, name))

@@ -1,6 +1,6 @@
 """The caches of the pictures in temp_dir: what they hold, when they are out of date, how they are built.
 
-<split>.json   one row per usable picture: its conversation, size, image tokens and hashes (Facts in check.py)
+<split>.json   one row per usable picture: its conversation, size, image tokens and hashes (Facts in inspection.py)
 cache.json     for each split what its JSON was built from, its summary and the unusable pictures; the duplicates
                (duplicates.py). It is written last, so a half-built cache counts as no cache
 <split>.rows/  datasets' memory-mapped copy of the JSON, made by load_split(), removed with every new JSON
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import config as settings
-from animals.checkpoint.tokens import Geometry, image_token_count
+from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError
 from animals.files import replacing, subfolders
 from config import Config
@@ -172,7 +172,7 @@ def decode(config: Config, split: str) -> tuple[list[dict], dict]:
     """Rows with path, size and hashes of each usable picture; what the entry says of all files."""
     from tqdm import tqdm
 
-    from animals.pictures.check import inspect_all
+    from animals.pictures.inspection import inspect_all
 
     paths, ignored, stamp = listing(config, split)
     rows, excluded = [], []

@@ -1,7 +1,7 @@
 """Which pictures are the same: across the splits, under two labels, or so near that they belong on one side of a cut.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near-duplicates are pictures
-whose 64-bit perceptual hashes (check.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and
+whose 64-bit perceptual hashes (inspection.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and
 where one picture is mirrored, their 32x32 thumbnails must correlate too: drawings with few shapes come that near by
 chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 

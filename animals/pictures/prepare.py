@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
-from animals.checkpoint.tokens import read_geometry
+from animals.checkpoint.image_tokens import read_geometry
 from animals.command import Findings, UserError
 from animals.files import subfolders
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path

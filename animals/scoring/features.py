@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from animals.checkpoint.check import base_of, read_shards
 from animals.command import UserError
 from animals.files import read_json, replacing
-from animals.pictures.check import cores
+from animals.pictures.inspection import cores
 from animals.pictures.read import PictureError, load_picture
 
 BLOCK = 4096  # pictures per file

@@ -129,11 +129,11 @@ def probabilities(log_p) -> list[list[float]]:
     return log_p.double().softmax(1).tolist()
 
 
-def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False):
+def score_batches(model, scorer, pictures, batches, num_workers=0, same_passes=False):
     """Yields (indices, log_p, errors) for each list of indices in `batches`. It runs on this rank alone.
 
     pictures are paths. log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors maps
-    the index of such a picture to the reason. in_step: exactly one forward pass per batch, as ZeRO-3 needs it. The main
+    the index of such a picture to the reason. same_passes: exactly one forward pass per batch, as ZeRO-3 needs it. The main
     process shows a progress bar on a terminal.
     """
     import torch
@@ -147,7 +147,7 @@ def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False
                 opened[i] = load_picture(pictures[i])
             except PictureError as error:
                 errors[i] = str(error)
-        shown = list(opened.values()) or [Image.new("RGB", (8, 8))] * in_step
+        shown = list(opened.values()) or [Image.new("RGB", (8, 8))] * same_passes
         return indices, list(opened), errors, scorer.collate(shown) if shown else None
 
     most = sys.maxsize  # pictures that fit into the GPU's memory at once, as far as is known
@@ -156,17 +156,17 @@ def score_batches(model, scorer, pictures, batches, num_workers=0, in_step=False
         for indices, readable, errors, batch in loader:
             log_p = torch.full((len(indices), len(scorer.labels)), float("nan"))
             if batch is not None:
-                found, most = score_in_parts(scorer, model, batch, most, halve=not in_step)
+                found, most = score_in_parts(scorer, model, batch, most, halve=not same_passes)
                 log_p[[indices.index(i) for i in readable]] = found[: len(readable)]
             yield indices, log_p, errors
             bar.update(len(indices))
 
 
-def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, in_step=False):
+def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, same_passes=False):
     """Log-probabilities of all pictures, float32 [pictures, labels], computed by all ranks and returned on every rank.
 
     Each picture is scored once. lengths: image tokens per picture; pictures of similar length share a batch, so that
-    little is padded. in_step: each rank runs the same number of forward passes, as ZeRO-3 needs it (a rank that has one
+    little is padded. same_passes: each rank runs the same number of forward passes, as ZeRO-3 needs it (a rank that has one
     batch fewer scores one again). Raises UserError for a picture that can no longer be read.
     """
     import torch
@@ -177,9 +177,9 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
-    if in_step and len(share) < -(-len(batches) // state.num_processes):
+    if same_passes and len(share) < -(-len(batches) // state.num_processes):
         share.append(batches[-1])
-    done = list(score_batches(model, scorer, pictures, share, num_workers, in_step))
+    done = list(score_batches(model, scorer, pictures, share, num_workers, same_passes))
     result, lost = torch.empty(len(pictures), len(scorer.labels)), {}
     for indices, log_p, errors in gather_object(done):
         result[indices] = log_p

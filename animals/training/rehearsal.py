@@ -25,7 +25,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from animals.checkpoint.steps import rehearsal_folder, sweep
+from animals.checkpoint.steps import delete_old_rehearsal, rehearsal_folder
 from animals.command import Findings, UserError
 from animals.compat import load_as_resumed
 from animals.files import write_json
@@ -176,7 +176,7 @@ class RehearsalTrainer(AnimalTrainer):
         finally:
             self.ram.phase = None
             if main_process():
-                sweep(args.output_dir)
+                delete_old_rehearsal(args.output_dir)
         if not main_process():
             return
         timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[1:], (ended, 0)])]

@@ -20,8 +20,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from animals.checkpoint.load import zero3_is_on
-from animals.checkpoint.save import complete
-from animals.checkpoint.steps import SAVING, delete_incomplete, move_in, newest_complete, write_manifest
+from animals.checkpoint.save import add_other_files
+from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
 from animals.checkpoint.task import how_to_ask, task_of
 from animals.command import UserError
 from animals.files import write_json
@@ -149,7 +149,7 @@ class AnimalTrainer(SFTTrainer):
         with self.autocast_smart_context_manager():  # as in training
             model = self.model_wrapped if self.is_deepspeed_enabled else self.model  # only gradients need DDP's wrapper
             size, tokens = self.args.per_device_eval_batch_size, list(data["image_tokens"])
-            log_p = score_pictures(model, self.scorer, pictures, size, tokens, in_step=self.is_deepspeed_enabled)
+            log_p = score_pictures(model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled)
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
@@ -170,7 +170,7 @@ class AnimalTrainer(SFTTrainer):
                 dtype = getattr(torch, self.dtype)
                 state_dict = {name: value.to(dtype) for name, value in self.model.state_dict().items()}
             self.model.save_pretrained(output_dir, state_dict=state_dict)
-            complete(output_dir, source, scorer.processor, task_of(scorer.config), self.dtype)
+            add_other_files(output_dir, source, scorer.processor, task_of(scorer.config), self.dtype)
 
     def parts_in_float32(self):
         """Whether the trained weights are float32 parameters: without ZeRO-3 and without LoRA (parts.py)."""
@@ -233,7 +233,7 @@ class AnimalTrainer(SFTTrainer):
             self.save_model(saving)  # on all ranks: ZeRO-3 gathers the weights
         barrier()
         if main_process():
-            move_in(saving, self.args.output_dir)
+            move_model(saving, self.args.output_dir)
             self.create_model_card()  # peft has written one of its own
         barrier()
 

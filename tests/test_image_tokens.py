@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from animals.checkpoint.tokens import Geometry, image_token_count, read_geometry
+from animals.checkpoint.image_tokens import Geometry, image_token_count, read_geometry
 from animals.command import UserError
 
 HUB_SIZES = {
