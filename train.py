@@ -88,7 +88,7 @@ def parse(argv):
 
 
 def end_rank(code):
-    """End this process without the interpreter's shutdown: there, a thread of torch's once aborted a finished run."""
+    """End this process without the interpreter's shutdown: there, a thread of torch can abort a finished run."""
     run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -106,20 +106,21 @@ def find_start(args, record):
 
 
 def publish_if_finished(args, checkpoint, pictures) -> bool:
-    """Whether `checkpoint` is the last step. If so, copy its model to output_dir, because Trainer would take one step more."""
+    """Whether `checkpoint` is the last step: then copy its model to output_dir, because Trainer would take one more."""
     state = read_json(os.path.join(checkpoint, STATE))
     finished = state["global_step"] >= count_steps(args, pictures)[1]
     if finished and main_process():
-        copy_model_to_output(
-            args.load_best_model_at_end and state["best_model_checkpoint"] or checkpoint, args.output_dir
-        )
+        best = args.load_best_model_at_end and state["best_model_checkpoint"]
+        copy_model_to_output(best or checkpoint, args.output_dir)
         say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
     return finished
 
 
 def main():
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: if torchrun dies, this rank does not continue to write without it.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; without torchrun, it may outlive its shell
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: kill this rank if torchrun dies, or it would go on writing.
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG; a rank without torchrun (nohup) may outlive its shell
 
     # Settings: the flags, and the checkpoint's own task.
     given, args, model_args, flags = parse(sys.argv[1:])

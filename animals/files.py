@@ -25,7 +25,7 @@ def read_json(file):
         with open(file, encoding="utf-8") as opened:
             return json.load(opened)
     except ValueError as error:
-        raise UserError(f"{file}: found {error}; expected JSON; download the file again") from None
+        raise UserError(f"{file}: found {error}; expected JSON; restore the file") from None
 
 
 def write_json(file, content):

@@ -48,7 +48,7 @@ def read_flags(training, flags):
 
 
 def usable_gpus(args):
-    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build (the ranks say so)."""
+    """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build."""
     if args.use_cpu in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
         return 0
     torch = importlib.util.find_spec("torch")
@@ -101,18 +101,15 @@ def start_ranks(training, config_file, processes, script, flags):
         if training:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            words = [
-                f"--config_file={config_file}",
-                f"--num_processes={processes}",
-                "--main_process_port=0",
-            ]  # any port
-            launch_command(launch_command_parser().parse_args([*words, script, *flags]))
+            # port 0: any free one
+            words = [f"--config_file={config_file}", f"--num_processes={processes}", "--main_process_port=0", script]
+            launch_command(launch_command_parser().parse_args([*words, *flags]))
         else:
             torch.distributed.run.main(["--standalone", f"--nproc_per_node={processes}", script, *flags])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # of a killed one: -signal
-        if code not in (2, 130, 143):
+        if code not in (2, 129, 130, 143):  # a user's mistake, SIGHUP, SIGINT, SIGTERM
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
@@ -141,9 +138,11 @@ def main():
     if processes == 1 and not (training and uses_deepspeed(config_file)):
         if gpus > 1:  # transformers would use them all, by DataParallel
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        os.execv(sys.executable, alone)  # the rank takes this process's place, and so cannot outlive it
+        os.execv(sys.executable, alone)  # whoever kills this process also stops the rank
     pass_signals_on()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page says less than our line
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # its long message says less than our line
     start_ranks(training, config_file, processes, script, flags)
 
 

@@ -1,4 +1,4 @@
-"""The two kinds of model that this project accepts, and everything that it knows about them. Imports torch late.
+"""The two kinds of model that this project accepts, and their classes and files. The prompt: config.CHAT_TEMPLATE.
 
 LLaVA-NeXT on Mistral (model_type "llava_next", the hub's) sees a picture in tiles. Plain LLaVA on Mistral (model_type
 "llava", made by scripts/whole_view.py) sees the whole view alone: the picture squeezed into one tile.

@@ -67,7 +67,7 @@ def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> in
 
 
 def describe_whole_view(sizes, geometry: Geometry) -> str:
-    """One line about pictures of these (width, height): how many the whole view loses nothing of, what it saves."""
+    """One line about pictures of these (width, height): how many the whole view shows in full, and what it saves."""
     side, base = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
     counts = Counter(sizes)
     n = counts.total()

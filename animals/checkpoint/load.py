@@ -89,7 +89,7 @@ def load_for_training(model_args, args):
     options = {} if zero3 else {"device_map": {"": PartialState().device}}  # no copy in host RAM on the way
     if quantization is not None:
         unquantized = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-        quantization.llm_int8_skip_modules = unquantized  # 4 bit reads it too
+        quantization.llm_int8_skip_modules = unquantized  # despite int8 in its name, 4-bit loading reads it
         options["quantization_config"] = quantization
     attention = model_args.attn_implementation or "sdpa"
     model = load_weights(path, dtype=getattr(torch, model_args.dtype), attn_implementation=attention, **options)

@@ -63,7 +63,7 @@ def newest_complete(output_dir) -> tuple[str | None, list[str]]:
 
 
 def delete_incomplete(output_dir):
-    """Delete each incomplete checkpoint-N, which rotation would count. Main process only, before a save."""
+    """Delete each incomplete checkpoint-N: --save_total_limit would count it. Main process only, before a save."""
     for path in saved_steps(output_dir).values():
         if missing_files(path):
             say(f"{path} is incomplete and is deleted")
@@ -127,15 +127,15 @@ def global_step(path):
 # What a resumed run must have in common with the run that wrote the checkpoint, and why.
 MUST_MATCH = {
     "world_size": "DeepSpeed's optimizer state is cut into one part per rank",
-    "effective_batch": "the position in the epoch would be another",
-    "training.per_device_train_batch_size": "the order of the pictures would be another",
-    "training.train_sampling_strategy": "the order of the pictures would be another",
-    "training.seed": "the order of the pictures would be another",
-    "training.data_seed": "the order of the pictures would be another",
-    "model.dtype": "the weights would be rounded otherwise",
+    "effective_batch": "the position in the epoch would be different",
+    "training.per_device_train_batch_size": "the order of the pictures would be different",
+    "training.train_sampling_strategy": "the order of the pictures would be different",
+    "training.seed": "the order of the pictures would be different",
+    "training.data_seed": "the order of the pictures would be different",
+    "model.dtype": "the weights would be rounded differently",
     "config.train_parts": "the optimizer's states are of other weights",
-    "labels": "the answers would be others",
-    "question": "the prompt would be another",
+    "labels": "the answers would be different",
+    "question": "the prompt would be different",
     "data": "the training pictures changed",
 }
 

@@ -31,7 +31,9 @@ def read_task(path) -> dict | None:
     task = read_json(files[0])
     missing = [name for name in KEYS if not isinstance(task, dict) or name not in task]
     if missing:
-        raise UserError(f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it again")
+        raise UserError(
+            f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it from the run again"
+        )
     folder = os.path.dirname(files[0])
     model = os.path.join(base_of(folder), "config.json")
     if task.get("image_view") == "whole" and os.path.isfile(model) and read_json(model).get("model_type") != "llava":

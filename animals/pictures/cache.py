@@ -3,10 +3,11 @@
 <split>.json   one row per usable picture: its conversation, size, image tokens and hashes (Facts in inspection.py)
 cache.json     for each split what its JSON was built from, its summary and the unusable pictures; the duplicates
                (duplicates.py). It is written last, so a half-built cache counts as no cache
-<split>.rows/  datasets' memory-mapped copy of the JSON, made by load_split(), removed with every new JSON
+<split>.rows/  the memory-mapped copy of the JSON, made by Hugging Face datasets, removed with every new JSON
 excluded.csv   the unusable pictures of both splits
 
-Every file is written beside its place and renamed. Pillow is imported late: the launcher comes by before `pip install`.
+Every file is written beside its place and renamed. Pillow is imported late, because the launcher imports this file
+before `pip install`.
 """
 
 import csv
@@ -98,12 +99,12 @@ def rules() -> str:
     return json.dumps([FORMAT, PIL.__version__, FORMATS, settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE])
 
 
-def wording(config: Config, geometry: Geometry) -> str:
+def row_settings(config: Config, geometry: Geometry) -> str:
     """What the rows depend on beside the files and the rules."""
     return json.dumps([config.question, config.answer, list(config.folder_to_label.items()), geometry])
 
 
-def identity(path: Path) -> list | None:
+def size_and_time(path: Path) -> list | None:
     """Size and time of a file; None if there is none."""
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
 
@@ -125,7 +126,7 @@ def write_cache(config: Config, content: dict) -> None:
 def fresh_entries(config: Config, cache: dict) -> dict[str, dict]:
     """The entries of those splits whose pictures and JSON are still the ones that the check left."""
     there = [split for split in SPLITS if split in cache and os.path.isdir(split_folder(config, split))]
-    same = [split for split in there if cache[split]["json"] == identity(temp_path(config, f"{split}.json"))]
+    same = [split for split in there if cache[split]["json"] == size_and_time(temp_path(config, f"{split}.json"))]
     return {split: cache[split] for split in same if cache[split]["stamp"] == listing(config, split)[2]}
 
 
@@ -141,7 +142,7 @@ def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
     entries = fresh_entries(config, cache)
     for split in splits:
         entry, listed = entries.get(split), temp_path(config, "excluded.csv").exists()
-        if entry and entry["wording"] == wording(config, geometry) and listed:
+        if entry and entry["wording"] == row_settings(config, geometry) and listed:
             continue
         cache[split] = build(config, split, geometry, entry)
         with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as out:
@@ -155,7 +156,7 @@ def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
 def build(config: Config, split: str, geometry: Geometry, entry: dict | None) -> dict:
     """Write <split>.json and return its entry for cache.json.
 
-    entry: today's one, if only words, labels or geometry have changed: then nothing is decoded. None: decode all.
+    entry: the present one, if only words, labels or geometry have changed: nothing is decoded then. None: decode all.
     """
     start = time.perf_counter()
     rows, entry = (read_rows(config, split), entry | {"decoded": 0}) if entry else decode(config, split)
@@ -164,7 +165,7 @@ def build(config: Config, split: str, geometry: Geometry, entry: dict | None) ->
     missing = [folder for folder in config.folder_to_label if folder not in summary["folders"]]
     line = f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
     summary |= {"warnings": [line] if missing else [], "seconds": round(time.perf_counter() - start, 2)}
-    words, written = wording(config, geometry), identity(temp_path(config, f"{split}.json"))
+    words, written = row_settings(config, geometry), size_and_time(temp_path(config, f"{split}.json"))
     return entry | {"summary": summary, "wording": words, "json": written}
 
 

@@ -1,8 +1,8 @@
 """Which pictures are the same: across the splits, under two labels, or so near that they belong on one side of a cut.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near-duplicates are pictures
-whose 64-bit perceptual hashes (inspection.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits, and
-where one picture is mirrored, their 32x32 thumbnails must correlate too: drawings with few shapes come that near by
+whose 64-bit perceptual hashes (inspection.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits,
+and where one picture is mirrored, their 32x32 thumbnails must correlate too: drawings with few shapes come that near by
 chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 
 duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
@@ -24,7 +24,7 @@ from animals.pictures import cache
 from animals.pictures.cache import SPLITS, csv_file, temp_path
 from config import Config
 
-SURE = 4  # bits: below that a pair is near whatever the thumbnails say, unless one picture is mirrored
+SURE = 4  # bits: up to that a pair is near whatever the thumbnails say, unless one picture is mirrored
 CORRELATION = 0.87  # of the other pairs' thumbnails; photographs cropped by 2 % reach 0.873 and more
 BLOCK = 1 << 22  # hashes that are compared at once: 32 MB
 COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_image", "other_split", "other_label"]
@@ -158,7 +158,7 @@ def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:
 
 
 def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
-    """Find the duplicates in the splits of `entries`; write duplicates.csv and, for others to ask, into cache.json.
+    """Find the duplicates in the splits of `entries`; write duplicates.csv, and cache.json for known_duplicates().
 
     pairs: the rows of duplicates.csv, {column: value}. compared: near-duplicates were searched. groups: the paths of
     each group of several pictures.

@@ -32,7 +32,7 @@ def design_effect(groups):
 
     Kish (1965, Survey Sampling, 5.4 and 8.2): 1 + (m - 1) rho, with m = sum of squared group sizes / n where the sizes
     differ. rho, the correlation of the answers within a group, is taken as 1: near-duplicates nearly always get the
-    same answer, few groups cannot estimate it better, and the interval is then never too narrow. What remains is m.
+    same answer, few groups cannot estimate it better, and the interval is then never too narrow. So the result is m.
     """
     sizes = Counter(groups).values()
     return sum(size**2 for size in sizes) / sum(sizes) if sizes else 1.0
@@ -157,7 +157,7 @@ def compare(right, other_right):
     """Is `right` better than `other_right`? Two lists of booleans about the same pictures in the same order.
 
     difference: accuracy - other_accuracy. difference_ci95: its 95 % interval (Bonett and Price 2012), which is the
-    normal interval of the mean difference per picture (-1, 0 or 1) after one picture of each change is added. The
+    normal interval of the mean difference per picture (-1, 0 or 1) after one gained and one lost picture are added. The
     addition keeps it correct where few pictures change, or all in one direction. mcnemar_p: McNemar's exact test of
     only_this against only_other.
     """

@@ -35,7 +35,9 @@ class Scorer:
             self.answers.append(tokens[len(prompt) :])
         if len(set(map(tuple, self.answers))) < len(self.answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
-        self.text_tokens = len(prompt) - 1 + max(map(len, self.answers))  # the most of an example, beside its picture's
+        self.text_tokens = (
+            len(prompt) - 1 + max(map(len, self.answers))
+        )  # the most of an example, without its picture's
         if len(prompt) > LONG_PROMPT:
             say(f"the question takes {len(prompt) - 1} tokens per picture; --prompt without {{labels}} makes it short")
         # The model predicts </s> but never reads it. For each token that it reads: id, label, place in the answer.
@@ -93,7 +95,7 @@ class Scorer:
         plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
         inputs = {key: value.to(plain.device) for key, value in batch.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
-        with torch.no_grad():  # inference_mode would spoil the weights that ZeRO-3 gathers in it
+        with torch.no_grad():  # weights that ZeRO-3 gathers in inference_mode cannot be trained later
             logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
         return torch.zeros(len(log_p), len(self.labels)).index_add_(1, self.target_label, log_p)
@@ -133,8 +135,8 @@ def score_batches(model, scorer, pictures, batches, num_workers=0, same_passes=F
     """Yields (indices, log_p, errors) for each list of indices in `batches`. It runs on this rank alone.
 
     pictures are paths. log_p is float32 [indices, labels], NaN in the row of a picture that cannot be read; errors maps
-    the index of such a picture to the reason. same_passes: exactly one forward pass per batch, as ZeRO-3 needs it. The main
-    process shows a progress bar on a terminal.
+    the index of such a picture to the reason. same_passes: exactly one forward pass per batch, as ZeRO-3 needs it. The
+    main process shows a progress bar on a terminal.
     """
     import torch
     from PIL import Image
@@ -166,15 +168,15 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     """Log-probabilities of all pictures, float32 [pictures, labels], computed by all ranks and returned on every rank.
 
     Each picture is scored once. lengths: image tokens per picture; pictures of similar length share a batch, so that
-    little is padded. same_passes: each rank runs the same number of forward passes, as ZeRO-3 needs it (a rank that has one
-    batch fewer scores one again). Raises UserError for a picture that can no longer be read.
+    little is padded. same_passes: each rank runs the same number of forward passes, as ZeRO-3 needs it (a rank
+    with one batch fewer scores one again). Raises UserError for a picture that can no longer be read.
     """
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: what cannot fit fails at once
+    order = sorted(range(len(pictures)), key=lambda i: -lengths[i])  # longest first: out of memory comes at the start
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     share = batches[state.process_index :: state.num_processes]
     if same_passes and len(share) < -(-len(batches) // state.num_processes):

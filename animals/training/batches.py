@@ -17,7 +17,7 @@ import config as settings
 from animals.pictures.read import load_picture
 from animals.training.describe import batch_sizes
 
-TEXT_TOKENS = 60  # tokens of prompt, answer and </s> beside the picture's, where nobody has counted them
+TEXT_TOKENS = 60  # of prompt, answer and </s>, until the Scorer has counted them
 
 
 class PictureCollator:

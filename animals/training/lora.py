@@ -14,7 +14,7 @@ import re
 from animals.checkpoint.check import first_names
 from animals.command import UserError
 
-# The linear layers of the language model. The vision tower, the projector and lm_head stay as they are.
+# The linear layers of the language model. The vision tower, the projector and lm_head stay unchanged.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 

@@ -149,7 +149,7 @@ def disk_needed(args, pictures, checkpoint_bytes, final_bytes) -> tuple[int, flo
 
 
 def check_disk(args, pictures, checkpoint_bytes, final_bytes, how="computed"):
-    """Raises UserError unless the disk of --output_dir has room for the run; what lies there already counts as room."""
+    """Raises UserError unless the disk of --output_dir has room for the run; files already in it count as free."""
     at_once, needed = disk_needed(args, pictures, checkpoint_bytes, final_bytes)
     already = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     room = shutil.disk_usage(nearest_existing(args.output_dir)).free + already

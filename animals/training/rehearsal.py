@@ -1,4 +1,4 @@
-"""`sh train.sh --rehearse`: a few minutes of the run, with its weights and pictures on its machine, before the hours.
+"""`sh train.sh --rehearse`: a few minutes of the real run, with its weights and pictures, before the long run.
 
 Evaluates a few pictures, takes one step on the heaviest micro-batch that the run will form (memory, warm-up), then the
 run's own first steps, at least three and about a minute; writes a checkpoint to <output_dir>.rehearsal, reads it again
@@ -145,7 +145,7 @@ class RehearsalTrainer(AnimalTrainer):
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         gb = {path: path.stat().st_size / 1e9 for path in folder.rglob("*") if path.is_file()}
         for path in gb:
-            with open(path, "rb") as file:  # a resumed run finds no page of it in RAM
+            with open(path, "rb") as file:  # a resumed run does not find it cached in RAM
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet

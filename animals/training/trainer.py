@@ -1,6 +1,6 @@
-"""TRL's SFTTrainer with what a run of hours needs: checkpoints that survive a kill, a stop that saves, accuracy.
+"""TRL's SFTTrainer for long runs: it saves when it is stopped, resumes after a kill, and measures accuracy.
 
-A checkpoint is written in place and is complete with its manifest, which is written last (animals/checkpoint/steps.py).
+A checkpoint is written in place. Its manifest, written last, makes it complete (animals/checkpoint/steps.py).
 Nothing here changes what is learned.
 """
 
@@ -73,8 +73,8 @@ def release_head_early(model, base):
     """ZeRO-3: gather the head's weight with the final norm, and release it after the norm's backward pass.
 
     TRL reads lm_head.weight without calling the head. DeepSpeed notices this in the first forward pass, registers the
-    weight with the outermost module and keeps it gathered through the whole backward pass: the prefetch lacks the room
-    of 131 M elements. The loss follows the final norm, so the weight is registered there, as DeepSpeed documents.
+    weight with the outermost module and keeps it gathered through the whole backward pass: this takes the room
+    of 131 M elements from the prefetch. The loss follows the final norm, so the weight is registered there.
     """
     from deepspeed.runtime.zero.partition_parameters import register_external_parameter, unregister_external_parameter
 
@@ -99,7 +99,7 @@ class AnimalTrainer(SFTTrainer):
     """
 
     def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, **kwargs):
-        args = copy.copy(args)  # the caller's stay as they are
+        args = copy.copy(args)  # the caller's stay unchanged
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -107,7 +107,9 @@ class AnimalTrainer(SFTTrainer):
         data, processor = add_fillers(train_dataset, args), scorer.processor
         super().__init__(train_dataset=data, args=args, processing_class=processor, **kwargs)
         self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # without peft's
+        base = (
+            self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        )  # without peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if zero3_is_on(args):
             release_head_early(self.model, base)
@@ -124,7 +126,7 @@ class AnimalTrainer(SFTTrainer):
     def _run_epoch(self, **kwargs):
         if not self.args.use_cpu:  # the pinned host RAM that loading and partitioning the weights used
             torch.accelerator.empty_host_cache()
-        if self.sampler:  # after a resume the library does not reach it through its wrappers
+        if self.sampler:  # after a resume the library cannot call it on the wrapped sampler
             self.sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(**kwargs)
 
@@ -157,7 +159,7 @@ class AnimalTrainer(SFTTrainer):
         metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
         metrics |= {"runtime": seconds, "samples_per_second": n / seconds}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        self.log(metrics)  # before model.train(): in evaluation mode TRL leaves its figures of the training out
+        self.log(metrics)  # before model.train(): in evaluation mode TRL omits its training metrics
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -224,7 +226,7 @@ class AnimalTrainer(SFTTrainer):
         barrier()
 
     def save_final(self):
-        """Write the model into output_dir, by way of .saving: old and new shards have equal names. All ranks."""
+        """Write the model into output_dir, through .saving: new shards have the names of old ones. All ranks."""
         saving = os.path.join(self.args.output_dir, SAVING)
         if main_process():
             shutil.rmtree(saving, ignore_errors=True)
