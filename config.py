@@ -28,20 +28,6 @@ FOLDER_TO_LABEL = {
     "squirrel": "squirrel",
 }
 
-# The labels' names on a page in Chinese; a label that is not here keeps its own name. The model never sees these.
-LABELS_IN_CHINESE = {
-    "butterfly": "蝴蝶",
-    "cat": "猫",
-    "chicken": "鸡",
-    "cow": "牛",
-    "dog": "狗",
-    "elephant": "大象",
-    "horse": "马",
-    "spider": "蜘蛛",
-    "sheep": "羊",
-    "squirrel": "松鼠",
-}
-
 PROMPT = "What animal is in this picture? Answer with one of these words: {labels}."
 ANSWER = "{label}"
 

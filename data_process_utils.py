@@ -21,7 +21,7 @@ import os
 from collections import Counter
 
 import config as settings
-from animals.checkpoint.image_tokens import Geometry, describe_whole_view, read_geometry
+from animals.checkpoint.image_tokens import Geometry, image_token_count, read_geometry
 from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError, run
 from animals.pictures import moves
@@ -43,6 +43,20 @@ def table(summaries: dict[str, dict]) -> str:
     rows.append(("image tokens", [tokens(**s["image_tokens"]) for s in found]))
     lines = [f"{name:{width}}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows]
     return "\n".join(lines) + "   (min | mean | max)"
+
+
+def describe_whole_view(sizes, geometry: Geometry) -> str:
+    """One line about pictures of these (width, height): how many the whole view shows in full, and what it saves."""
+    side, base = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
+    counts = Counter(sizes)
+    n = counts.total()
+    small = sum(count for (width, height), count in counts.items() if width * height <= side**2)
+    line = f"{small:,} of {n:,} pictures ({small / n:.0%}) have no more pixels than the whole view, {side} x {side}"
+    if not geometry.pinpoints:  # a plain LLaVA checkpoint, which sees nothing else
+        return line
+    tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items()) / n
+    saving = f"{tokens / base:.1f} times fewer tokens, {base} per picture instead of {tokens:,.0f}"
+    return f"{line}; it takes {saving} (made by scripts/whole_view.py)"
 
 
 def check(config: Config, model_path: str) -> None:

@@ -16,7 +16,6 @@ import signal
 import sys
 
 import config as settings
-from animals.checkpoint.image_tokens import describe_whole_view, read_geometry
 from animals.checkpoint.load import load_for_training, zero3_is_on
 from animals.checkpoint.steps import (
     STATE,
@@ -141,7 +140,6 @@ def main():
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data, held_out = load_split(config, "train"), load_split(config, "validation")
     say(describe(args, model_args, train_data, collator, len(held_out)))
-    say(describe_whole_view(zip(train_data["width"], train_data["height"], strict=True), read_geometry(path)))
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
         return
 

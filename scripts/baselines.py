@@ -29,7 +29,7 @@ from animals.pictures.cache import load_split
 from animals.pictures.prepare import check_inputs
 from animals.scoring.features import STRENGTHS, Encoder, encoder_name, features, load_tower, precision, regression
 from animals.scoring.metrics import compare, paired, wilson_interval
-from animals.scoring.report import print_baselines, read_report, write_report
+from animals.scoring.report import read_report, write_report
 
 CLIP_PROMPT = "a photo of a {label}"  # CLIP's own (openai/CLIP README)
 FIELDS = (*settings.DATA_FIELDS, "logging_dir", "language")  # validation.py takes all of them as flags, too
@@ -144,6 +144,14 @@ def baseline(name, rows, answers, further):
     accuracy = {"accuracy": found["other_accuracy"], "accuracy_ci95": wilson_interval(sum(right), len(right))}
     keys = ("difference", "difference_ci95", "mcnemar_p", "only_this", "only_other")
     return {"name": name} | accuracy | {key: found[key] for key in keys} | further
+
+
+def print_baselines(rows):
+    """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
+    print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
+    for row in rows:
+        line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
+        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row))
 
 
 def main():

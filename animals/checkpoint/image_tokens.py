@@ -1,7 +1,6 @@
 """How many tokens a picture takes in the prompt, from a checkpoint's files alone: no picture is opened, no torch."""
 
 import os
-from collections import Counter
 from typing import NamedTuple
 
 from animals.checkpoint.check import base_of
@@ -64,17 +63,3 @@ def image_token_count(width: int, height: int, geometry: Geometry = STOCK) -> in
     else:
         columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
     return base + rows * columns + rows  # the whole view, the tiles, image_newline after each row
-
-
-def describe_whole_view(sizes, geometry: Geometry) -> str:
-    """One line about pictures of these (width, height): how many the whole view shows in full, and what it saves."""
-    side, base = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
-    counts = Counter(sizes)
-    n = counts.total()
-    small = sum(count for (width, height), count in counts.items() if width * height <= side**2)
-    line = f"{small:,} of {n:,} pictures ({small / n:.0%}) have no more pixels than the whole view, {side} x {side}"
-    if not geometry.pinpoints:  # a plain LLaVA checkpoint, which sees nothing else
-        return line
-    tokens = sum(count * image_token_count(*size, geometry) for size, count in counts.items()) / n
-    saving = f"{tokens / base:.1f} times fewer tokens, {base} per picture instead of {tokens:,.0f}"
-    return f"{line}; it takes {saving} (made by scripts/whole_view.py)"

@@ -5,11 +5,8 @@ one folder per encoder, by the sha256 of each picture's file: an interrupted run
 a run in which a picture was moved or stands twice.
 """
 
-import copy
 import os
-from collections import deque
 from glob import escape, glob
-from itertools import cycle
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
@@ -93,7 +90,7 @@ def encoder_name(weights, images) -> str:
 
 
 def features(encoder, pictures, sha256, config, batch_size=32):
-    """float32 [pictures, features] for paths and the sha256 of their files: kept ones, or computed now on all GPUs.
+    """float32 [pictures, features] for paths and the sha256 of their files: kept ones, or computed now.
 
     Raises UserError for a picture that can no longer be read.
     """
@@ -125,9 +122,9 @@ def encode_all(encoder, items, config, batch_size):
     """Yields (sha256s, float32 [pictures, features] in numpy) for each batch of the (sha256, path) items."""
     import torch
 
-    devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    workers = cores(config.data_processes) if devices[0].type == "cuda" else 0  # a CPU has no time left to decode
-    modules = [copy.deepcopy(encoder.module).to(device) for device in devices]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = cores(config.data_processes) if device.type == "cuda" else 0  # a CPU has no time left to decode
+    module = encoder.module.to(device)
 
     def collate(batch):
         pictures = []
@@ -140,17 +137,11 @@ def encode_all(encoder, items, config, batch_size):
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
-    pending = deque()  # one batch per device: a GPU computes while the next one is fed
-    for (keys, pixels), device, module in zip(loader, cycle(devices), cycle(modules)):
+    for keys, pixels in loader:
         if keys is None:
             raise PictureError(pixels)
         with torch.inference_mode():
-            pending.append((keys, encoder.encode(module, pixels.to(device, precision()))))
-        if len(pending) == len(modules):
-            keys, rows = pending.popleft()
-            yield keys, rows.cpu().numpy()
-    for keys, rows in pending:
-        yield keys, rows.cpu().numpy()
+            yield keys, encoder.encode(module, pixels.to(device, precision())).cpu().numpy()
 
 
 def regression(strength=1.0):

@@ -16,7 +16,6 @@ from urllib.parse import quote
 from animals.checkpoint.steps import run_name
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
-from config import LABELS_IN_CHINESE
 
 PAGES = Path(__file__).parent / "pages"
 TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
@@ -41,10 +40,8 @@ class Texts:
         return Markup(many if many and count != 1 else one).format(**values)
 
     def label(self, label):
-        """The name of a label, or of the answer `unsure`, in this language."""
-        if label == "unsure":
-            return str(self("unsure"))
-        return LABELS_IN_CHINESE.get(label, label) if self.column else label
+        """The name of a label, or of the answer `unsure`, in this language; other labels have none but themselves."""
+        return TEXTS.get(f"label_{label}", (label, label))[self.column]
 
     def reason(self, text):
         """The message of a PictureError ("category" or "category: detail") in this language."""
@@ -98,25 +95,11 @@ def write_index(report_dir, language):
     runs = {}
     for row in sorted(found, key=lambda row: (row["step"] or 0, row["final"])):
         runs.setdefault(row["run"], []).append(row)
-    tables = [(run, rows, curve(rows)) for run, rows in runs.items()]
-    tables.sort(key=lambda table: max(row["date"] for row in table[1]), reverse=True)
+    tables = sorted(runs.items(), key=lambda run: max(row["date"] for row in run[1]), reverse=True)
     axis = scale_of([row["accuracy_ci95"] for row in found] or [[0, 1]])
     page = render("index.html", report_dir, language, runs=tables, count=len(found), scale=axis, broken=broken)
     with replacing(os.path.join(report_dir, "index.html")) as file:
         file.write(page)
-
-
-def curve(rows):
-    """{scale, points, last step} of a run's accuracies, x and y from 0 to 1; None for fewer than two steps."""
-    rows = [row for row in rows if row["step"] is not None]
-    if len({row["step"] for row in rows}) < 2:
-        return None
-    axis, last = scale_of([row["accuracy_ci95"] for row in rows]), max(row["step"] for row in rows)
-    points = []
-    for row in rows:
-        low, high, y = (at(value, axis) for value in (*row["accuracy_ci95"], row["accuracy"]))
-        points.append(row | {"x": row["step"] / last, "low": low, "y": y, "high": high})
-    return {"scale": axis, "points": points, "last": last}
 
 
 def scale(low, high):

@@ -116,11 +116,3 @@ def answered_line(report):
     chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
     said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
     return f"test.py --min_probability: {', '.join(said) or 'every answer has a probability below 0.5'}"
-
-
-def print_baselines(rows):
-    """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
-    print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
-    for row in rows:
-        line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
-        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row))

@@ -26,14 +26,14 @@ import torch
 from accelerate.utils import gather_object
 
 from animals.checkpoint.steps import delete_old_rehearsal, rehearsal_folder
-from animals.command import Findings, UserError
+from animals.command import UserError
 from animals.compat import load_as_resumed
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.scorer import stratified_sample
 from animals.training.batches import heaviest_micro_batch, shuffle_seed
 from animals.training.describe import batch_sizes, count_events, count_steps
-from animals.training.preflight import GIB, check_disk, usable_ram
+from animals.training.preflight import GIB, check_disk
 from animals.training.trainer import AnimalTrainer
 
 STEPS, SECONDS = 3, 60  # timed steps at least, and until so much time has passed, unless the run is shorter
@@ -50,7 +50,7 @@ class HostRam(threading.Thread):
         super().__init__(daemon=True)
         here = socket.gethostname()
         self.ranks = [psutil.Process(pid) for host, pid in gather_object([(here, os.getpid())]) if host == here]
-        self.use_cpu, self.peaks, self.swapped_at_start = use_cpu, {}, psutil.swap_memory().used
+        self.use_cpu, self.peaks = use_cpu, {}
         self.base = self.used() - (0 if use_cpu else self.resident())
         self.phase = "start"  # start, training or resume; None ends the measurement
         if main_process():
@@ -199,8 +199,8 @@ class RehearsalTrainer(AnimalTrainer):
             print(f"{name:18}{value}")
         print(f"median of {len(timed)} steps; {steps} steps, {events[0]} evaluations, {events[1]} checkpoints in all")
         print(f"{file} holds these figures. Next: the run itself, the same command without --rehearse", flush=True)
-        swapped = (psutil.swap_memory().used - self.ram.swapped_at_start) / GIB
-        would_not_fit(args, self.pictures, swapped, checkpoint, weights_gb).report()
+        if checkpoint:
+            check_disk(args, self.pictures, checkpoint["gb"] * 1e9, weights_gb * 1e9, "measured")
 
 
 def measure_gpus(use_cpu) -> list[dict]:
@@ -226,16 +226,3 @@ def out_of_memory(error, heaviest, when) -> str:
         f"to fit ({heaviest}; ended {when} it); halve --per_device_train_batch_size and double "
         "--gradient_accumulation_steps, or see what fits: python scripts/memory_plan.py"
     )
-
-
-def would_not_fit(args, pictures, swapped, checkpoint, weights_gb) -> Findings:
-    """What the run has too little of: RAM, if `swapped` GiB went to the disk, and room for checkpoints of this size."""
-    problems = Findings()
-    if swapped > 1:
-        problems.append(
-            f"host RAM: found {swapped:.1f} GiB swapped out during the rehearsal; expected the peaks above to fit "
-            f"{usable_ram() / GIB:.0f} GiB; end other programs, add RAM, or use --use_peft"
-        )
-    if checkpoint:
-        problems.attempt(check_disk, args, pictures, checkpoint["gb"] * 1e9, weights_gb * 1e9, "measured")
-    return problems
