@@ -15,7 +15,6 @@ from animals.checkpoint.steps import delete_old_rehearsal
 from animals.command import UserError
 from animals.training import rehearsal
 from animals.training.batches import heaviest_micro_batch
-from tests.test_preflight import arguments
 from tests.test_survive import run_until
 
 KEYS = {"seconds_per_step", "waiting_for_data", "hours", "gpus", "host_gib", "checkpoint", "versions"}
@@ -141,13 +140,7 @@ def test_hours_by_hand():
     assert rehearsal.hours_of_run(100, 3, 0, 30.0, 60.0, None, None) == pytest.approx(3180 / 3600)
 
 
-def test_what_would_not_fit_is_said(tmp_path):
-    args = arguments(tmp_path / "sft")
-    (line,) = rehearsal.would_not_fit(args, 11_446, 0.5, {"gb": 60e3}, 15e3)
-    assert "expected 125728.5 GiB for 2 checkpoints of 55879.4 GiB at once (measured; --save_steps 100" in line
-    assert not rehearsal.would_not_fit(args, 11_446, 0.5, {"gb": 1e-9}, 1e-9)
-    (line,) = rehearsal.would_not_fit(args, 11_446, 5.0, None, None)
-    assert line.startswith("host RAM: found 5.0 GiB") and "swapped out" in line and "--use_peft" in line
+def test_too_little_memory_is_one_line():
     line = rehearsal.out_of_memory(UserError("CUDA out of memory. Tried\nmore"), "4 pictures", "with")
     assert "(CUDA out of memory. Tried)" in line and "(4 pictures; ended with it)" in line
     assert "halve --per_device_train_batch_size" in line

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from animals.checkpoint.check import check_files, check_weights
-from animals.checkpoint.image_tokens import STOCK, describe_whole_view, image_token_count, read_geometry
+from animals.checkpoint.image_tokens import STOCK, image_token_count, read_geometry
 from animals.checkpoint.load import load_model, load_processor
 from animals.command import UserError
 from animals.scoring.scorer import Scorer
 from config import Config
+from data_process_utils import describe_whole_view
 from scripts import whole_view
 
 PICTURE = Image.effect_mandelbrot((300, 225), (-2, -1, 1, 1), 50).convert("RGB")

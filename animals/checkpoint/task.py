@@ -71,19 +71,3 @@ def changed_task_flags(config: Config, path) -> list[str]:
             given, trained = (json.dumps(value, ensure_ascii=False) for value in (given, trained))
             lines.append(f"--{name}: found {given}; expected {trained}, with which {path} was trained")
     return lines
-
-
-def how_to_ask(folder, config: Config, tokens) -> str:
-    """Markdown: how to ask the checkpoint in `folder` with transformers alone. tokens: of the longest answer."""
-    return f"""```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder, picture = {folder!r}, "picture.jpg"
-question = {config.question!r}
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained(folder)
-chat = [{{"role": "user", "content": [{{"type": "image", "url": picture}}, {{"type": "text", "text": question}}]}}]
-inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens={tokens})
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-```"""

@@ -63,9 +63,6 @@ def lock(config: Config):
     return FileLock(temp_path(config, ".lock"))
 
 
-# --- what a cache was built from --------------------------------------------------------------------------------------
-
-
 def listing(config: Config, split: str) -> tuple[list[str], Counter, str]:
     """The picture files of the class folders, in a fixed order; the other files, counted; a hash of names and times.
 
@@ -128,9 +125,6 @@ def fresh_entries(config: Config, cache: dict) -> dict[str, dict]:
     there = [split for split in SPLITS if split in cache and os.path.isdir(split_folder(config, split))]
     same = [split for split in there if cache[split]["json"] == size_and_time(temp_path(config, f"{split}.json"))]
     return {split: cache[split] for split in same if cache[split]["stamp"] == listing(config, split)[2]}
-
-
-# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:

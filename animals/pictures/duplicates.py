@@ -141,9 +141,6 @@ def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.nd
     return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(2 * n, 2 * n)), False)[1][:n]
 
 
-# --- the search over the caches, whose result is kept in cache.json ---------------------------------------------------
-
-
 def built_from(config: Config, entries: dict[str, dict]) -> str:
     """What a search in the splits of `entries` (fresh ones of cache.json) depends on."""
     limits = config.near_duplicate_distance, config.near_duplicate_limit

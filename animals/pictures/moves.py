@@ -15,11 +15,24 @@ from pathlib import Path
 
 from animals.command import UserError
 from animals.files import replacing
-from animals.pictures.prepare import MOVES, commands, interrupted, read_moves
+from animals.pictures.prepare import MOVES, commands, interrupted
 
 
 def manifest(input_dir: str, kind: str) -> Path:
     return Path(input_dir, MOVES[kind][0])
+
+
+def read_moves(input_dir: str, kind: str) -> dict:
+    """The manifest of MOVES[kind]: its `steps`, and whether the newest one is `finished`."""
+    path = manifest(input_dir, kind)
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        [(step["created"], step["moves"]) for step in plan["steps"]]
+        return {"finished": plan["finished"], "steps": plan["steps"]}
+    except (FileNotFoundError, NotADirectoryError):
+        return {"finished": True, "steps": []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: found {error!r}; expected a list of moves; restore the file") from None
 
 
 def write(input_dir: str, kind: str, finished: bool, steps: list[dict]) -> None:

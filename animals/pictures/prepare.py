@@ -4,7 +4,6 @@ check_inputs() is called before anything slow starts, by the launcher even befor
 neither torch nor Pillow before it needs it.
 """
 
-import json
 import os
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
 from animals.checkpoint.image_tokens import read_geometry
-from animals.command import Findings, UserError
+from animals.command import Findings
 from animals.files import subfolders
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path
 from config import Config
@@ -79,22 +78,10 @@ def commands(input_dir: str, kind: str) -> tuple[str, str, str]:
     return script, f"{script} {arguments}", f"{script} {back}"
 
 
-def read_moves(input_dir: str, kind: str) -> dict:
-    """The manifest of MOVES[kind]: its `steps`, and whether the newest one is `finished`."""
-    path = Path(input_dir, MOVES[kind][0])
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        [(step["created"], step["moves"]) for step in plan["steps"]]
-        return {"finished": plan["finished"], "steps": plan["steps"]}
-    except (FileNotFoundError, NotADirectoryError):
-        return {"finished": True, "steps": []}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: found {error!r}; expected a list of moves; restore the file") from None
-
-
 def interrupted(input_dir: str) -> list[str]:
-    """The kinds of moves whose newest step was interrupted."""
-    return [kind for kind in MOVES if not read_moves(input_dir, kind)["finished"]]
+    """The kinds of moves whose newest step was interrupted, or whose manifest is damaged (moves.py says how)."""
+    paths = {kind: Path(input_dir, names[0]) for kind, names in MOVES.items()}
+    return [kind for kind, path in paths.items() if path.is_file() and '"finished": true' not in path.read_text()]
 
 
 def folder_problems(config: Config, splits) -> list[str]:

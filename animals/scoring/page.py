@@ -66,11 +66,11 @@ def report_page(report, rows, folder, language):
         folder,
         language,
         report=report,
-        scale=scale_of([report["accuracy_ci95"]]),
-        baselines_scale=scale_of([report["accuracy_ci95"], *shown]),
-        class_scale=scale(min(row["recall_ci95"][0] for row in classes), 1),
-        confidence_scale=scale(min(row["confidence"] for row in bins), 1),
-        accuracy_scale=scale(min(row["accuracy_ci95"][0] for row in bins), 1),
+        scale=scale(report["accuracy_ci95"]),
+        baselines_scale=scale(report["accuracy_ci95"], *shown),
+        class_scale=scale((min(row["recall_ci95"][0] for row in classes), 1)),
+        confidence_scale=scale((min(row["confidence"] for row in bins), 1)),
+        accuracy_scale=scale((min(row["accuracy_ci95"][0] for row in bins), 1)),
         cells=[{"t": t, "p": p, "rows": cell} for (t, p), cell in sorted(in_cell.items())],
         mistakes=wrong[:MISTAKES],
         worst=WORST,
@@ -96,25 +96,21 @@ def write_index(report_dir, language):
     for row in sorted(found, key=lambda row: (row["step"] or 0, row["final"])):
         runs.setdefault(row["run"], []).append(row)
     tables = sorted(runs.items(), key=lambda run: max(row["date"] for row in run[1]), reverse=True)
-    axis = scale_of([row["accuracy_ci95"] for row in found] or [[0, 1]])
+    axis = scale(*([row["accuracy_ci95"] for row in found] or [[0, 1]]))
     page = render("index.html", report_dir, language, runs=tables, count=len(found), scale=axis, broken=broken)
     with replacing(os.path.join(report_dir, "index.html")) as file:
         file.write(page)
 
 
-def scale(low, high):
-    """The ticks of an axis that shows the interval from low to high within 0 to 1: round numbers, at most six parts."""
+def scale(*intervals):
+    """The ticks of an axis that shows these intervals within 0 to 1: round numbers, at most six parts."""
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
     margin = max((high - low) / 4, 0.005)  # so that a single value has an axis too
     for step in (0.01, 0.02, 0.05, 0.1, 0.2):  # the last one always fits
         start, end = max(0, floor((low - margin) / step)), min(round(1 / step), ceil((high + margin) / step))
         if end - start <= 6:
             break
     return [k * step for k in range(start, end + 1)]
-
-
-def scale_of(intervals):
-    """The scale() that shows all of these intervals."""
-    return scale(min(low for low, _ in intervals), max(high for _, high in intervals))
 
 
 def at(value, ticks):

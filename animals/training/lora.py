@@ -8,9 +8,6 @@
 validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder; its base model must still be there.
 """
 
-import os
-import re
-
 from animals.checkpoint.check import first_names
 from animals.command import UserError
 
@@ -44,8 +41,4 @@ def describe_trainable(model) -> str:
         raise UserError(
             f"--use_peft: {len(outside)} parameters outside the adapters would train: {first_names(outside)}"
         )
-    places = [re.sub(r"^base_model\.model\.|\.lora_.*|\.modules_to_save.*", "", name) for name in trained]
-    places = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", place) for place in places))
-    common = os.path.commonprefix([f"{place}." for place in places]).rpartition(".")[0]
-    names = ", ".join(place.removeprefix(common).strip(".") for place in places)
-    return f"{share}: {len(trained)} tensors{f' on {common}' if common else ''}: {names}"
+    return f"{share}: {len(trained)} tensors, {first_names(trained)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather
+from jinja2 import Template
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -22,7 +23,7 @@ from trl import SFTTrainer
 from animals.checkpoint.load import zero3_is_on
 from animals.checkpoint.save import add_other_files
 from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
-from animals.checkpoint.task import how_to_ask, task_of
+from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
@@ -31,6 +32,8 @@ from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
 from animals.training.parts import load_trained, save_trained
+
+CARD = Path(__file__).with_name("model_card.md")
 
 
 class StopOnSignal(TrainerCallback):
@@ -195,17 +198,20 @@ class AnimalTrainer(SFTTrainer):
             accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
             if measured[0]["step"] == 0:
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
-        folder, longest = self.args.output_dir, max(map(len, self.scorer.answers))  # in tokens
-        card = (
-            f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-            f"# {os.path.basename(os.path.normpath(folder))}\n\n"
-            f"LLaVA-NeXT fine-tuned to answer with one of: {', '.join(self.scorer.labels)}.\n\n"
-            f"- asked: {self.record['question']}\n- closed-set accuracy: {accuracy}\n"
-            f"- step {self.state.global_step} of {self.state.max_steps}\n\n"
-            f"Ask it:\n\n{how_to_ask(folder, self.scorer.config, longest)}\n\nWhat ran (run.json):\n\n"
-            f"```json\n{json.dumps(self.record, indent=1, ensure_ascii=False)}\n```\n"
+        folder, config = self.args.output_dir, self.scorer.config
+        card = Template(CARD.read_text(encoding="utf-8")).render(
+            name=os.path.basename(os.path.normpath(folder)),
+            folder=repr(folder),
+            labels=", ".join(config.labels),
+            question=config.question,
+            quoted_question=repr(config.question),
+            accuracy=accuracy,
+            step=self.state.global_step,
+            steps=self.state.max_steps,
+            longest=max(map(len, self.scorer.answers)),  # tokens of an answer
+            record=json.dumps(self.record, indent=1, ensure_ascii=False),
         )
-        Path(folder, "README.md").write_text(card, encoding="utf-8")
+        Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
 
     def _save_checkpoint(self, model, trial):
         """Write checkpoint-N, then its manifest, and only then delete the oldest checkpoints. All ranks."""
