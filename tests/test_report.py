@@ -26,6 +26,7 @@ from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.sheet import contact_sheet
 from scripts.baselines import print_baselines
+from tests.conftest import ROOT
 from tests.helpers.browser import Browser, find_chromium
 
 REPORT = "logs/validation/sft-llava-demo"  # the one that demo/run.sh leaves
@@ -374,7 +375,6 @@ def test_index_of_two_runs(made, tmp_path, browser):
     check_width(browser, tmp_path / "index.html")
     runs = browser.js("[...document.querySelectorAll('section')].map(s => s.innerText)")
     assert [text.split("\n")[0] for text in runs] == ["b", "a"], "the newest first"
-    assert len(runs) == 2 and browser.js("document.querySelectorAll('svg').length") == 1, "b has one point only"
     [a] = [text for text in runs if text.startswith("a\n")]
     assert a.index("50.0") < a.index("75.0") and "n\u00a0=\u00a050" in a
     for link in browser.js("[...document.querySelectorAll('section a')].map(a => a.href)"):
@@ -434,21 +434,15 @@ def test_numbers_for_people():
     assert page_maker.top(row, ["a", "b"]) == ["b", "a"] and page_maker.top(row | {"a": 0.0099}, ["a", "b"]) == ["b"]
 
 
-DYNAMIC = (
-    "reason_",
-    "baseline_",
-    "verdict_",
-    "audit_",
-    "serve_",
-    "label_",
-)  # a program or template adds a word to one of these
+# A program or a template completes these.
+DYNAMIC = ("reason_", "baseline_", "verdict_", "audit_", "serve_", "label_")
 
 
 def test_every_text_in_both_languages():
     """None is missing, none is unused, both fill the same places, and no template says anything by itself."""
     scoring = Path(page_maker.__file__).parent
     templates = {path.name: path.read_text(encoding="utf-8") for path in (scoring / "pages").glob("*.html")}
-    files = [*scoring.parent.rglob("*.py"), *scoring.parents[1].glob("scripts/*.py")]
+    files = [*scoring.parent.rglob("*.py"), *ROOT.glob("scripts/*.py"), ROOT / "config.py"]
     programs = [path.read_text(encoding="utf-8") for path in files]
     source = "".join([*templates.values(), *(text for text in programs if "Texts(" in text)])
     for key, (english, chinese) in TEXTS.items():
