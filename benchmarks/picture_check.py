@@ -1,12 +1,12 @@
-"""What the check of the pictures costs, beside merely decoding them and beside datasets' imagefolder.
+"""What the check of the pictures costs, compared with merely decoding them.
 
     python benchmarks/picture_check.py                          # pairs: about 5 minutes on 2 cores
     python benchmarks/picture_check.py --scale                  # 10,000 and 100,000 entries: about 2 minutes
     python benchmarks/picture_check.py --pictures 2000          # a quick look
 
 Draws its pictures in a temporary folder that it removes. Rounds are interleaved (decode, cold, warm, decode,
-...; imagefolder in the first), so a busy machine slows all of them alike; compare the ratios, not the seconds. Writes
-benchmarks/results/picture_check.md or picture_check_scale.md; last line of stdout is the same as JSON.
+...), so a busy machine slows all of them alike; compare the ratios, not the seconds. Writes
+benchmarks/results/picture_check.md or picture_check_scale.md; the last line of stdout is the same as JSON.
 """
 
 import argparse
@@ -119,32 +119,6 @@ def step_load(root):
     return {"rows": len(rows), "built": summaries["train"]["built"]}
 
 
-def usable(row):
-    """What prepare() knows of a picture, from imagefolder's row: decoded, size, hash of the file, conversation."""
-    import hashlib
-
-    from config import Config
-
-    config, picture = Config(), row["image"]
-    picture.convert("RGB")
-    with open(picture.filename, "rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-    label = config.labels[row["label"]]
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.question}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": config.answer_for(label)}]}
-    return {"width": picture.width, "height": picture.height, "sha256": sha, "messages": [question, answer]}
-
-
-def step_imagefolder(root):
-    """The nearest a user gets without this repository. It knows no duplicates and stops at the first bad picture."""
-    from datasets import load_dataset
-
-    for split in ("train", "validation"):
-        cache = str(root.parent / "hf")
-        rows = load_dataset("imagefolder", data_dir=str(root / f"{split}_data"), split="train", cache_dir=cache)
-        rows.map(usable, num_proc=CORES)
-
-
 def step_search(root):
     """The search for duplicates alone on `root` random hashes, a fifth of them held out, 1 % of those near-copies."""
     from animals.pictures.duplicates import Pictures, find_duplicates
@@ -188,12 +162,8 @@ def compare(n: int, rounds: int, root: Path) -> list[dict]:
     results = []
     for k in range(rounds):
         shutil.rmtree(root / "temp", ignore_errors=True)
-        shutil.rmtree(root / "hf", ignore_errors=True)
         row = {"decode": run("decode", root / "input"), "cold": run("check", root / "input")}
         row |= {"warm": run("check", root / "input")}
-        if k == 0:  # ten times as long: once is enough
-            row |= {"imagefolder": run("imagefolder", root / "input")}
-            row |= {"imagefolder warm": run("imagefolder", root / "input")}
         assert row["cold"]["decoded"] and not row["warm"]["decoded"]
         results.append(row)
         say(f"round {k + 1} of {rounds}: " + ", ".join(f"{name} {r['seconds']:.2f} s" for name, r in row.items()))
@@ -259,16 +229,12 @@ def pairs_report(pairs: list[dict], pictures: int) -> list[str]:
         f"| `prepare()` cold: verdict, sizes, tokens, three hashes, search for duplicates | {median['cold']:.2f} |",
         f"| of it the search for duplicates | {search:.3f} |",
         f"| `prepare()` warm: nothing changed | {median['warm']:.3f} |",
-        f"| imagefolder + map to the same columns, cold; no search for duplicates | {median['imagefolder']:.2f} |",
-        f"| the same, warm | {median['imagefolder warm']:.2f} |",
         "",
         "| ratio | median (range over the rounds) |",
         "|---|---|",
         f"| cold / decode only | {ratios(pairs, 'cold', 'decode')} |",
         f"| cold / decode only, CPU time of all processes | {ratios(pairs, 'cold', 'decode', 'cpu')} |",
         f"| cold / warm | {ratios(pairs, 'cold', 'warm')} |",
-        f"| imagefolder cold / cold, first round | {ratios(pairs, 'imagefolder', 'cold')} |",
-        f"| imagefolder warm / warm, first round | {ratios(pairs, 'imagefolder warm', 'warm')} |",
     ]
 
 
