@@ -129,7 +129,6 @@ class Config:
         return self.prompt.replace("{labels}", ", ".join(self.labels))
 
     def answer_for(self, label: str) -> str:
-        """The assistant's turn for a label."""
         return self.answer.replace("{label}", label)
 
     def conversation(self, label=None) -> list[dict]:
@@ -170,7 +169,6 @@ def parser(description: str, names) -> argparse.ArgumentParser:
 
 
 def add_flags(parser: argparse.ArgumentParser, names) -> None:
-    """Give `parser` a flag for each of the named fields of Config."""
     group = parser.add_argument_group("settings (config.py)")
     for f in fields(Config):
         if f.name in names:

@@ -16,15 +16,8 @@ import signal
 import sys
 
 import config as settings
+from animals.checkpoint import steps
 from animals.checkpoint.load import load_for_training, zero3_is_on
-from animals.checkpoint.steps import (
-    STATE,
-    check_resume,
-    copy_model_to_output,
-    delete_old_rehearsal,
-    newest_complete,
-    run_name,
-)
 from animals.checkpoint.task import changed_task_flags, settings_for
 from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
@@ -96,30 +89,29 @@ def end_rank(code):
 
 def find_start(args, record):
     """The checkpoint to resume from, or None. Says which newer ones are incomplete."""
-    newest, incomplete = newest_complete(args.output_dir)
+    newest, incomplete = steps.newest_complete(args.output_dir)
     for line in incomplete:
         say(line)
     if newest and not args.resume_from_checkpoint:
-        check_resume(record, newest)
+        steps.check_resume(record, newest)
     return args.resume_from_checkpoint or newest
 
 
 def publish_if_finished(args, checkpoint, pictures) -> bool:
     """Whether `checkpoint` is the last step: then copy its model to output_dir, because Trainer would take one more."""
-    state = read_json(os.path.join(checkpoint, STATE))
+    state = read_json(os.path.join(checkpoint, steps.STATE))
     finished = state["global_step"] >= count_steps(args, pictures)[1]
     if finished and main_process():
         best = args.load_best_model_at_end and state["best_model_checkpoint"]
-        copy_model_to_output(best or checkpoint, args.output_dir)
+        steps.copy_model_to_output(best or checkpoint, args.output_dir)
         say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
     return finished
 
 
 def main():
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # Linux: kill this rank if torchrun dies, or it would go on writing.
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG; a rank without torchrun (nohup) may outlive its shell
+    # Kill this rank if torchrun dies, or it would go on writing. A rank without torchrun (nohup) may outlive its shell.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
 
     # Settings: the flags, and the checkpoint's own task.
     given, args, model_args, flags = parse(sys.argv[1:])
@@ -130,7 +122,7 @@ def main():
 
     # Checks: everything that can be known to be wrong, in one message, before the weights load.
     if main_process():
-        delete_old_rehearsal(args.output_dir)
+        steps.delete_old_rehearsal(args.output_dir)
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)
@@ -159,7 +151,7 @@ def main():
     if checkpoint:
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # it was measured when the run began
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logs = os.path.join(config.logging_dir, run_name(args.output_dir))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logs = os.path.join(config.logging_dir, steps.run_name(args.output_dir))
     trainer = make_trainer(
         model=model,
         args=args,

@@ -23,7 +23,6 @@ class Findings(list):
             self.append(str(error))
 
     def report(self):
-        """Raise one UserError with all messages, if there are any."""
         if self:
             raise UserError("\n".join(self))
 

@@ -14,7 +14,6 @@ def main_process() -> bool:
 
 
 def barrier():
-    """Wait until every rank is here."""
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -48,8 +47,7 @@ def why_cpu(use_cpu: bool) -> str | None:
         return "--use_cpu"
     if torch.cuda.is_available():
         return None
-    gpus = count_gpus()
-    if not gpus:
+    if not (gpus := count_gpus()):
         return "no GPU found"
     driver = ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0].strip()
     found = f"found {gpus} GPUs (nvidia-smi; driver {driver or 'unknown'})"

@@ -68,12 +68,6 @@ def count_processes(gpus):
     return int(chosen)
 
 
-def uses_deepspeed(config_file) -> bool:
-    import yaml
-
-    return yaml.safe_load(Path(config_file).read_text("utf-8")).get("distributed_type") == "DEEPSPEED"
-
-
 def pass_signals_on():
     """SIGTERM, SIGHUP and Ctrl-C go to the ranks, which save and end by themselves."""
     import psutil
@@ -135,14 +129,16 @@ def main():
     if training:
         findings.attempt(check_output_dir, args.output_dir)
     findings.report()
-    if processes == 1 and not (training and uses_deepspeed(config_file)):
+    import yaml  # only now: the checks must run before anything is installed
+
+    deepspeed = yaml.safe_load(Path(config_file).read_text("utf-8")).get("distributed_type") == "DEEPSPEED"
+    if processes == 1 and not (training and deepspeed):
         if gpus > 1:  # transformers would use them all, by DataParallel
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         os.execv(sys.executable, alone)  # whoever kills this process also stops the rank
     pass_signals_on()
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # its long message says less than our line
+    # Its long message about a failed rank says less than our line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     start_ranks(training, config_file, processes, script, flags)
 
 

@@ -323,19 +323,17 @@ def test_a_real_container(tmp_path):
     if (root / "memory" / "memory.limit_in_bytes").exists():  # version 1
         root, file = root / "memory", "memory.limit_in_bytes"
     group = root / name
-    try:
-        group.mkdir()
-        (group / file).write_text(str(3 * 2**30))
-    except OSError as error:
-        if group.exists():
-            group.rmdir()
-        pytest.skip(f"this machine lets root make no control group with a limit: {error}")
     code = "from animals.training.preflight import usable_ram; print(usable_ram())"
     enter = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -c '{code}'"
     try:
+        group.mkdir()
+        (group / file).write_text(str(3 * 2**30))
         done = subprocess.run(["sh", "-c", enter], capture_output=True, text=True, cwd=ROOT)
+    except OSError as error:
+        pytest.skip(f"this machine lets root make no control group with a limit: {error}")
     finally:
-        group.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            group.rmdir()
     assert done.stdout == f"{3 * 2**30}\n", done.stderr
 
 
@@ -368,12 +366,10 @@ def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
 def test_a_slim_container(demo, others_pictures, run, tmp_path, monkeypatch):
     """No git on PATH, and a copy of the files that is no repository: training runs, and records no commit."""
     (tmp_path / "bin").mkdir()
-    commands = {
-        path.name: path for folder in reversed(os.environ["PATH"].split(":")) for path in Path(folder).glob("*")
-    }
-    for name in commands:
+    folders = map(Path, reversed(os.environ["PATH"].split(":")))  # of two commands with one name the first counts
+    for name, path in {path.name: path for folder in folders for path in folder.glob("*")}.items():
         if not name.startswith("git"):
-            (tmp_path / "bin" / name).symlink_to(commands[name])
+            (tmp_path / "bin" / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if run("sh -c 'command -v git'").code == 0:
         pytest.skip("git lies beside this python")

@@ -14,6 +14,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,11 +67,6 @@ def uninterrupted_on(demo, run, tmp_path_factory):
     return finish
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(uninterrupted_on):
-    return uninterrupted_on(2)
-
-
 def wait_for_a_save(out, process):
     """Until the run writes a checkpoint that it began after this call, and another one is complete."""
     started = time.time()
@@ -121,8 +117,6 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ra
 
 
 def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
-    import psutil
-
     out = tmp_path / "sft"
 
     def kill_one(process):
@@ -146,13 +140,13 @@ def test_balanced_micro_batches_in_bfloat16_resume_to_the_bit(demo, run, tmp_pat
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
 
-def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted, tmp_path):
+def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted_on, tmp_path):
     """Each file of the newest checkpoint in turn is cut short, then removed."""
-    newest, _ = newest_complete(str(uninterrupted))
+    newest, _ = newest_complete(str(uninterrupted_on(2)))
     assert newest.endswith(f"checkpoint-{STEPS}")
     files = [os.path.relpath(os.path.join(d, f), newest) for d, _, names in os.walk(newest) for f in names]
     assert len(files) > 10 and any("global_step" in name for name in files)
-    older = uninterrupted / f"checkpoint-{STEPS - 3}"
+    older = uninterrupted_on(2) / f"checkpoint-{STEPS - 3}"
     for name in files:
         for harm in ("cut", "remove"):
             copy = tmp_path / "run"
@@ -171,8 +165,8 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
             shutil.rmtree(copy)
 
 
-def test_changed_essentials_are_named(uninterrupted):
-    newest, _ = newest_complete(str(uninterrupted))
+def test_changed_essentials_are_named(uninterrupted_on):
+    newest, _ = newest_complete(str(uninterrupted_on(2)))
     record = read_json(os.path.join(newest, "run.json"))
     check_resume(record, newest)
     with pytest.raises(UserError, match="world_size was 2, is 4 .* effective_batch was 16, is 32"):
@@ -185,9 +179,8 @@ def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
     model = shutil.copytree(demo.model, tmp_path / "model")
     for file in model.glob("*.safetensors"):
         weights = load_file(file)
-        for name, weight in weights.items():
-            if name.endswith("lm_head.weight"):
-                weight[:] = float("nan")
+        for name in [name for name in weights if name.endswith("lm_head.weight")]:
+            weights[name][:] = float("nan")
         save_file(weights, file, {"format": "pt"})
     bad = SimpleNamespace(model=model, input=demo.input, cache=demo.cache)
     done = run(command(bad, tmp_path / "sft"), code=2)

@@ -60,7 +60,6 @@ def load_model(path, dtype="bfloat16"):
 
 
 def zero3_is_on(args) -> bool:
-    """Whether these training arguments use DeepSpeed ZeRO-3."""
     return bool(args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3)
 
 
@@ -85,14 +84,12 @@ def load_for_training(model_args, args):
         problems.append(f"{flag}: ZeRO-3 cannot partition quantized weights; add --config_file scripts/ddp.yaml")
     if problems:
         raise UserError("\n".join(problems))
-    quantization = get_quantization_config(model_args)
     options = {} if zero3 else {"device_map": {"": PartialState().device}}  # no copy in host RAM on the way
-    if quantization is not None:
+    if (quantization := get_quantization_config(model_args)) is not None:
         unquantized = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
         quantization.llm_int8_skip_modules = unquantized  # despite int8 in its name, 4-bit loading reads it
         options["quantization_config"] = quantization
-    attention = model_args.attn_implementation or "sdpa"
-    model = load_weights(path, dtype=getattr(torch, model_args.dtype), attn_implementation=attention, **options)
+    model = load_weights(path, dtype=getattr(torch, model_args.dtype), attn_implementation="sdpa", **options)
     for module in model.modules():  # bitsandbytes' 4 bit: evaluating on a CPU would repack weights past training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

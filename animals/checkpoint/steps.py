@@ -55,8 +55,7 @@ def newest_complete(output_dir) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint or None, and a line of text for each newer one, which is incomplete."""
     passed_over = []
     for path in reversed(saved_steps(output_dir).values()):
-        lacking = missing_files(path)
-        if not lacking:
+        if not (lacking := missing_files(path)):
             return path, passed_over
         passed_over.append(f"{path}: incomplete ({', '.join(lacking[:3])} missing or cut short); it is not used")
     return None, passed_over

@@ -29,8 +29,7 @@ def read_task(path) -> dict | None:
     if not files:
         return None
     task = read_json(files[0])
-    missing = [name for name in KEYS if not isinstance(task, dict) or name not in task]
-    if missing:
+    if missing := [name for name in KEYS if not isinstance(task, dict) or name not in task]:
         raise UserError(
             f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it from the run again"
         )

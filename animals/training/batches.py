@@ -86,9 +86,7 @@ class TokenBalancedSampler(BatchRebalanceSampler):
         super().__init__(lengths, micro_batch * accumulation * ranks, ranks, accumulation, **options)
 
 
-def heaviest_micro_batch(
-    image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS
-) -> tuple[list[int], list[int]]:
+def heaviest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS):
     """The micro-batch with the most tokens that batch_rebalance forms in so many epochs: (indices, image tokens)."""
     sizes, formed = (micro_batch, accumulation, ranks), []
     tokens = [*image_tokens, *(image_tokens[i] for i in fillers(image_tokens, *sizes, balanced=True))]

@@ -68,7 +68,6 @@ def freeze(model, parts, float32: bool):
 
 
 def trained_weights(model):
-    """{name: parameter} of the parameters that train."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 

@@ -114,7 +114,6 @@ def missing_for_triton() -> list[str]:
 
 
 def ranks_here() -> int:
-    """How many ranks run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

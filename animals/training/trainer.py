@@ -107,12 +107,10 @@ class AnimalTrainer(SFTTrainer):
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.sampler = None  # of --train_sampling_strategy batch_rebalance
-        data, processor = add_fillers(train_dataset, args), scorer.processor
-        super().__init__(train_dataset=data, args=args, processing_class=processor, **kwargs)
+        train_dataset = add_fillers(train_dataset, args)
+        super().__init__(train_dataset=train_dataset, args=args, processing_class=scorer.processor, **kwargs)
         self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
-        base = (
-            self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        )  # without peft's wrapper
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # not peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if zero3_is_on(args):
             release_head_early(self.model, base)
@@ -198,16 +196,13 @@ class AnimalTrainer(SFTTrainer):
             accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
             if measured[0]["step"] == 0:
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
-        folder, config = self.args.output_dir, self.scorer.config
+        folder = self.args.output_dir
         card = Template(CARD.read_text(encoding="utf-8")).render(
             name=os.path.basename(os.path.normpath(folder)),
             folder=repr(folder),
-            labels=", ".join(config.labels),
-            question=config.question,
-            quoted_question=repr(config.question),
+            config=self.scorer.config,
             accuracy=accuracy,
-            step=self.state.global_step,
-            steps=self.state.max_steps,
+            state=self.state,
             longest=max(map(len, self.scorer.answers)),  # tokens of an answer
             record=json.dumps(self.record, indent=1, ensure_ascii=False),
         )
