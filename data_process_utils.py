@@ -4,11 +4,8 @@
     python data_process_utils.py --validation_fraction 0.2 --seed 42    # cut a validation split off train_data
     python data_process_utils.py --undo_split                           # put the pictures of the newest cut back
 
-train.py and validation.py check the pictures themselves before they start; with this script you look first.
-
 Reads   <input_dir>/{train_data,validation_data}/<class folder>/**, classes as in config.FOLDER_TO_LABEL.
 Leaves  <temp_dir>/{train,validation}.json: conversations as TRL and datasets read them, one picture per line
-        <temp_dir>/cache.json: what the JSON files were built from
         <temp_dir>/excluded.csv (image,split,reason): what training will not see
         <temp_dir>/duplicates.csv: equal and similar pictures (animals/pictures/duplicates.py)
 
@@ -28,7 +25,7 @@ from animals.pictures import moves
 from animals.pictures.cache import SPLITS, fresh_entries, load_split, lock, read_cache, refresh, split_folder
 from animals.pictures.prepare import commands, folder_problems, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
-from animals.pictures.split import check_fraction, choose
+from animals.pictures.split import choose
 from config import Config
 
 
@@ -47,9 +44,8 @@ def table(summaries: dict[str, dict]) -> str:
 
 def describe_whole_view(sizes, geometry: Geometry) -> str:
     """One line about pictures of these (width, height): how many the whole view shows in full, and what it saves."""
-    side, base = geometry.image_size, image_token_count(1, 1, geometry._replace(pinpoints=()))
-    counts = Counter(sizes)
-    n = counts.total()
+    side, counts = geometry.image_size, Counter(sizes)
+    n, base = counts.total(), image_token_count(1, 1, geometry._replace(pinpoints=()))
     small = sum(count for (width, height), count in counts.items() if width * height <= side**2)
     line = f"{small:,} of {n:,} pictures ({small / n:.0%}) have no more pixels than the whole view, {side} x {side}"
     if not geometry.pinpoints:  # a plain LLaVA checkpoint, which sees nothing else
@@ -73,23 +69,23 @@ def check(config: Config, model_path: str) -> None:
         print("\n".join([*lines, *describe_duplicates(config, found)]))
 
 
-def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometry) -> None:
+def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) -> None:
     """Move a share of each class of train_data to validation_data, and say what was moved."""
-    check_fraction(fraction)
+    if not 0 < fraction < 1:
+        raise UserError(f"--validation_fraction: found {fraction}; expected a share between 0 and 1, e.g. 0.2")
     with lock(config):
         moves.require_finished(config.input_dir)
         held_out, splits = split_folder(config, "validation"), ["train"]
         if os.path.isdir(held_out) and list_pictures(held_out):
             if not add:
                 raise UserError(
-                    f"{held_out}: found pictures there already; expected none; cut more with --add_to_validation, or "
-                    "take the last cut back with --undo_split"
+                    f"{held_out}: found pictures; expected none; to add more: --add_to_validation, to undo: --undo_split"
                 )
             splits.append("validation")
         Findings(folder_problems(config, ["train"])).report()
-        summary = refresh(config, splits, geometry)["train"]["summary"]
+        summary = refresh(config, splits, read_geometry(model_path))["train"]["summary"]
         Findings(split_problems(config, "train", summary)).report()
-        rows = rows_to_choose_from(config, splits)
+        rows = list(rows_to_choose_from(config, splits))
         chosen = choose(rows, fraction, seed)
         before, moved = summary["folders"], Counter(path.split("/")[0] for path in chosen)
         said = f"{len(chosen):,} of {sum(before.values()):,} pictures moved to {held_out}"
@@ -97,24 +93,22 @@ def cut(config: Config, fraction: float, seed: int, add: bool, geometry: Geometr
         moves.start(config.input_dir, "cut", pairs, {"fraction": fraction, "seed": seed, "said": said})
     for folder, n in before.items():
         print(f"{folder:12} {moved[folder]:>8,} of {n:>8,} = {moved[folder] / n:.1%}")
-    print(f"{said}, each group of near-duplicates on one side ({len({row[3] for row in rows}):,} groups)")
+    print(f"{said}, each group of near-duplicates on one side ({len({row[2] for row in rows}):,} groups)")
     if len(rows) > config.near_duplicate_limit:
         print(f"warning: more than {config.near_duplicate_limit:,} pictures, so only equal ones were kept together")
     next_one, _, back = commands(config.input_dir, "cut")
     print(f"next: {next_one}; to take it back: {back}")
 
 
-def rows_to_choose_from(config: Config, splits) -> list[tuple]:
-    """(name, class folder, pixel hash, group, is already held out) of each usable picture, as choose() takes them."""
+def rows_to_choose_from(config: Config, splits):
+    """(name, pixel hash, group, is already held out) of each usable picture, as choose() takes them."""
     from animals.pictures.duplicates import find_duplicates, load_pictures
 
     pictures = load_pictures(config, splits)
     groups = find_duplicates(pictures, config.near_duplicate_distance, config.near_duplicate_limit)[1]
-    rows = []
     for image, k, pixels, group in zip(pictures.image, pictures.split, pictures.pixels, groups.tolist(), strict=True):
         name = os.path.relpath(image, split_folder(config, SPLITS[k]))
-        rows.append((name, name.split("/")[0], bytes.fromhex(pixels), group, SPLITS[k] == "validation"))
-    return rows
+        yield name, bytes.fromhex(pixels), group, SPLITS[k] == "validation"
 
 
 def main():
@@ -132,8 +126,7 @@ def main():
         with lock(config):
             print("\n".join(moves.undo(config.input_dir, "cut")))
     elif args.validation_fraction is not None:
-        geometry = read_geometry(args.model_name_or_path)
-        cut(config, args.validation_fraction, args.seed, args.add_to_validation, geometry)
+        cut(config, args.validation_fraction, args.seed, args.add_to_validation, args.model_name_or_path)
     else:
         check(config, args.model_name_or_path)
 

@@ -1,8 +1,7 @@
 """Which machine do I need? GPU memory, host RAM and disk of every way to train, computed from config.json.
 
     python scripts/memory_plan.py                                 # the table of all: every method, 1, 4 and 8 GPUs
-    python scripts/memory_plan.py --num_gpus 4 --method full --micro_batch 4
-    python scripts/memory_plan.py --num_gpus 1 --method ddp --train_parts projector --json
+    python scripts/memory_plan.py --num_gpus 1 --method ddp --train_parts projector --micro_batch 4 --json
 
 It needs neither weights nor a GPU and refuses nothing; `sh train.sh --rehearse` measures. tests/test_memory_plan.py
 holds what is resident against train.py on CPU ranks (2 %), the activations against a trace of the real model (10 %).
@@ -50,10 +49,7 @@ def load_config(path):
     """The transformers config of a checkpoint folder or of a config.json file."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(
-            f"{file}: found no such file; expected the model's config.json, without its weights; download it as "
-            "model/README.md says, or name its folder with --model_name_or_path"
-        )
+        raise UserError(f"{file}: found no such file; expected the model's config.json; get it as model/README.md says")
     if problem := family_problem(read_json(file), file.parent):
         raise UserError(problem)
     return model_config(file)
@@ -73,11 +69,10 @@ def views(config) -> dict[str, tuple[int, int]]:
     from transformers.image_processing_utils import select_best_resolution
 
     side = config.vision_config.image_size
-    whole = Geometry(side, config.vision_config.patch_size, ())
-    seen = {}
+    seen, whole = {}, Geometry(side, config.vision_config.patch_size, ())
     if config.model_type == "llava_next":
-        grids = [tuple(grid) for grid in config.image_grid_pinpoints]  # (height, width)
-        tiled = whole._replace(pinpoints=tuple(grids))
+        grids = tuple(map(tuple, config.image_grid_pinpoints))  # (height, width)
+        tiled = whole._replace(pinpoints=grids)
         largest = max(grids, key=lambda grid: image_token_count(grid[1], grid[0], tiled))
         for name, (height, width) in (("300x225", (225, 300)), ("largest", largest)):
             best = select_best_resolution((height, width), grids)
@@ -85,16 +80,15 @@ def views(config) -> dict[str, tuple[int, int]]:
     return seen | {"whole view": (image_token_count(side, side, whole), 1)}
 
 
-def activations(config, micro_batch, tokens, tiles, method="full", parts=PARTS, text_tokens=TEXT_TOKENS) -> dict:
+def activations(config, micro_batch, tokens, tiles, method, parts) -> dict:
     """Bytes on a GPU with activation checkpointing and SDPA: {"saved": when the forward ends, "peak": at most}.
 
-    tokens, tiles: of each picture; text_tokens: of prompt and answer. parts: those whose weights train. With "ddp" they
-    are float32, and so is the residual stream between their layers. The peak is in the last decoder layer's backward.
+    tokens, tiles: of each picture. parts: those whose weights train. With "ddp" they are float32, and so is the
+    residual stream between their layers. The peak is in the last decoder layer's backward.
     """
     text, tower = config.text_config, config.vision_config
     hidden, wide = text.hidden_size, text.intermediate_size
-    n = micro_batch * (tokens + text_tokens)  # decoder positions
-    tiles = micro_batch * tiles
+    n, tiles = micro_batch * (tokens + TEXT_TOKENS), micro_batch * tiles  # decoder positions; of the whole batch
     patches = tiles * ((tower.image_size // tower.patch_size) ** 2 + 1)  # with CLS
     # torch.utils.checkpoint keeps each layer's input; in a frozen tower too, but not for LoRA on ZeRO-3, where TRL
     # makes the checkpoints reentrant.
@@ -165,7 +159,7 @@ def gpu_items(config, shapes, zero3, method, num_gpus, parts) -> tuple[dict, flo
     return items, host, own
 
 
-def plan(config, shapes, zero3, method="full", num_gpus=4, micro_batch=4, parts=PARTS) -> dict:
+def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts) -> dict:
     """What one command needs: *_gib on each GPU, host_gib of all ranks at the worst moment. shapes: parameters()."""
     items, host, own = gpu_items(config, shapes, zero3, method, num_gpus, parts)
     sizes, sharded, pinned = [math.prod(shape) for shape in shapes.values()], method in SHARDED, num_gpus * host
@@ -175,9 +169,8 @@ def plan(config, shapes, zero3, method="full", num_gpus=4, micro_batch=4, parts=
     for view, (tokens, tiles) in views(config).items():
         found = activations(config, micro_batch, tokens, tiles, method, () if "lora" in method else parts)
         held[view] = found["peak"] / GIB
-        moments = items["live layers"] + found["peak"], items["optimizer step"]
-        moments += (items["live layers"] + items["LM-head backward"] + found["saved"],)
-        peaks[view] = (always + max(moments)) / GIB
+        layers = items["live layers"] + max(found["peak"], items["LM-head backward"] + found["saved"])
+        peaks[view] = (always + max(layers, items["optimizer step"])) / GIB
     ram = (
         # Start: rank 0 reads all shards while partitions are pinned one by one; then each once more in a flat buffer
         # (Stage3 _move_to_flat_buffer). Without ZeRO-3 tensor after tensor goes to the GPU.
@@ -199,9 +192,8 @@ def table(plans) -> str:
     """One line per plan, then the commands; for a single plan also what its peak consists of."""
     names = list(plans[0]["peak_gib"])
     over = "".join(f"{word:^{11 * len(names)}}" for word in ("activations", "peak"))
-    columns = "".join(f"{name:>11}" for name in names * 2)
-    lines = [f"{'':34}{over}  host RAM  checkpoint"]
-    lines += [f"method    GPUs micro-batch resident{columns}       GiB          GB"]
+    each = "".join(f"{name:>11}" for name in names * 2)
+    lines = [f"{'':34}{over}  host RAM  checkpoint", f"method    GPUs micro-batch resident{each}       GiB          GB"]
     for p in plans:
         cells = "".join(f"{gib:11.2f}" for gib in (*p["activations_gib"].values(), *p["peak_gib"].values()))
         start = f"{p['method']:9}{p['num_gpus']:5}{p['micro_batch']:12}{p['resident_gib']:9.2f}"
@@ -239,9 +231,7 @@ def main():
     if args.json:
         print(json.dumps({"model": model, "views": seen, "plans": plans}))
         return
-    print(
-        f"{model}: {plans[0]['parameters']:,} parameters. Computed, not measured. GiB per GPU; host RAM of all ranks."
-    )
+    print(f"{model}: {plans[0]['parameters']:,} parameters. Computed, not measured. GiB per GPU; host RAM in all.")
     print("Image tokens per picture: " + ", ".join(f"{name} {tokens:,}" for name, (tokens, _) in seen.items()))
     print(f"\n{table(plans)}")
 

@@ -35,9 +35,9 @@ def read_list(path: str) -> list[str]:
             columns = rows.fieldnames or []
             if "image" in columns:
                 return list(dict.fromkeys(row["image"] for row in rows if row["image"]))
+        found = f"the columns {', '.join(columns)}" if columns else "an empty file"
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: found {error}; expected a CSV file with a column image") from None
-    found = f"the columns {', '.join(columns)}" if columns else "an empty file"
+        found = error
     raise UserError(f"{path}: found {found}; expected a CSV file with a column image")
 
 

@@ -106,12 +106,11 @@ def test_flat_pictures_are_compared_by_pixels_only(tree):
 
 def searched(pictures, limit=10**6):
     """find_duplicates() on pictures of one label in train: (pairs, group)."""
-    looks = [inspection.fingerprint(picture) for picture in pictures]
-    zeros = np.zeros(len(looks), np.int8)
-    phash, mirrored, thumbnail = zip(*looks, strict=True)
+    phash, mirrored, thumbnail = zip(*map(inspection.fingerprint, pictures), strict=True)
+    zeros = np.zeros(len(phash), np.int8)
     thumbnail = np.frombuffer(b"".join(thumbnail), np.uint8).reshape(-1, 32, 32)
     hashes = np.array(phash, np.uint64), np.array(mirrored, np.uint64)
-    names = [str(i) for i in range(len(looks))]
+    names = [str(i) for i in range(len(phash))]
     described = search.Pictures(names, zeros, zeros, names, *hashes, thumbnail)
     found, group = search.find_duplicates(described, 8, limit)
     return {(pair.other, pair.row) for pair in found}, group

@@ -17,9 +17,7 @@ from tests.test_split import call, contents, cut, fingerprint, held_out, killed,
 
 def write_list(path, columns, rows) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(columns)
-        out.writerows(rows)
+        csv.writer(file).writerows([columns, *rows])
     return path
 
 
@@ -96,7 +94,6 @@ def test_kills_at_random_moments_lose_nothing(tree, request):
     before, pictures = fingerprint(tree), contents(tree)
     names = [f"{folder}/{i:02}.jpg" for folder in CLASSES for i in range(0, 20, 2)]
     where = write_list(tree.parent / "list.csv", ["image"], [[tree / "train_data" / name] for name in names])
-    manifest = str(tree / "quarantine.json")
     script = (
         "from config import Config\n"
         "from scripts import quarantine\n"
@@ -106,7 +103,7 @@ def test_kills_at_random_moments_lose_nothing(tree, request):
     )
     rng, states = random.Random(2), Counter()
     for k in range(2 * request.config.getoption("--kills")):
-        verb = "undo" if os.path.exists(manifest) else "quarantine"
+        verb = "undo" if (tree / "quarantine.json").exists() else "quarantine"
         killed(script, rng, tree, verb, where)
         states[bool(moves.interrupted(str(tree)))] += 1
         assert contents(tree) == pictures, k

@@ -40,8 +40,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def tree(original, tmp_path):
-    shutil.copytree(original, tmp_path / "input")
-    return tmp_path / "input"
+    return shutil.copytree(original, tmp_path / "input")
 
 
 def fingerprint(root) -> str:
@@ -96,8 +95,7 @@ def refused(tree, *arguments, **options) -> str:
 
 
 def held_out(tree, folder="validation_data") -> list[str]:
-    root = tree / folder
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(tree / folder)) for path in (tree / folder).rglob("*") if path.is_file())
 
 
 def contents(tree) -> Counter:
@@ -148,15 +146,14 @@ def test_near_duplicates_stay_on_one_side(tree):
 
 
 def test_choose_takes_whole_groups_and_never_a_whole_class():
-    names = [(f"cat/{i}", "cat", bytes([i]), i // 3, False) for i in range(30)]
-    names += [(f"dog/{i}", "dog", bytes([100 + i]), 99, False) for i in range(2)]  # one group: cannot be divided
+    names = [(f"cat/{i}", bytes([i]), i // 3, False) for i in range(30)]
+    names += [(f"dog/{i}", bytes([100 + i]), 99, False) for i in range(2)]  # one group: cannot be divided
     chosen = data_split.choose(names, 0.25, 0)
     assert len(chosen) == 6  # of round(7.5) = 8: two groups of three
     assert chosen == data_split.choose(list(reversed(names)), 0.25, 0)
-    held = [(*row[:4], row[0] == "cat/0") for row in names]
+    held = [(*row[:3], row[0] == "cat/0") for row in names]
     assert {"cat/1", "cat/2"} <= set(data_split.choose(held, 0.01, 0))  # their near-duplicate is held out already
-    alone = [("cow/0", "cow", b"x", 0, False)]
-    assert data_split.choose(alone, 0.5, 0) == []
+    assert data_split.choose([("cow/0", b"x", 0, False)], 0.5, 0) == []
 
 
 def test_a_second_cut_is_refused_unless_told_to_add(tree):

@@ -110,19 +110,10 @@ def read_header(file):
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
-def first_names(names, count=3):
-    """The first `count` names in alphabetical order, and how many more there are."""
+def first_names(names):
+    """The first three names in alphabetical order, and how many more there are."""
     names = sorted(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def meta_model(path):
-    """The model that config.json describes, without memory (meta device)."""
-    import torch
-
-    config = model_config(path)
-    with unpartitioned_models(), torch.device("meta"):
-        return model_class(config)(config)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def match_names(model, shapes):
@@ -142,10 +133,14 @@ def check_weights(path):
     Compares the files' headers with the model that config.json describes, through transformers' own renaming, in
     seconds. Under ZeRO-3 transformers itself reports missing parameters only.
     """
+    import torch
+
     shapes, problems = read_shards(path)
     if problems:
         return problems
-    model = meta_model(path)
+    config = model_config(path)
+    with unpartitioned_models(), torch.device("meta"):  # without memory
+        model = model_class(config)(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)
     missing = [name for name in expected if name not in found]

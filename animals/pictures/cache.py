@@ -57,9 +57,7 @@ def lock(config: Config):
     try:
         os.makedirs(config.temp_dir, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--temp_dir {config.temp_dir}: found {error.strerror}; expected a folder that can be made"
-        ) from None
+        raise UserError(f"--temp_dir {config.temp_dir}: found {error.strerror}; expected a writable place") from None
     return FileLock(temp_path(config, ".lock"))
 
 

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from animals.pictures import cache
-from animals.pictures.cache import SPLITS, csv_file, temp_path
+from animals.pictures.cache import SPLITS, csv_file, fresh_entries, read_cache, read_rows, temp_path, write_cache
 from config import Config
 
 SURE = 4  # bits: up to that a pair is near whatever the thumbnails say, unless one picture is mirrored
@@ -52,7 +51,7 @@ class Duplicate(NamedTuple):
 
 def load_pictures(config: Config, splits) -> Pictures:
     """What the JSON files of some splits know of their pictures."""
-    parts = [(k, list(cache.read_rows(config, split))) for k, split in enumerate(SPLITS) if split in splits]
+    parts = [(k, list(read_rows(config, split))) for k, split in enumerate(SPLITS) if split in splits]
     rows = [row for _, part in parts for row in part]
     folders = [os.path.relpath(row["images"][0], config.input_dir).split(os.sep)[1] for row in rows]
     labels = [config.folder_to_label[folder] for folder in folders]  # the row's own may be those of another table
@@ -150,7 +149,7 @@ def built_from(config: Config, entries: dict[str, dict]) -> str:
 
 def read_duplicates(config: Config, entries: dict[str, dict]) -> dict | None:
     """The result of an earlier search of the same pictures, or None."""
-    found = cache.read_cache(config).get("duplicates", {})
+    found = read_cache(config).get("duplicates", {})
     return found if found.get("built_from") == built_from(config, entries) else None
 
 
@@ -178,7 +177,7 @@ def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
         "groups": [images for images in groups.values() if len(images) > 1],
         "seconds": round(time.perf_counter() - start, 2),
     }
-    cache.write_cache(config, cache.read_cache(config) | {"duplicates": result})
+    write_cache(config, read_cache(config) | {"duplicates": result})
     return result
 
 
@@ -189,13 +188,13 @@ def known_duplicates(config: Config) -> dict | None:
     and no identical one. group: {picture: number} of all usable pictures of both splits; pictures that are equal or
     near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files.
     """
-    entries = cache.fresh_entries(config, cache.read_cache(config))
+    entries = fresh_entries(config, read_cache(config))
     found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
     if not found or not found["compared"]:
         return None
     across = [(pair["match"], pair["image"]) for pair in found["pairs"] if pair["problem"] == "both splits"]
     several, numbers = {path: images[0] for images in found["groups"] for path in images}, {}
-    usable = [row["images"][0] for split in SPLITS for row in cache.read_rows(config, split)]
+    usable = [row["images"][0] for split in SPLITS for row in read_rows(config, split)]
     return {
         "identical": {image for match, image in across if match == "same pixels"},
         "near_duplicates": {image for match, image in across if match == "near"},

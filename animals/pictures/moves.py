@@ -13,13 +13,9 @@ import json
 import os
 from pathlib import Path
 
-from animals.command import UserError
+from animals.command import Findings, UserError
 from animals.files import replacing
-from animals.pictures.prepare import MOVES, commands, interrupted
-
-
-def manifest(input_dir: str, kind: str) -> Path:
-    return Path(input_dir, MOVES[kind][0])
+from animals.pictures.prepare import MOVES, commands, interrupted, manifest
 
 
 def read_moves(input_dir: str, kind: str) -> dict:
@@ -44,15 +40,14 @@ def write(input_dir: str, kind: str, finished: bool, steps: list[dict]) -> None:
 
 def require_finished(input_dir: str) -> None:
     """Before a new step: finish what was interrupted; raise UserError then, because today's arguments are not used."""
-    lines = []
+    findings = Findings()
     for kind in interrupted(input_dir):
         said, (_, _, back) = finish(input_dir, kind), commands(input_dir, kind)
-        lines.append(
+        findings.append(
             f"{manifest(input_dir, kind)}: found a {kind} that was interrupted; finished it ({said}); expected none, "
             f"so today's arguments were not used; give the command again, or take that back: {back}"
         )
-    if lines:
-        raise UserError("\n".join(lines))
+    findings.report()
 
 
 def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) -> None:
@@ -65,8 +60,7 @@ def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) 
     taken = [root / target for _, target in moves if os.path.lexists(root / target)]
     if linked:
         raise UserError(
-            f"{root / linked[0]}: found {len(linked):,} pictures behind symbolic links; expected files, because they "
-            "are moved; put the files themselves there, or move them by hand"
+            f"{root / linked[0]}: found {len(linked):,} pictures behind symbolic links; expected files; put them there"
         )
     if taken:
         raise UserError(
@@ -108,13 +102,18 @@ def undo(input_dir: str, kind: str) -> list[str]:
     if not steps:
         raise UserError(f"{path}: not found; expected a list of moves; there is nothing to undo")
     *earlier, step = steps
-    require_not_moved_on(input_dir, kind, step)
+    (other,) = MOVES.keys() - {kind}  # which may have moved them on, e.g. a held-out picture to quarantine
+    away = {source for later in read_moves(input_dir, other)["steps"] for source, _ in later["moves"]}
+    if gone := [target for _, target in step["moves"] if target in away]:
+        _, _, back = commands(input_dir, other)
+        raise UserError(
+            f"{path}: found {len(gone):,} pictures that a later {other} has moved on, e.g. {gone[0]}; expected them "
+            f"where the {kind} has put them; put them back first: {back}"
+        )
     moves = [(root / source, root / target) for source, target in step["moves"]]
     for source, target in moves:
         if os.path.lexists(source) and os.path.lexists(target):
-            raise UserError(
-                f"{source}: found a file where {target} would go back to; expected none; rename or remove one"
-            )
+            raise UserError(f"{source}: found a file where {target} would go; expected none; rename or remove one")
     write(input_dir, kind, False, steps)
     for source, target in reversed(moves):
         if os.path.lexists(target) or os.path.lexists(source):
@@ -133,19 +132,6 @@ def undo(input_dir: str, kind: str) -> list[str]:
     write(input_dir, kind, True, earlier)
     _, _, again = commands(input_dir, kind)
     return [*lines, f"{len(earlier):,} earlier ones remain; take the newest of them back: {again}"]
-
-
-def require_not_moved_on(input_dir: str, kind: str, step: dict) -> None:
-    """Raises UserError if the other kind has moved on what this step moved, e.g. a held-out picture to quarantine."""
-    (other,) = MOVES.keys() - {kind}
-    away = {source for later in read_moves(input_dir, other)["steps"] for source, _ in later["moves"]}
-    gone = [target for _, target in step["moves"] if target in away]
-    if gone:
-        _, _, back = commands(input_dir, other)
-        raise UserError(
-            f"{manifest(input_dir, kind)}: found {len(gone):,} pictures that a later {other} has moved on, e.g. "
-            f"{gone[0]}; expected them where the {kind} has put them; put them back first: {back}"
-        )
 
 
 def move(source: Path, target: Path) -> None:

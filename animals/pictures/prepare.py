@@ -26,17 +26,14 @@ MOVES = {  # what moves pictures within input_dir (moves.py): manifest there, sc
 def check_inputs(config: Config, model_path: str, splits=SPLITS) -> dict[str, dict]:
     """The checkpoint's files are complete and the pictures fit for use, their caches built. Returns prepare()'s.
 
-    Raises one UserError with a line for each problem, also for what is missing before `pip install`. Takes a second
-    where the caches are up to date. Imports no torch.
+    Raises one UserError with a line for each problem, also for what is missing before `pip install`. Imports no torch.
     """
     findings = Findings()
     findings.attempt(require_checkpoint, model_path)
     try:
         summaries = findings.attempt(prepare, config, splits, base_of(model_path))
     except ModuleNotFoundError as error:  # before `pip install`
-        findings.append(
-            f"found no Python package {error.name}; expected requirements.txt; pip install -r requirements.txt"
-        )
+        findings.append(f"found no Python package {error.name}; expected it; pip install -r requirements.txt")
         findings += missing_folders(config, splits)
     findings.report()
     return summaries
@@ -78,9 +75,13 @@ def commands(input_dir: str, kind: str) -> tuple[str, str, str]:
     return script, f"{script} {arguments}", f"{script} {back}"
 
 
+def manifest(input_dir: str, kind: str) -> Path:
+    return Path(input_dir, MOVES[kind][0])
+
+
 def interrupted(input_dir: str) -> list[str]:
     """The kinds of moves whose newest step was interrupted, or whose manifest is damaged (moves.py says how)."""
-    paths = {kind: Path(input_dir, names[0]) for kind, names in MOVES.items()}
+    paths = {kind: manifest(input_dir, kind) for kind in MOVES}
     return [kind for kind, path in paths.items() if path.is_file() and '"finished": true' not in path.read_text()]
 
 
@@ -89,7 +90,7 @@ def folder_problems(config: Config, splits) -> list[str]:
     problems = []
     for kind in interrupted(config.input_dir):
         _, again, back = commands(config.input_dir, kind)
-        path = Path(config.input_dir, MOVES[kind][0])
+        path = manifest(config.input_dir, kind)
         problems.append(f"{path}: found a {kind} that was interrupted; finish it: {again}; or take it back: {back}")
     for split in splits:
         problems += missing_folders(config, [split]) or class_problems(config, split_folder(config, split))

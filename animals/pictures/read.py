@@ -140,17 +140,14 @@ def walk(folder, strays: Counter):
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
             strays["folder linked twice"] += 1
-            return iter(())
+            return []
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(path) as found:
-            return iter(sorted(found, key=lambda entry: entry.name))
+            return sorted(found, key=lambda entry: entry.name, reverse=True)
 
-    stack = [entries(folder)]
+    stack = entries(folder)  # the next one last
     while stack:
-        entry = next(stack[-1], None)
-        if entry is None:
-            stack.pop()
-            continue
+        entry = stack.pop()
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             strays["hidden"] += 1
@@ -160,7 +157,7 @@ def walk(folder, strays: Counter):
             except OSError:  # a broken link, a loop of links
                 yield entry.path, None
         elif os.path.isdir(entry.path):  # unlike entry.is_dir(), False for a loop of links
-            stack.append(entries(entry.path))
+            stack += entries(entry.path)
         else:
             strays[extension or entry.name] += 1
 

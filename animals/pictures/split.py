@@ -8,36 +8,26 @@ and on the pictures' pixels only, not on their names or their order on the disk.
 import hashlib
 from collections import Counter, defaultdict
 
-from animals.command import UserError
-
 
 def choose(pictures, fraction: float, seed: int) -> list[str]:
-    """The names to move, sorted. `pictures`: (name, class folder, pixel hash, group, is already held out) each.
+    """The names to move, sorted. `pictures`: (class folder/name, pixel hash, group, is already held out) each.
 
     Groups are taken in the order of a hash of seed and pixels, each one if no class then exceeds its share. Groups
     with a picture that is already held out come first, whatever their size: they belong on that side.
     """
     groups, sizes, forced = defaultdict(list), Counter(), set()
-    for name, folder, pixels, group, held in pictures:
+    for name, pixels, group, held in pictures:
         if held:
             forced.add(group)
         else:
-            groups[group].append((name, folder, pixels))
-            sizes[folder] += 1
+            groups[group].append((pixels, name, name.split("/")[0]))
+            sizes[name.split("/")[0]] += 1
     share = {folder: min(max(round(fraction * n), 1), n - 1) for folder, n in sizes.items()}
-
-    def rank(group):
-        return hashlib.sha256(f"{seed} {min(pixels for _, _, pixels in groups[group])}".encode()).digest()
-
+    ranks = {group: hashlib.sha256(f"{seed} {min(rows)[0]}".encode()).digest() for group, rows in groups.items()}
     chosen, taken = [], Counter()
-    for group in sorted(groups, key=lambda group: (group not in forced, rank(group))):
-        cost = Counter(folder for _, folder, _ in groups[group])
+    for group in sorted(groups, key=lambda group: (group not in forced, ranks[group])):
+        cost = Counter(folder for _, _, folder in groups[group])
         if group in forced or all(taken[folder] + n <= share[folder] for folder, n in cost.items()):
             taken += cost
-            chosen += [name for name, _, _ in groups[group]]
+            chosen += [name for _, name, _ in groups[group]]
     return sorted(chosen)
-
-
-def check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise UserError(f"--validation_fraction: found {fraction}; expected a share between 0 and 1, e.g. 0.2")
