@@ -79,7 +79,7 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         if os.path.isdir(held_out) and list_pictures(held_out):
             if not add:
                 raise UserError(
-                    f"{held_out}: found pictures; expected none; to add more: --add_to_validation, to undo: --undo_split"
+                    f"{held_out}: found pictures; expected none; add more: --add_to_validation, or undo: --undo_split"
                 )
             splits.append("validation")
         Findings(folder_problems(config, ["train"])).report()
