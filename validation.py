@@ -62,6 +62,8 @@ def validate(args, config):
     ]
     right, known = [row["correct"] for row in rows], known_duplicates(config)
     groups = [known["group"][picture] for picture in pictures] if known else None
+    with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
+        excluded = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "model": args.model_name_or_path,
@@ -75,7 +77,7 @@ def validate(args, config):
         "per_device_eval_batch_size": batch_size,
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": read_excluded(config),
+        "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
         "comparison": None,
     }
     if args.compare_with:
@@ -87,13 +89,6 @@ def validate(args, config):
         about = {"model": other["model"], "where": args.compare_with, "changed": changed}
         report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | about
     return report, rows
-
-
-def read_excluded(config):
-    """[{image, reason}]: the held-out files that excluded.csv lists as unusable."""
-    with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        return [{key: row[key] for key in ("image", "reason")} for row in rows if row["split"] == "validation"]
 
 
 def main():

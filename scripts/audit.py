@@ -16,7 +16,6 @@ near-duplicate  much nearer to another picture than pictures usually are (crops,
 
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,10 +61,9 @@ def find_suspects(known, rows, group):
     likely, closest = probability.argmax(1), nearest[:, 0].tolist()
     reasons = {}  # row number -> reason, in the order of the list
     for reason in ("label", "outlier"):
-        score = issues[f"{reason}_score"].to_numpy()  # of `label`: the given label's probability; low is bad
-        for i in np.argsort(score, kind="stable"):
-            if issues[f"is_{reason}_issue"].iloc[i]:
-                reasons.setdefault(int(i), reason)
+        found = issues[issues[f"is_{reason}_issue"]]
+        for i in found.sort_values(f"{reason}_score", kind="stable").index:  # of `label`: the given label's probability
+            reasons.setdefault(i, reason)
     sets = lab.get_info("near_duplicate")["near_duplicate_sets"]
     for i in range(len(rows)):  # the first picture of a set may stay, each other one names a picture before it
         others = [int(j) for j in sets[i] if j < i and group[j] != group[i]]
@@ -103,16 +101,6 @@ def out_of_fold(known, truth, group):
     return best
 
 
-def write_page(config, suspects, n, model):
-    """<temp_dir>/audit.html: one file with the pictures in it, which fetches nothing."""
-    parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
-    shown = [row for part in parts.values() for row in part[:SHOWN]]
-    beside = [other["image"] for row in shown for other in row["neighbours"]]
-    values = {"parts": parts, "shown": SHOWN, "n": n, "model": model} | embed(beside, [row["image"] for row in shown])
-    with replacing(os.path.join(config.temp_dir, "audit.html")) as file:
-        file.write(render("audit.html", config.temp_dir, config.language, **values))
-
-
 def main():
     parser = settings.parser(__doc__.splitlines()[0], (*settings.DATA_FIELDS, "language"))
     parser.add_argument("--model_name_or_path", default="model", help="the checkpoint whose vision tower is used")
@@ -134,9 +122,14 @@ def main():
     suspects = find_suspects(known, rows, [group[picture] for picture in pictures])
     with csv_file(config, "audit.csv", COLUMNS) as out:
         out.writerows([row[column] for column in COLUMNS] for row in suspects)
-    write_page(config, suspects, len(rows), model)
-    count = Counter(row["reason"] for row in suspects)
-    found = ", ".join(f"{reason} {count[reason]:,}" for reason in REASONS)
+    parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
+    shown = [row for part in parts.values() for row in part[:SHOWN]]
+    beside = [other["image"] for row in shown for other in row["neighbours"]]
+    values = {"parts": parts, "shown": SHOWN, "n": len(rows), "model": model}
+    values |= embed(beside, [row["image"] for row in shown])
+    with replacing(os.path.join(config.temp_dir, "audit.html")) as file:
+        file.write(render("audit.html", config.temp_dir, config.language, **values))
+    found = ", ".join(f"{reason} {len(part):,}" for reason, part in parts.items())
     print(f"suspects: {found}; listed in {config.temp_dir}/audit.csv; look at them in {config.temp_dir}/audit.html")
 
 

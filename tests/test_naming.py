@@ -87,31 +87,25 @@ def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
         for label in LABELS:  # batches are cut elsewhere after --resume: float32 differs in the last digits
             assert float(row[label] or 0) == pytest.approx(float(same[label] or 0), abs=1e-5)
     sheet = (tmp_path / "names.html").read_text(encoding="utf-8")
-    names = {row["prediction"] for row in rows if not row["error"]}
-    assert {re.sub("<.*", "", h).strip() for h in re.findall(r"<h2>(.*?)</h2>", sheet)} == names | {
-        "Look at these first",
-        "unreadable",
-    }
+    names = {"Look at these first", "unreadable", *(row["prediction"] for row in rows if not row["error"])}
+    assert {re.sub("<.*", "", h).strip() for h in re.findall(r"<h2>(.*?)</h2>", sheet)} == names
     assert sheet.count("<img") == len(rows) - 1 + min(60, len(rows) - 1)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("{pictures} --min_probability 1.5", "error: --min_probability: found 1.5; expected a number from 0 to 1"),
-        (
-            "{pictures} --output {old} --resume",
-            "error: --resume: found the columns image,prediction in {old}; expected image,",
-        ),
-        ("{pictures} --output {old}/new.csv", "error: --output {old}/new.csv: {old} is not a folder that can be"),
-        ("no/such/folder", "error: no/such/folder: not found; expected a picture or a folder of pictures"),
-    ],
-)
+MISTAKES = {  # flags -> what is said
+    "{pictures} --min_probability 1.5": "--min_probability: found 1.5; expected a number from 0 to 1",
+    "{pictures} --output {old} --resume": "--resume: found the columns image,prediction in {old}; expected image,",
+    "{pictures} --output {old}/new.csv": "--output {old}/new.csv: {old} is not a folder that can be",
+    "no/such/folder": "no/such/folder: not found; expected a picture or a folder of pictures",
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.items())
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
     flags, message = flags.format(old=old, pictures=pictures), message.format(old=old)
     done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
     assert (done.code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(message)
+    assert done.output.startswith(f"error: {message}")
     assert old.read_text() == "image,prediction\na.jpg,cat\n" and not (tmp_path / "new.csv").exists()

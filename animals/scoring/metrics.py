@@ -110,8 +110,7 @@ def calibration(confidence, right):
     for b in range(bin_of.max() + 1):
         inside, correct = confidence[bin_of == b], int(right[bin_of == b].sum())
         row = {"low": low, "high": float(inside.max()), "n": len(inside), "confidence": float(inside.mean())}
-        interval = wilson_interval(correct, len(inside))
-        table.append(row | {"accuracy": correct / len(inside), "accuracy_ci95": interval})
+        table.append(row | {"accuracy": correct / len(inside), "accuracy_ci95": wilson_interval(correct, len(inside))})
         low = row["high"]
     return {
         "ece": float(ece),

@@ -97,9 +97,8 @@ def write_index(report_dir, language):
         runs.setdefault(row["run"], []).append(row)
     tables = sorted(runs.items(), key=lambda run: max(row["date"] for row in run[1]), reverse=True)
     axis = scale(*([row["accuracy_ci95"] for row in found] or [[0, 1]]))
-    page = render("index.html", report_dir, language, runs=tables, count=len(found), scale=axis, broken=broken)
     with replacing(os.path.join(report_dir, "index.html")) as file:
-        file.write(page)
+        file.write(render("index.html", report_dir, language, runs=tables, count=len(found), scale=axis, broken=broken))
 
 
 def scale(*intervals):

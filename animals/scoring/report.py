@@ -1,7 +1,4 @@
-"""What a validation run leaves: report.json, predictions.csv and report.html in one folder, and index.html beside it.
-
-The console's tables are printed here too. page.py makes the pages.
-"""
+"""The files of a validation run (report.json, predictions.csv, the pages that page.py makes) and what it prints."""
 
 import csv
 import json

@@ -14,12 +14,12 @@ LONG_PROMPT = 200  # tokens; a longer one is reported; the ten animals make 53
 
 
 class Scorer:
-    """Log-probabilities of all labels for a batch of pictures, in one forward pass.
+    """All answers follow the prompt in one sequence per picture.
 
-    The answers follow the prompt in one sequence. Each answer sees the prompt and itself only (4-D attention mask), and
-    its positions start again at the prompt's end. So a label gets what teacher forcing gives it alone: the sum of log p
-    over its answer tokens and </s>, tokenised within the complete conversation. Prompts are padded on the left, so that
-    the answers are in the same columns of every row of a batch.
+    Each answer sees the prompt and itself only (4-D attention mask), and its positions start again at the prompt's end.
+    So a label gets what teacher forcing gives it alone: the sum of log p over its answer tokens and </s>, tokenised
+    within the complete conversation. Prompts are padded on the left, so that the answers are in the same columns of
+    every row of a batch.
     """
 
     def __init__(self, processor, config):
@@ -35,9 +35,7 @@ class Scorer:
             self.answers.append(tokens[len(prompt) :])
         if len(set(map(tuple, self.answers))) < len(self.answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
-        self.text_tokens = (
-            len(prompt) - 1 + max(map(len, self.answers))
-        )  # the most of an example, without its picture's
+        self.text_tokens = len(prompt) - 1 + max(map(len, self.answers))  # of the longest example, without its picture
         if len(prompt) > LONG_PROMPT:
             say(f"the question takes {len(prompt) - 1} tokens per picture; --prompt without {{labels}} makes it short")
         # The model predicts </s> but never reads it. For each token that it reads: id, label, place in the answer.
@@ -195,10 +193,10 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     return result
 
 
-def stratified_sample(labels, n, seed=0):
+def stratified_sample(labels, n):
     """Indices of n pictures, each class in proportion; always the same ones for the same list. n = 0: all pictures."""
     shuffled = list(range(len(labels)))
-    random.Random(seed).shuffle(shuffled)
+    random.Random(0).shuffle(shuffled)
     size, seen, place = Counter(labels), Counter(), {}
     for i in shuffled:
         place[i] = (seen[labels[i]] + 0.5) / size[labels[i]]  # its position within its class, 0 to 1
