@@ -55,11 +55,9 @@ def table(run, demo, tiny_clip, tmp_path_factory):
                 (root / "input" / split / folder / path.name).symlink_to(path)
     data = f"--input_dir {root}/input --temp_dir {root}/temp --logging_dir {root}/logs"
     flags = f"--report_dir {root}/reports --dtype float32 --model_name_or_path {demo.checkpoint}"
-    done = run(f"sh validation.sh {data} {flags}")
-    assert done.code == 0, done.output
+    done = run(f"sh validation.sh {data} {flags}", code=0)
     command = f"python scripts/baselines.py {root}/reports/{demo.checkpoint.name} {data}"
-    done = run(f"{command} --untuned {demo.model} --probe --clip_model {tiny_clip}", NUM_PROCESSES=2)
-    assert done.code == 0, done.output
+    done = run(f"{command} --untuned {demo.model} --probe --clip_model {tiny_clip}", NUM_PROCESSES=2, code=0)
     assert "the baseline `untuned`, which has no report on these pictures yet" in done.output
     return root, command, done.output
 

@@ -31,8 +31,7 @@ def named(run, demo, pictures, tmp_path_factory):
     """(path of the CSV, its rows, the flags) of one complete run."""
     output = tmp_path_factory.mktemp("named") / "names.csv"
     flags = f"{pictures} --model_name_or_path {demo.checkpoint} --per_device_eval_batch_size 2 --dtype float32"
-    done = run(f"python test.py {flags} --output {output}")
-    assert done.code == 0, done.output
+    run(f"python test.py {flags} --output {output}", code=0)
     return output, read(output), flags
 
 
@@ -70,8 +69,7 @@ def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
     kept = output.read_bytes()
     assert complete.read_bytes().startswith(kept) and kept.count(b"\n") > 3
     output.write_bytes(kept[:-7])
-    done = run(f"python test.py {flags} --output {output} --resume --html --min_probability 0.5")
-    assert done.code == 0, done.output
+    done = run(f"python test.py {flags} --output {output} --resume --html --min_probability 0.5", code=0)
     before = output.read_bytes()
     done_again = run(f"python test.py {flags.replace('float32', 'bfloat16')} --output {output} --resume")
     assert (done_again.code, done_again.output.count("\n")) == (2, 1)

@@ -95,8 +95,7 @@ def by_one(run, demo, few, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
     flags = f"--input_dir {few} --temp_dir {root}/temp --report_dir {root}/reports --logging_dir {root}/logs"
     flags += f" --dtype float32 --model_name_or_path {demo.checkpoint}"
-    done = run(f"sh validation.sh {flags}", NUM_PROCESSES=1)
-    assert done.code == 0, done.output
+    done = run(f"sh validation.sh {flags}", NUM_PROCESSES=1, code=0)
     return flags, json.loads(done.output.splitlines()[-1])
 
 
@@ -105,8 +104,7 @@ def test_more_ranks_change_nothing(by_one, run, tmp_path, ranks):
     """Ranks with unequal shares, batches of 3 pictures, compared with the report of the single rank."""
     flags, alone = by_one
     flags += f" --report_dir {tmp_path}/reports --logging_dir {tmp_path}/logs --per_device_eval_batch_size 3"
-    done = run(f"sh validation.sh {flags} --compare_with {alone['report']}", NUM_PROCESSES=ranks)
-    assert done.code == 0, done.output
+    done = run(f"sh validation.sh {flags} --compare_with {alone['report']}", NUM_PROCESSES=ranks, code=0)
     last = json.loads(done.output.splitlines()[-1])
     assert (last["accuracy"], last["n"]) == (alone["accuracy"], alone["n"])
     (report, many), (_, one) = (read_report(brief["report"]) for brief in (last, alone))

@@ -50,8 +50,7 @@ def served(run, demo, pictures, tmp_path_factory):
     """A running server, and what the CSV says of the same pictures."""
     output = tmp_path_factory.mktemp("names") / "names.csv"
     flags = f"{pictures} --model_name_or_path {demo.checkpoint} --dtype float32 --min_probability 0.9"
-    done = run(f"python test.py {flags} --output {output} --per_device_eval_batch_size 1")
-    assert done.code == 0, done.output
+    run(f"python test.py {flags} --output {output} --per_device_eval_batch_size 1", code=0)
     with open(output, newline="", encoding="utf-8") as file:
         rows = {Path(row["image"]).name: row for row in csv.DictReader(file)}
     command = [sys.executable, "scripts/serve.py", *flags.split(), "--port", "0", "--language", "en"]
