@@ -70,7 +70,7 @@ def test_features_are_kept_by_content(demo, tmp_path, monkeypatch):
     assert load_tower(str(tmp_path / "copy")).name == tower.name
 
 
-def test_an_outlier_and_a_crop_are_suspects(demo):
+def test_an_outlier_and_a_crop_are_suspects():
     random = np.random.default_rng(0)
     known = random.normal(size=(120, 16)).astype(np.float32)
     known[:60, 0] += 8

@@ -137,7 +137,6 @@ def test_what_is_missing_is_said_before_anything_loads(run, table, tmp_path):
     assert done.code == 2 and "Traceback" not in done.output
     assert "error: --untuned, --probe: " in done.output
     assert f"error: --clip_model {tmp_path}: found no config.json there; expected the folder of a CLIP" in done.output
-    done = run(f"{command} --probe --prompt Which?")
-    assert done.code == 2 and "error: --prompt: found" in done.output
-    done = run(f"python scripts/baselines.py {tmp_path}")
-    assert done.code == 2 and "expected a folder with report.json and predictions.csv" in done.output
+    assert "error: --prompt: found" in run(f"{command} --probe --prompt Which?", code=2).output
+    missing = run(f"python scripts/baselines.py {tmp_path}", code=2).output
+    assert "expected a folder with report.json and predictions.csv" in missing

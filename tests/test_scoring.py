@@ -121,8 +121,7 @@ def test_more_ranks_change_nothing(by_one, run, tmp_path, ranks):
 
 def test_other_pictures_end_with_one_line(by_one, run, demo):
     flags, brief = by_one
-    done = run(f"python validation.py {flags} --input_dir {demo.input} --compare_with {brief['report']}")
-    assert done.code == 2
+    done = run(f"python validation.py {flags} --input_dir {demo.input} --compare_with {brief['report']}", code=2)
     [error] = [line for line in done.output.splitlines() if "error" in line.lower()]
     assert error.startswith(f"error: --compare_with {brief['report']}: found other pictures (40 not held out here")
 
