@@ -4,14 +4,12 @@
     python data_process_utils.py --validation_fraction 0.2 --seed 42    # cut a validation split off train_data
     python data_process_utils.py --undo_split                           # put the pictures of the newest cut back
 
-Reads   <input_dir>/{train_data,validation_data}/<class folder>/**, classes as in config.FOLDER_TO_LABEL.
 Leaves  <temp_dir>/{train,validation}.json: conversations as TRL and datasets read them, one picture per line
         <temp_dir>/excluded.csv (image,split,reason): what training will not see
         <temp_dir>/duplicates.csv: equal and similar pictures (animals/pictures/duplicates.py)
 
 Every picture is decoded once, as training decodes it; later starts cost one stat per file. When pictures were added,
-removed or replaced, all of that split are decoded again; a changed prompt, label table or checkpoint geometry rewrites
-the JSON and decodes nothing. No picture is changed or deleted; only the cut and scripts/quarantine.py move any.
+removed or replaced, all of that split are decoded again; a changed prompt, label table or geometry rewrites the JSON.
 """
 
 import os

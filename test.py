@@ -36,7 +36,7 @@ def find_pictures(paths):
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: not found; expected a picture or a folder of pictures")
-        found += list_pictures(path)
+        found += list_pictures(path) if os.path.isdir(path) else [path]
     if not found:
         raise UserError(f"{', '.join(paths)}: found no picture; put some there, or name pictures or folders")
     return found

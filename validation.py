@@ -3,7 +3,6 @@
     sh validation.sh                                          # what train.sh left, on all GPUs
     sh validation.sh --model_name_or_path model               # the untuned model
     sh validation.sh --compare_with logs/validation/model     # is it better than that report's?
-    python validation.py --model_name_or_path sft-llava-1.6-7b/checkpoint-100 --per_device_eval_batch_size 4
 
 Leaves report.html, report.json and predictions.csv in <report_dir>/<checkpoint name>, and TensorBoard events at the
 checkpoint's step in <logging_dir>/<run>/validation. Prints a table, and as the last line of stdout one JSON object.

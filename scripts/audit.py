@@ -3,7 +3,7 @@
     python scripts/audit.py             # the vision tower is that of model/, or of --model_name_or_path
 
 Leaves <temp_dir>/audit.csv and <temp_dir>/audit.html, a list of suspects: each is a picture to look at, not a verdict.
-No picture is moved or changed. A classifier is fitted on four fifths of the pictures of both splits and asked about
+A classifier is fitted on four fifths of the pictures of both splits and asked about
 the other fifth, five times, with near-duplicates always in the same fifth; cleanlab (its Datalab) judges the answers.
 The column `reason` holds
 

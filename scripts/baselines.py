@@ -149,8 +149,8 @@ def baseline(name, rows, answers, further):
 def print_baselines(rows):
     """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
     print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
+    line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
     for row in rows:
-        line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
         print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row))
 
 

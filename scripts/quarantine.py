@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import config as settings
 from animals.command import UserError, run
 from animals.pictures import moves

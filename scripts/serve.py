@@ -5,8 +5,7 @@
     curl --data-binary @cat.jpg http://127.0.0.1:7860/name
 
 The last line prints JSON: prediction, probabilities (the most probable label first), seconds, width and height; or
-error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused: the Host
-header must be an address of this server, and the origin that a browser names must be this page.
+error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused.
 """
 
 import ipaddress
@@ -134,13 +133,12 @@ def main():
         raise UserError(f"--min_probability: found {args.min_probability}; expected a number from 0 to 1")
     paths = args.paths or [os.path.join(config.input_dir, "test_data")]
     examples = [picture for path in paths if os.path.exists(path) for picture in list_pictures(path)]
-    host, port = args.host, args.port
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:  # before the model is loaded, which takes long
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server((args.host, args.port), family=family)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--host {host} --port {port}: found {error}; expected a free address of this machine; name another --port"
-        ) from None
+        asked = f"--host {args.host} --port {args.port}"
+        raise UserError(f"{asked}: found {error}; expected a free address; name another --port") from None
     from accelerate import PartialState
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)

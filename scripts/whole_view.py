@@ -4,8 +4,7 @@
 
 LLaVA-NeXT sees each picture in tiles and in its whole view: the picture squeezed into one tile, which takes 576 tokens
 whatever its shape. The whole view alone is LLaVA's own architecture, with the same weights but without `image_newline`.
-Only the weight file that holds `image_newline` is written again; the others are hard links where the disk allows it, so
-the new folder takes up to 5 GB. train.sh, validation.sh, test.py and bare transformers read it like any checkpoint.
+Only the weight file that holds `image_newline` is written again; the others are hard links where the disk allows it.
 """
 
 import argparse

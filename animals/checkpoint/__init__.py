@@ -1,5 +1,4 @@
 """What a checkpoint folder holds and how it is checked, loaded, saved and resumed; which model families are accepted.
 
-It knows neither pictures nor a label's probability nor the trainer: what a run does with a checkpoint lives in the
-rooms above.
+It knows no pictures, no label's probability and no trainer: what a run does with a checkpoint is in the rooms after it.
 """

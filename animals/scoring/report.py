@@ -63,7 +63,7 @@ def print_report(report, folder):
         f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
         f"{report['macro_f1']:.4f}"
     )
-    print("\n".join([duplicates_line(report), calibration_line(report), answered_line(report)]))
+    print(f"{duplicates_line(report)}\n{calibration_line(report)}")
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
@@ -106,10 +106,3 @@ def calibration_line(report):
         f"calibration: {found['verdict']}{few}; expected calibration error {found['ece']:.4f}; a perfectly calibrated "
         f"model shows {noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"
     )
-
-
-def answered_line(report):
-    """What test.py --min_probability would answer, and how well."""
-    chosen = [row for row in report["answered"] if row["min_probability"] in (0.5, 0.8, 0.95) and row["share"]]
-    said = [f"{r['min_probability']} answers {r['share']:.0%} at {r['accuracy']:.1%}" for r in chosen]
-    return f"test.py --min_probability: {', '.join(said) or 'every answer has a probability below 0.5'}"

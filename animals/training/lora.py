@@ -3,7 +3,6 @@
     sh train.sh --use_peft --learning_rate 2e-4                                     # ZeRO-3, as without LoRA
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml      # the complete model on each GPU
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml --load_in_4bit    # QLoRA
-    python scripts/merge_lora.py sft-llava-1.6-7b --merge merged                    # a plain checkpoint of both
 
 validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder; its base model must still be there.
 """
