@@ -77,7 +77,7 @@ def test_no_host_is_called(demo, run, tmp_path, monkeypatch):
     for command in (
         f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {out} {logs} --max_steps 1",
         f"sh validation.sh {where} --model_name_or_path {out} --report_dir {tmp_path} {logs}",
-        f"python test.py {demo.input}/test_data --input_dir {demo.input} --model_name_or_path {out} --output {tmp_path}/names.csv",
+        f"python test.py {demo.input}/test_data --model_name_or_path {out} --output {tmp_path}/names.csv",
     ):
         run(command, **guard, code=0)
     assert not log.exists(), log.read_text()
