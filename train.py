@@ -98,7 +98,7 @@ def find_start(args, record):
 
 
 def publish_if_finished(args, checkpoint, pictures) -> bool:
-    """Whether `checkpoint` is the last step: then copy its model to output_dir, because Trainer would take one more."""
+    """Whether `checkpoint` is the last step: then copy its model to output_dir. Trainer would take one more step."""
     state = read_json(os.path.join(checkpoint, steps.STATE))
     finished = state["global_step"] >= count_steps(args, pictures)[1]
     if finished and main_process():

@@ -9,7 +9,7 @@
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh
 
-# Each line puts one flag before those of the command line, which therefore come last and win.
+# Each line adds a default before "$@", so that the command line wins.
 set -- --model_name_or_path model "$@"                  # folder with the files of llava-hf/llava-v1.6-mistral-7b-hf
 set -- --per_device_train_batch_size 4 "$@"             # the micro-batch: pictures per GPU in one forward pass
 set -- --gradient_accumulation_steps 4 "$@"             # micro-batches per step; 4 x 4 x 4 GPUs = 64 pictures per step

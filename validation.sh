@@ -6,7 +6,7 @@
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh
 
-# Each line puts one flag before those of the command line, which therefore come last and win.
+# Each line adds a default before "$@", so that the command line wins.
 set -- --model_name_or_path sft-llava-1.6-7b "$@"       # the checkpoint to measure
 set -- --per_device_eval_batch_size 8 "$@"              # pictures per forward pass; halved automatically if they do not fit
 set -- --report_dir logs/validation "$@"                # each checkpoint's report gets a folder in it

@@ -103,7 +103,7 @@ def start_ranks(training, config_file, processes, script, flags):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # of a killed one: -signal
-        if code not in (2, 129, 130, 143):  # a user's mistake, SIGHUP, SIGINT, SIGTERM
+        if code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
@@ -135,7 +135,7 @@ def main():
     if processes == 1 and not (training and deepspeed):
         if gpus > 1:  # transformers would use them all, by DataParallel
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        os.execv(sys.executable, alone)  # whoever kills this process also stops the rank
+        os.execv(sys.executable, alone)  # this process becomes the rank, so that a signal reaches it
     pass_signals_on()
     # Its long message about a failed rank says less than our line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Which pictures are the same: across the splits, under two labels, or so near that they belong on one side of a cut.
+"""Which pictures are the same: across the splits, under two labels, or so near that they belong in one split.
 
 Same pixels means equal size and equal RGB bytes after decoding, whatever the file format. Near-duplicates are pictures
 whose 64-bit perceptual hashes (inspection.py) differ in at most config.near_duplicate_distance bits. Beyond SURE bits,
@@ -6,9 +6,9 @@ and where one picture is mirrored, their 32x32 thumbnails must correlate too: dr
 chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 
 duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
-split, label, other_image, other_split, other_label. Of each pair `image` is the one to take away: not the training
-picture, else the later one. Identical pictures in both splits or under two labels stop the command unless
-config.allow_leaks; the others are a warning.
+split, label, other_image, other_split, other_label. Of each pair `image` is the one to remove: the held-out
+picture, or within one split the later one. Identical pictures in both splits or under two labels stop the command
+unless config.allow_leaks; the others are a warning.
 """
 
 import base64

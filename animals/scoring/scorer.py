@@ -102,7 +102,7 @@ class Scorer:
 def score_in_parts(scorer, model, batch, most, halve=True):
     """Scorer.score() of a batch in parts of at most `most` pictures. Returns (log_p, the number that fits from now on).
 
-    A part that does not fit into the GPU's memory is halved, which is said on stderr. halve=False raises UserError
+    A part that does not fit into the GPU's memory is halved, with a message on stderr. halve=False raises UserError
     instead: under ZeRO-3 all ranks must run the same forward passes.
     """
     import torch

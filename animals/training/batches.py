@@ -24,7 +24,7 @@ class PictureCollator:
     """TRL's vision collator on pictures opened by load_picture, with our template: one BOS, and the answer marked.
 
     Adds `pictures`, the paths, so that an error can name them. A row whose label is None is a filler. The collator can
-    be pickled, for a data worker may be a new process.
+    be pickled, because a data worker may be a new process.
     """
 
     def __init__(self, processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):

@@ -36,7 +36,7 @@ from animals.training.describe import batch_sizes, count_events, count_steps
 from animals.training.preflight import GIB, check_disk
 from animals.training.trainer import AnimalTrainer
 
-STEPS, SECONDS = 3, 60  # timed steps at least, and until so much time has passed, unless the run is shorter
+STEPS, SECONDS = 3, 60  # at least so many timed steps, for at least so long, or the complete run if it is shorter
 
 
 class HostRam(threading.Thread):

@@ -40,7 +40,7 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.received = self.agreed = 0  # the signal's number on this rank, and on all ranks for train.py's exit code
+        self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
@@ -57,7 +57,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed and state.global_step < state.max_steps:  # the library calls this wherever a training stops
+        if self.agreed and state.global_step < state.max_steps:  # the library also calls this where training stops
             control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
 
 
@@ -125,7 +125,7 @@ class AnimalTrainer(SFTTrainer):
         return self.sampler
 
     def _run_epoch(self, **kwargs):
-        if not self.args.use_cpu:  # the pinned host RAM that loading and partitioning the weights used
+        if not self.args.use_cpu:  # frees the pinned host RAM that loading the weights used
             torch.accelerator.empty_host_cache()
         if self.sampler:  # after a resume the library cannot call it on the wrapped sampler
             self.sampler.set_epoch(kwargs["epoch"])
@@ -181,7 +181,7 @@ class AnimalTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.parts_in_float32():
-            load_trained(self.model, resume_from_checkpoint)  # nothing has changed the others since they were loaded
+            load_trained(self.model, resume_from_checkpoint)  # the frozen weights are still those of the base model
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -227,7 +227,7 @@ class AnimalTrainer(SFTTrainer):
         barrier()
 
     def save_final(self):
-        """Write the model into output_dir, through .saving: new shards have the names of old ones. All ranks."""
+        """Write the model into output_dir, first into .saving: new shards would overwrite old ones. All ranks."""
         saving = os.path.join(self.args.output_dir, SAVING)
         if main_process():
             shutil.rmtree(saving, ignore_errors=True)
@@ -242,7 +242,7 @@ class AnimalTrainer(SFTTrainer):
 
     @contextlib.contextmanager
     def explain_failure(self):
-        """Turn what a full disk raises, which torch and safetensors call a RuntimeError, into a UserError."""
+        """A failed save becomes a UserError; for a full disk torch and safetensors raise RuntimeError."""
         try:
             yield
         except (OSError, RuntimeError) as error:
