@@ -32,7 +32,7 @@ PROMPT = "What animal is in this picture? Answer with one of these words: {label
 ANSWER = "{label}"
 
 # Pictures outside these limits are refused before they are decoded, in training, validation and test alike.
-MAX_PIXELS = 64_000_000  # width x height: 8000 x 8000, or 192 MB of RGB. A 50-megapixel picture of a phone is accepted
+MAX_PIXELS = 64_000_000  # width x height: 8000 x 8000, or 192 MB of RGB. A 50-megapixel photo from a phone is accepted
 MAX_BYTES = 1 << 29  # size of a file. A picture of MAX_PIXELS is smaller, even as an uncompressed 16-bit TIFF
 MIN_SIDE = 8  # pixels. Smaller pictures (tracking pixels, broken downloads) show no animal
 

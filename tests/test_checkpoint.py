@@ -148,7 +148,7 @@ DAMAGE = {  # what happens to a folder -> what is said
     ),
     "foreign": (
         lambda f: change_config(f, model_type="llava_mistral"),
-        r"found model_type 'llava_mistral' in config.json; expected 'llava_next': `hf download",
+        r"found model_type 'llava_mistral' in config.json; expected 'llava_next' or 'llava': `hf download",
     ),
     "quantized": (lambda f: change_config(f, quantization_config={}), r"found a quantized copy .*--load_in_4bit"),
 }  # fmt: skip

@@ -31,7 +31,7 @@ def family_problem(values: dict, path) -> str | None:
     """
     kind, text = values.get("model_type"), (values.get("text_config") or {}).get("model_type", "llama")
     if kind not in PROCESSORS:
-        return f"{path}: found model_type {kind!r} in config.json; expected 'llava_next': {fetch(path)}"
+        return f"{path}: found model_type {kind!r} in config.json; expected 'llava_next' or 'llava': {fetch(path)}"
     if text != "mistral":
         return (
             f"{path}: found the language model {text!r} in config.json (text_config.model_type; Vicuna is a 'llama'); "

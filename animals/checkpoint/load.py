@@ -12,7 +12,7 @@ from animals.ranks import say
 
 
 def load_processor(path):
-    """The checkpoint's processor (for an adapter, its base's), whose chat_template is only for what is saved."""
+    """The checkpoint's processor (for an adapter, its base's), whose chat_template is saved but not used here."""
     from transformers import AutoImageProcessor, AutoProcessor
 
     path = base_of(path)

@@ -90,7 +90,7 @@ def copy_model_to_output(checkpoint, output_dir):
 
 
 def move_model(saving, output_dir):
-    """Move a model from .saving into output_dir, config.json last: without it nobody reads the folder. Main process."""
+    """Move a model from .saving into output_dir, config.json last: until then the folder is no model. Main process."""
     for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):
         os.replace(os.path.join(saving, name), os.path.join(output_dir, name))
     os.rmdir(saving)

@@ -30,7 +30,7 @@ COLUMNS = ["problem", "match", "distance", "image", "split", "label", "other_ima
 
 
 class Pictures(NamedTuple):
-    """The usable pictures of some splits, train first; the fields are as long as each other."""
+    """The usable pictures of some splits, train first; all fields have the same length."""
 
     image: list[str]  # path, as in the JSON
     split: np.ndarray  # int8, index in SPLITS
@@ -54,7 +54,7 @@ def load_pictures(config: Config, splits) -> Pictures:
     parts = [(k, list(read_rows(config, split))) for k, split in enumerate(SPLITS) if split in splits]
     rows = [row for _, part in parts for row in part]
     folders = [os.path.relpath(row["images"][0], config.input_dir).split(os.sep)[1] for row in rows]
-    labels = [config.folder_to_label[folder] for folder in folders]  # the row's own may be those of another table
+    labels = [config.folder_to_label[folder] for folder in folders]  # the row's own may come from an older table
     thumbnails = b"".join(base64.b64decode(row["thumbnail"]) for row in rows)
     return Pictures(
         [row["images"][0] for row in rows],

@@ -4,7 +4,7 @@
     picture = load_picture("input/train_data/cat/1.jpg")  # PIL, RGB, 8 bit, upright; PictureError if it is unusable
 
 The content decides and not the name: a PNG called .jpg is read as PNG. Formats: JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF.
-To take another one, add it to EXTENSIONS and FORMATS below, and its plugin if Pillow cannot decode it.
+To take another one, add it to EXTENSIONS and FORMATS below, and register its plugin here if Pillow cannot decode it.
 
 - The complete file is decoded: a truncated file is an error, never half a picture. Of an animation the first frame is
   read.

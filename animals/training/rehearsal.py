@@ -102,7 +102,7 @@ class RehearsalTrainer(AnimalTrainer):
         self.state.log_history.append({**logs, "step": self.state.global_step})
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The library's, timed; for the first step the heaviest micro-batch of the run, on all ranks, each time."""
+        """Times the library's method; the first step has the heaviest micro-batch on every rank and accumulation."""
         if not self.args.use_cpu:
             torch.accelerator.synchronize()  # until the step before this one has ended
         started = time.perf_counter()
