@@ -141,6 +141,6 @@ def test_hours_by_hand():
 
 
 def test_too_little_memory_is_one_line():
-    line = rehearsal.out_of_memory(UserError("CUDA out of memory. Tried\nmore"), "4 pictures", "with")
-    assert "(CUDA out of memory. Tried)" in line and "(4 pictures; ended with it)" in line
+    line = rehearsal.out_of_memory(UserError("CUDA out of memory. Tried\nmore"), "4 pictures", "during")
+    assert "(CUDA out of memory. Tried)" in line and "(4 pictures; memory ran out during this step)" in line
     assert "halve --per_device_train_batch_size" in line

@@ -117,7 +117,7 @@ def first_names(names):
 
 
 def match_names(model, shapes):
-    """-> ({parameter name in the model: (name in the files, shape)}, renaming rules, the used ones marked)."""
+    """-> ({parameter name in the model: (name in the files, shape)}, renaming rules)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

@@ -90,7 +90,7 @@ def load_for_training(model_args, args):
         quantization.llm_int8_skip_modules = unquantized  # despite int8 in its name, 4-bit loading reads it
         options["quantization_config"] = quantization
     model = load_weights(path, dtype=getattr(torch, model_args.dtype), attn_implementation="sdpa", **options)
-    for module in model.modules():  # bitsandbytes' 4 bit: evaluating on a CPU would repack weights past training
+    for module in model.modules():  # bitsandbytes' 4 bit: an evaluation on a CPU would make them untrainable
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     save_as_loaded(model)

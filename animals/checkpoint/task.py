@@ -23,7 +23,7 @@ def write_task(folder, task: dict):
 
 
 def read_task(path) -> dict | None:
-    """A checkpoint's task; an adapter without one has its base's, a folder of checkpoint-N the newest's. Or None."""
+    """The task.json of a checkpoint, else of an adapter's base, else of a run's newest checkpoint-N; None without any."""
     places = [path, base_of(path)] + ([] if holds_model(path) else [*saved_steps(path).values()][::-1])
     files = [file for file in (os.path.join(place, "task.json") for place in places) if os.path.isfile(file)]
     if not files:
@@ -57,7 +57,7 @@ def settings_for(config: Config, path, training=False) -> Config:
 def changed_task_flags(config: Config, path) -> list[str]:
     """One line for each given flag that contradicts the task of the checkpoint in `path`.
 
-    A table with the same labels in the same order is no contradiction if it gives no known folder another label.
+    Another table is accepted if it has the same labels in the same order, and each trained folder keeps its label.
     """
     task, lines = read_task(path) or {}, []
     for name in sorted(task.keys() & config.given):

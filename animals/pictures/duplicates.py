@@ -131,11 +131,11 @@ def classify(pictures: Pictures, match: str, row: np.ndarray, other: np.ndarray,
 
 
 def join(group: np.ndarray, links: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The groups after those of the two pictures of each link were joined, numbered from 0 in the order of rows."""
+    """Merge the groups of each linked pair. Returns each picture's group, numbered from 0 in the order of rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    n = len(group)  # each picture is linked to a node of its group and to what it resembles
+    n = len(group)  # edges: from each picture to a node for its group, and the links
     i, j = (np.concatenate(side) for side in zip((np.arange(n), n + group), *links, strict=True))
     return connected_components(coo_array((np.ones(len(i), np.int8), (i, j)), shape=(2 * n, 2 * n)), False)[1][:n]
 

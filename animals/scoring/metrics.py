@@ -88,7 +88,7 @@ def calibration(confidence, right):
     probabilities are close to 1, and bins of equal width would put them all into one. Equal probabilities share a bin.
     ece_if_calibrated: median and 99th percentile of the same error for a model that is right with exactly the
     probability that it gives. verdict: calibrated, unless ece is above that percentile; then over-confident or
-    under-confident where the mean difference is outside 99 % of the simulated ones, else miscalibrated.
+    under-confident if mean confidence - accuracy is outside 99 % of the simulated values, else miscalibrated.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Fills the templates in pages/: one checkpoint's report and the index of all reports. Commands call render() for theirs.
+"""Fills the templates in pages/: a checkpoint's report and the index of all reports. Commands call render() for theirs.
 
 Each page is one file and fetches nothing. Its numbers are those of report.json, its sentences come from
 pages/texts.json. Pictures are embedded as small JPEGs up to EMBEDDED bytes, the most confident mistakes first; the

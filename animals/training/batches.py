@@ -75,8 +75,8 @@ def shuffle_seed(args):
 class TokenBalancedSampler(BatchRebalanceSampler):
     """The library's sampler, which here makes equal numbers of tokens and follows --seed.
 
-    The library's own makes equal times: its quadratic term lets micro-batches of short pictures grow, and with them
-    the memory, which follows the number of tokens.
+    The library balances the estimated time, with a quadratic cost of the length. Then micro-batches of short pictures
+    get more tokens, and with them more memory.
     """
 
     QUADRATIC_COST_COEF = 0

@@ -171,7 +171,7 @@ class RehearsalTrainer(AnimalTrainer):
             if args.save_strategy != "no":
                 checkpoint, weights_gb = self.try_checkpoint()
         except torch.OutOfMemoryError as error:
-            when = "before" if self.ram.phase == "start" else "after" if self.state.global_step else "with"
+            when = "before" if self.ram.phase == "start" else "after" if self.state.global_step else "during"
             raise UserError(out_of_memory(error, self.heaviest()[1], when)) from None
         finally:
             self.ram.phase = None
@@ -220,9 +220,9 @@ def hours_of_run(steps, evaluations, saves, seconds_per_step, seconds_per_evalua
 
 
 def out_of_memory(error, heaviest, when) -> str:
-    """The error's text; the rehearsal ended before, with or after its step on the heaviest micro-batch."""
+    """The error's text; memory ran out before, during or after the step on the heaviest micro-batch."""
     return (
         f"found too little memory on the GPU ({str(error).splitlines()[0]}); expected the run's heaviest micro-batch "
-        f"to fit ({heaviest}; ended {when} it); halve --per_device_train_batch_size and double "
+        f"to fit ({heaviest}; memory ran out {when} this step); halve --per_device_train_batch_size and double "
         "--gradient_accumulation_steps, or see what fits: python scripts/memory_plan.py"
     )
