@@ -23,7 +23,7 @@ def write_task(folder, task: dict):
 
 
 def read_task(path) -> dict | None:
-    """The task.json of a checkpoint, else of an adapter's base, else of a run's newest checkpoint-N; None without any."""
+    """The task.json of a checkpoint, else of an adapter's base, else of a run's newest checkpoint-N, or None."""
     places = [path, base_of(path)] + ([] if holds_model(path) else [*saved_steps(path).values()][::-1])
     files = [file for file in (os.path.join(place, "task.json") for place in places) if os.path.isfile(file)]
     if not files:
