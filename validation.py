@@ -6,8 +6,7 @@
 
 Leaves report.html, report.json and predictions.csv in <report_dir>/<checkpoint name>, and TensorBoard events at the
 checkpoint's step in <logging_dir>/<run>/validation. Prints a table, and as the last line of stdout one JSON object.
-Nothing is generated: one forward pass per batch scores all labels (see Scorer), so every picture gets a probability for
-each label, and the answer is always one of the labels.
+Nothing is generated: one forward pass per batch scores all labels, and the answer is always one of them.
 """
 
 import csv

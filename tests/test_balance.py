@@ -50,6 +50,7 @@ def test_hardly_any_padding_and_no_micro_batch_near_four_of_the_largest(tokens):
     assert max(len(b) * max(b) for b in found) < 0.8 * 4 * (2340 + TEXT_TOKENS)
 
 
+@pytest.mark.slow
 def test_a_balanced_step_learns_what_a_step_in_random_order_does(demo, run, tmp_path):
     """Every picture counts the same, whatever the size of its micro-batch: one step of 2 ranks on all pictures."""
     for split in ("train", "validation"):

@@ -115,6 +115,7 @@ def test_merged_and_unmerged_say_the_same(trained, hub, tmp_path):
     assert others <= set(os.listdir(tmp_path / "merged"))
 
 
+@pytest.mark.slow
 def test_commands_take_the_adapter(trained, data, run, others_pictures, tmp_path, monkeypatch, capsys):
     flags = f"--model_name_or_path {trained.out}/checkpoint-1"
     done = run(f"sh validation.sh {data} {flags} --report_dir {tmp_path}/report", code=0)

@@ -2,7 +2,10 @@
 
 import re
 
+import pytest
 
+
+@pytest.mark.slow
 def test_on_gpu_runs_on_cpu_ranks(demo, run, tmp_path):
     done = run(
         f"python benchmarks/on_gpu.py --rows projector --model_name_or_path {demo.model} --input_dir {demo.input} "

@@ -58,6 +58,7 @@ def test_named_parts_change_and_the_others_do_not(train, demo, parts, launch):
     assert named and changed == named, sorted(changed ^ named)
 
 
+@pytest.mark.slow
 def test_projector_without_zero3_resumes_to_the_bit(train, run):
     """A resumed run reads the float32 weights, not the bfloat16 ones that other programs read."""
     flags = "--train_parts projector --config_file scripts/ddp.yaml --save_steps 1 --eval_strategy no"

@@ -34,7 +34,10 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("name", PATHS)
+DAILY = "zero3-2-full-rebalance", "zero3-2-whole-rebalance", "ddp-1-projector-rebalance", "ddp-2-qlora-random"
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in PATHS])
 def test_path(name, demo, others_pictures, run, tmp_path):
     ranks, flags = PATHS[name]
     out, data, model = tmp_path / "out", f"--input_dir {others_pictures} --temp_dir {tmp_path}/cache", demo.model

@@ -240,6 +240,7 @@ def test_a_small_disk(tmp_path):
         check_disk(args, 11_446, 3.5e6, 0.9e6)
 
 
+@pytest.mark.slow
 def test_two_saves_of_the_7b_fit_on_137_gb(run, tmp_path):
     """179 steps, saved at 100 and the last: real shapes and files, on a disk of that size; up to the weights' load."""
     seven = replica.build(tmp_path / "seven", 32, 24, full_width=True, holes=True)

@@ -51,7 +51,9 @@ def invented(n):
     return {name: name for name in ("_".join((parts[i % 5], parts[i // 5 % 5], str(i))) for i in range(n))}
 
 
-@pytest.mark.parametrize("table", [None, invented(3), invented(120)], ids=["ten", "3", "120"])
+@pytest.mark.parametrize(
+    "table", [None, invented(3), pytest.param(invented(120), marks=pytest.mark.slow)], ids=["ten", "3", "120"]
+)
 def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures, table, capfd):
     processor, model = trained
     config = Config(folder_to_label=table)

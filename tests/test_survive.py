@@ -78,7 +78,11 @@ def wait_for_a_save(out, process):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("ranks", "saving"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2-saving"])
+@pytest.mark.parametrize(
+    ("ranks", "saving"),
+    [pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, False, marks=pytest.mark.slow), (2, True)],
+    ids=["1", "2", "2-saving"],
+)
 def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ranks, saving, tmp_path, request):
     """kill -9 and SIGTERM in turn after the first step, or always -9 and while it saves; the last start is left alone.
 

@@ -139,7 +139,7 @@ CASES = {  # folder -> label, pictures per folder in each split, held-out ones t
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * n.startswith("120")) for n in CASES])
 def trained(request, demo, run, tmp_path_factory):
     """Two steps: three of the demo's folders with other labels; 120 folders; another wording, in the whole view."""
     tmp, real = tmp_path_factory.mktemp("task"), request.param == "table"

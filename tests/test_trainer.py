@@ -165,7 +165,10 @@ FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_dev
 FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20"
 
 
-@pytest.mark.parametrize("recipe", ["--config_file scripts/ddp.yaml --use_peft", "", "--use_peft"])
+LORA = [pytest.param(f"{ddp}--use_peft", marks=pytest.mark.slow) for ddp in ("--config_file scripts/ddp.yaml ", "")]
+
+
+@pytest.mark.parametrize("recipe", ["", *LORA])
 def test_evaluation_before_step_1_then_training(demo, run, tmp_path, recipe):
     """DDP and ZeRO-3 on two ranks; the first measurement is of the untuned model."""
     command = f"sh train.sh --model_name_or_path {demo.checkpoint} --input_dir {demo.input} --temp_dir {demo.cache} "

@@ -95,6 +95,7 @@ def test_pixels_features_and_tokens_are_those_of_the_base_view(hub, whole):
         assert counted == image_token_count(*size, read_geometry(whole)) == len(features) == 576
 
 
+@pytest.mark.slow
 def test_trained_it_stays_a_plain_llava_and_resumes_to_the_bit(whole, data, run, tmp_path):
     """Two steps of 2-rank ZeRO-3, a checkpoint after each; then the second one again."""
     out = tmp_path / "sft"

@@ -4,13 +4,14 @@ A checkpoint is complete when its complete.json is there, and with it every file
 size. trainer.py writes that list last, so a folder that a killed run left behind is never complete. Imports no torch.
 """
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
 from animals.command import UserError
-from animals.files import read_json, write_json
+from animals.files import read_json, replacing
 from animals.ranks import say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
@@ -29,7 +30,8 @@ def write_manifest(folder):
     files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
     flush_to_disk(*files, *{os.path.dirname(path) for path in files})
     manifest = os.path.join(folder, MANIFEST)
-    write_json(manifest, {os.path.relpath(path, folder): os.path.getsize(path) for path in files})
+    with replacing(manifest) as file:  # without a last newline, so that one byte less is no JSON
+        json.dump({os.path.relpath(path, folder): os.path.getsize(path) for path in files}, file)
     flush_to_disk(manifest, folder, os.path.dirname(os.path.abspath(folder)))
 
 

@@ -6,8 +6,7 @@ cache.json     for each split what its JSON was built from, its summary and the 
 <split>.rows/  the memory-mapped copy of the JSON, made by Hugging Face datasets, removed with every new JSON
 excluded.csv   the unusable pictures of both splits
 
-Every file is written under another name and renamed. Pillow is imported late, because the launcher imports this file
-before `pip install`.
+Every file is written under another name and renamed. Pillow is imported late: launch.py runs before `pip install`.
 """
 
 import csv
