@@ -129,7 +129,7 @@ def accuracy(path, input_dir):
     ]
 
 
-def main():
+def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer_from", default="temp/demo/model", help="a checkpoint folder made by the demo")
     parser.add_argument("--half_trained", help="a checkpoint that is not done yet, for the accuracies")
@@ -138,7 +138,11 @@ def main():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output", default="benchmarks/results/scorer.md")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_flags()
     config = Config()
     processor, model = make_model(args.tokenizer_from)
     scorer = Scorer(processor, config)
