@@ -82,7 +82,7 @@ def manifest(input_dir: str, kind: str) -> Path:
 def interrupted(input_dir: str) -> list[str]:
     """The kinds of moves whose newest step was interrupted, or whose manifest is damaged (moves.py says how)."""
     paths = {kind: manifest(input_dir, kind) for kind in MOVES}
-    return [kind for kind, path in paths.items() if path.is_file() and '"finished": true' not in path.read_text()]
+    return [kind for kind, path in paths.items() if path.is_file() and b'"finished": true' not in path.read_bytes()]
 
 
 def folder_problems(config: Config, splits) -> list[str]:
