@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field, fields
 
 from animals.command import UserError, yes_or_no
@@ -64,6 +65,41 @@ TRAINING_DEFAULTS = {
 }
 
 
+# The numbers on a command line: flag -> (lowest, highest) value. All others must be finite (range_problems).
+RANGES = {
+    "eval_pictures": (0, 10**9),
+    "max_excluded": (0, 1),
+    "near_duplicate_distance": (0, 16),
+    "near_duplicate_limit": (0, 10**9),
+    "data_processes": (0, 1024),
+    "validation_fraction": (0.001, 0.999),
+    "seed": (0, 2**32 - 1),
+    "per_device_train_batch_size": (1, 4096),
+    "per_device_eval_batch_size": (1, 4096),
+    "gradient_accumulation_steps": (1, 10**6),
+    "num_train_epochs": (1e-6, 10**4),
+    "learning_rate": (1e-12, 10),
+    "dataloader_num_workers": (0, 256),
+    "min_probability": (0, 1),
+    "port": (0, 65535),
+}
+
+
+def range_problems(values: dict) -> list[str]:
+    """A line for each number in {flag: value} that is outside its range, or not finite."""
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    ranges = {
+        name: (value, *RANGES.get(name, (-sys.float_info.max, sys.float_info.max))) for name, value in numbers.items()
+    }
+    return [
+        f"--{name}: found {value:g}; expected a number from {low:g} to {high:g}"
+        if name in RANGES
+        else f"--{name}: found {value}; expected a finite number"
+        for name, (value, low, high) in ranges.items()
+        if not low <= value <= high
+    ]
+
+
 def locale_language() -> str:
     """The default of --language: `zh` if the environment's locale is Chinese, else `en`."""
     locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
@@ -109,10 +145,8 @@ class Config:
         for name in defaults.keys() - self.given:
             setattr(self, name, defaults[name])
         self.folder_to_label = read_table(self.folder_to_label, self.input_dir)
-        if not 0 <= self.max_excluded <= 1:
-            raise UserError(f"--max_excluded: found {self.max_excluded}; expected a share from 0 to 1")
-        if not 0 <= self.near_duplicate_distance <= 16:
-            raise UserError(f"--near_duplicate_distance: found {self.near_duplicate_distance}; expected 0 to 16 bits")
+        if problems := range_problems(vars(self)):
+            raise UserError("\n".join(problems))
         if self.language not in ("en", "zh"):
             raise UserError(f"--language: found {self.language}; expected en or zh")
         if "{label}" not in self.answer:
@@ -160,10 +194,20 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
     return dict(table)
 
 
-def parser(description: str, names) -> argparse.ArgumentParser:
-    """A parser with a flag for each of the named fields of Config; it does not accept shortened flags."""
+class Parser(argparse.ArgumentParser):
+    """Accepts no shortened flag, and raises UserError for numbers that are outside their RANGES."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        values, unknown = super().parse_known_args(args, namespace)
+        if problems := range_problems(vars(values)):
+            raise UserError("\n".join(problems))
+        return values, unknown
+
+
+def parser(description: str, names) -> Parser:
+    """A parser with a flag for each of the named fields of Config."""
     shown = argparse.ArgumentDefaultsHelpFormatter
-    result = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=shown)
+    result = Parser(description=description, allow_abbrev=False, formatter_class=shown)
     add_flags(result, names)
     return result
 

@@ -69,8 +69,6 @@ def check(config: Config, model_path: str) -> None:
 
 def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) -> None:
     """Move a share of each class of train_data to validation_data, and say what was moved."""
-    if not 0 < fraction < 1:
-        raise UserError(f"--validation_fraction: found {fraction}; expected a share between 0 and 1, e.g. 0.2")
     with lock(config):
         moves.require_finished(config.input_dir)
         held_out, splits = split_folder(config, "validation"), ["train"]

@@ -108,8 +108,6 @@ def main():
     model, output, limit = args.model_name_or_path, args.output, args.min_probability
     require_checkpoint(model)
     config = settings_for(settings.config_from(args), model)
-    if not 0 <= limit <= 1:
-        raise UserError(f"--min_probability: found {limit}; expected a number from 0 to 1")
     pictures = find_pictures(args.paths or [os.path.join(config.input_dir, "test_data")])
     folder = os.path.dirname(output) or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):

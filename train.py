@@ -66,6 +66,8 @@ def parse(argv):
         known = re.findall(r"--\w+", parser.format_usage())
         near = difflib.get_close_matches(names[0].split("=")[0], known, n=1, cutoff=0.8)
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if problems := settings.range_problems(vars(flags)):
+        raise UserError("\n".join(problems))
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()

@@ -1,8 +1,16 @@
-"""Files that are complete or absent: writing goes through a second file and a rename; reading says what is wrong."""
+"""Files that are complete or absent, CSV files for spreadsheets, places to write to, folders in use by one process.
 
+Writing goes through a second file and a rename; reading says what is wrong. Standard library only.
+"""
+
+import codecs
 import contextlib
+import csv
+import fcntl
+import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from animals.command import UserError
@@ -32,6 +40,85 @@ def write_json(file, content):
     with replacing(file) as opened:
         json.dump(content, opened, indent=2, ensure_ascii=False)
         opened.write("\n")
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # with such a beginning a spreadsheet takes text for a formula
+
+
+def to_cell(value):
+    """A value for a CSV cell. Text that a spreadsheet would run gets a ' before it; from_cell() takes it off again."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def from_cell(text: str) -> str:
+    return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULA) else text
+
+
+def write_csv_rows(file, rows) -> None:
+    """Append rows (lists) to an open CSV file; their text goes through to_cell()."""
+    csv.writer(file, lineterminator="\n").writerows([[to_cell(value) for value in row] for row in rows])
+
+
+def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
+    """(columns, rows) of a CSV file of ours, also as a spreadsheet saves it: with BOM, UTF-16, `;` or tabs.
+
+    Raises OSError, or UserError if the file is no text or no CSV.
+    """
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        lines = [
+            [from_cell(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: found {error}; expected a CSV file in UTF-8; save it as `CSV UTF-8`") from None
+    columns, *rows = lines or [[]]
+    return columns, [dict(zip(columns, row, strict=False)) for row in rows if row]
+
+
+def nearest_existing(path) -> Path:
+    """`path`, or the nearest path above it that exists."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def require_writable(flag: str, folder) -> None:
+    """Raises UserError unless files can be made in `folder`, or in the nearest folder above it. It tries it.
+
+    flag: where the folder is from, e.g. "--temp_dir", for the message.
+    """
+    place = nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: found {place}, where no file can be written ({error.strerror}); expected a folder to "
+            "write to; name another, or change its rights"
+        ) from None
+
+
+@contextlib.contextmanager
+def folder_lock(folder, shared=False, busy: str | None = None):
+    """with folder_lock(folder): no other process holds it; with shared=True, none holds it unshared. Leaves no file.
+
+    busy: the text of the UserError that is raised if another process holds it; None: wait. The system releases the
+    lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is locked.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if busy is None else fcntl.LOCK_NB)
+        try:
+            fcntl.flock(opened, kind)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(opened)
 
 
 def subfolders(path) -> list[str]:

@@ -121,7 +121,7 @@ def main():
     known = features(load_tower(model), pictures, sha256, config)
     suspects = find_suspects(known, rows, [group[picture] for picture in pictures])
     with csv_file(config, "audit.csv", COLUMNS) as out:
-        out.writerows([row[column] for column in COLUMNS] for row in suspects)
+        out([row[column] for column in COLUMNS] for row in suspects)
     parts = {reason: [row for row in suspects if row["reason"] == reason] for reason in REASONS}
     shown = [row for part in parts.values() for row in part[:SHOWN]]
     beside = [other["image"] for row in shown for other in row["neighbours"]]

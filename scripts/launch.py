@@ -44,6 +44,8 @@ def read_flags(training, flags):
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS[model])
     parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
+    for name in settings.RANGES.keys() - {*settings.DATA_FIELDS}:  # checked before a rank starts
+        parser.add_argument(f"--{name}", type=float)
     return parser.parse_known_args(flags)[0]
 
 

@@ -129,8 +129,6 @@ def main():
     args = parser.parse_args()
     require_checkpoint(args.model_name_or_path)
     config = settings_for(settings.config_from(args), args.model_name_or_path)
-    if not 0 <= args.min_probability <= 1:
-        raise UserError(f"--min_probability: found {args.min_probability}; expected a number from 0 to 1")
     paths = args.paths or [os.path.join(config.input_dir, "test_data")]
     examples = [picture for path in paths if os.path.exists(path) for picture in list_pictures(path)]
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

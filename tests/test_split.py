@@ -188,7 +188,7 @@ def test_pictures_of_the_users_own_in_validation_stay(tree):
 
 @pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.1", "nan"])
 def test_a_fraction_that_is_none(tree, fraction):
-    assert "between 0 and 1" in refused(tree, "--validation_fraction", fraction)
+    assert "expected a number from 0.001 to 0.999" in refused(tree, "--validation_fraction", fraction)
 
 
 def test_linked_pictures_are_not_moved(tree):

@@ -9,7 +9,6 @@ excluded.csv   the unusable pictures of both splits
 Every file is written under another name and renamed. Pillow is imported late: launch.py runs before `pip install`.
 """
 
-import csv
 import functools
 import hashlib
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 import config as settings
 from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError
-from animals.files import replacing, subfolders
+from animals.files import replacing, subfolders, write_csv_rows
 from config import Config
 
 FORMAT = 5  # of everything in temp_dir; a cache of another format is rebuilt
@@ -42,11 +41,10 @@ def temp_path(config: Config, name: str) -> Path:
 
 @contextmanager
 def csv_file(config: Config, name: str, columns: list[str]):
-    """A csv.writer on a file of temp_dir; a name that is not UTF-8 is written with backslashes."""
+    """A function that writes rows to a CSV of temp_dir; a name that is not UTF-8 is written with backslashes."""
     with replacing(temp_path(config, name), errors="backslashreplace", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(columns)
-        yield rows
+        write_csv_rows(file, [columns])
+        yield functools.partial(write_csv_rows, file)
 
 
 def lock(config: Config):
@@ -138,7 +136,7 @@ def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
         cache[split] = build(config, split, geometry, entry)
         with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as out:
             for part in filter(cache.get, SPLITS):
-                out.writerows((path, part, reason) for path, reason in cache[part]["excluded"])
+                out((path, part, reason) for path, reason in cache[part]["excluded"])
         write_cache(config, cache)
         entries[split] = cache[split] | {"built": True}
     return entries

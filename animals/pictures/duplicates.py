@@ -166,7 +166,7 @@ def search_duplicates(config: Config, entries: dict[str, dict]) -> dict:
     about = list(zip(pictures.image, *names, strict=True))
     rows = [(*pair[:3], *about[pair.row], *about[pair.other]) for pair in found]
     with csv_file(config, "duplicates.csv", COLUMNS) as out:
-        out.writerows(rows)
+        out(rows)
     groups = defaultdict(list)
     for image, number in zip(pictures.image, group.tolist(), strict=True):
         groups[number].append(image)

@@ -14,6 +14,7 @@ from pathlib import Path
 from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards
 from animals.checkpoint.load import load_processor, zero3_is_on
 from animals.command import Findings, UserError
+from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
 from animals.training.describe import count_events
 from animals.training.parts import belongs, check_parts, read_parts
@@ -50,15 +51,7 @@ def check_output_dir(output_dir):
             f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an earlier "
             "run of train.py; choose another, or empty it"
         )
-    parent = nearest_existing(output_dir)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {parent} cannot be written to; choose another folder")
-
-
-def nearest_existing(path) -> Path:
-    """`path`, or the nearest path above it that exists."""
-    path = Path(path).absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    require_writable("--output_dir", output_dir)
 
 
 def check_checkpoint(path, config):
