@@ -23,7 +23,7 @@ from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
-from animals.ranks import barrier, choose_arithmetic, main_process, say
+from animals.ranks import barrier, check_connection, choose_arithmetic, main_process, say
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
@@ -136,6 +136,8 @@ def main():
     say(describe(args, model_args, train_data, collator, len(held_out)))
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
         return
+
+    check_connection(args.device)
 
     # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
     from animals.training.trainer import AnimalTrainer, StopOnSignal

@@ -12,6 +12,7 @@ Nothing is generated: one forward pass per batch scores all labels, and the answ
 import csv
 import os
 import time
+from datetime import timedelta
 from importlib.metadata import version
 
 import config as settings
@@ -21,7 +22,7 @@ from animals.command import run
 from animals.pictures.cache import load_split
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.prepare import check_inputs
-from animals.ranks import choose_arithmetic, main_process
+from animals.ranks import check_connection, choose_arithmetic, main_process
 from animals.scoring.metrics import compare, measure, paired, without_duplicates
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
@@ -102,7 +103,9 @@ def main():
     from accelerate import PartialState
 
     on_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
-    PartialState(cpu=on_cpu)  # the first one decides for the process; cpu=True connects the ranks of a CPU run
+    # The first one decides for the process; cpu=True connects the ranks of a CPU run. A slow rank may need hours more.
+    PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+    check_connection(PartialState().device)
     report, rows = validate(args, config)
     if main_process():
         folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 from animals.command import UserError
 
@@ -18,6 +20,43 @@ def barrier():
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def check_connection(device, seconds=60):
+    """Sum 64 MB over all ranks and say how fast that is. All ranks call it, before the weights load.
+
+    If it takes longer than `seconds`, the process ends with one line and exit code 2: where the GPUs cannot reach each
+    other, NCCL would wait in silence for 10 or 30 minutes. The time begins when all ranks have met over gloo. A thread
+    ends the process, because a call that waits inside NCCL may never return.
+    """
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    distributed.barrier(distributed.new_group(backend="gloo"))
+    timer = threading.Timer(seconds, end_without_connection, [seconds])
+    timer.daemon = True
+    timer.start()
+    data, ranks = torch.ones(2**24, device=device), distributed.get_world_size()
+    for _ in range(2):  # the first one makes the connections
+        started = time.perf_counter()
+        distributed.all_reduce(data)
+        data[0].item()  # waits for the GPU
+        taken = time.perf_counter() - started
+    timer.cancel()
+    speed = 2 * (ranks - 1) / ranks * data.nbytes / taken / 1e9  # "bus bandwidth" of NVIDIA/nccl-tests, PERFORMANCE.md
+    say(f"connection      64 MB summed over {ranks} ranks in {taken:.3f} s: {speed:.1f} GB/s per rank")
+
+
+def end_without_connection(seconds):
+    if not main_process():
+        time.sleep(3)  # let the main process print first
+    say(
+        f"error: found no answer from the other ranks within {seconds} s; expected the sum of 64 MB; try "
+        "NCCL_P2P_DISABLE=1, make /dev/shm larger (docker run --shm-size=8g), and see what NCCL_DEBUG=INFO prints"
+    )
+    os._exit(2)
 
 
 def say(message):

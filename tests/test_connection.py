@@ -1,0 +1,38 @@
+"""The ranks' first collective, before the weights load: its speed is said, and where it hangs, the run ends."""
+
+import subprocess
+import sys
+import time
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch
+from animals.ranks import check_connection
+torch.distributed.init_process_group("gloo")
+if torch.distributed.get_rank() == {sleeper}:
+    torch.distributed.all_reduce = lambda data: time.sleep(600)
+check_connection("cpu", {seconds})
+"""
+
+
+def start(tmp_path, sleeper, seconds):
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), sleeper=sleeper, seconds=seconds))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def test_the_speed_is_said(tmp_path):
+    done = start(tmp_path, sleeper=None, seconds=60)
+    assert done.returncode == 0 and "64 MB summed over 2 ranks in" in done.stderr
+
+
+def test_a_rank_that_does_not_answer_ends_all(tmp_path):
+    started = time.monotonic()
+    done = start(tmp_path, sleeper=1, seconds=3)
+    assert done.returncode and time.monotonic() - started < 60
+    assert done.stderr.count("error: found no answer from the other ranks within 3 s") == 1
+    assert "NCCL_P2P_DISABLE=1" in done.stderr and "/dev/shm" in done.stderr and "NCCL_DEBUG=INFO" in done.stderr
