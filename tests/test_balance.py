@@ -78,3 +78,20 @@ def test_the_heaviest_micro_batch_is_known_before_the_run(tokens):
     most = max(every, key=lambda b: len(b) * (max(tokens[i] for i in b) + 60))
     assert len(chosen) * (max(longest) + 60) == len(most) * (max(tokens[i] for i in most) + 60)
     assert chosen in every and longest == [tokens[i] for i in chosen]
+
+
+def test_the_second_step_of_a_run_is_the_heaviest_of_its_first_epoch(tokens):
+    """And the epoch has the library's own steps, two of them in exchanged places, the same on every rank."""
+
+    def weight(batch):
+        return len(batch) * (max(tokens[i] for i in batch) + TEXT_TOKENS)
+
+    found = batches(tokens)
+    assert max(weight(b) for rank in found for b in rank[4:8]) == max(weight(b) for rank in found for b in rank)
+    sampler = TokenBalancedSampler(tokens, 4, 4, 4, rank=0, seed=1, drop_last=False)
+    for rank, mine in enumerate(found):
+        library, moved = sampler.steps(rank), [mine[i : i + 4] for i in range(0, len(mine), 4)]
+        places = [i for i, (a, b) in enumerate(zip(library, moved, strict=True)) if a != b]
+        assert len(places) == 2 and 1 in places and [library[i] for i in places] == [moved[i] for i in places[::-1]]
+    sampler.set_epoch(1)
+    assert list(sampler) == [batch for step in sampler.steps(0) for batch in step]

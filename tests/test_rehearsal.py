@@ -40,8 +40,8 @@ def figures(out):
 
 
 PHASES = (  # beginnings of lines, in order
-    "effective batch", "rehearsal: evaluation", "rehearsal: a step on the heaviest", "rehearsal: the run's own",
-    "rehearsal: a checkpoint is written", "rehearsal: the checkpoint is read", "median of",
+    "effective batch", "rehearsal: evaluation", "rehearsal: a first step", "rehearsal: a step on the heaviest",
+    "rehearsal: the run's own", "rehearsal: a checkpoint is written", "rehearsal: the checkpoint is read", "median of",
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_saves_nothing_rehearses_no_checkpoint(demo, run, tmp_path):
     assert found["hours"] == pytest.approx(found["seconds_per_step"] / 3600)
 
 
-@pytest.mark.parametrize(("ranks", "first"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 5)])
+@pytest.mark.parametrize(("ranks", "first"), [pytest.param(1, 5, marks=pytest.mark.slow), (2, 6)])
 def test_killed_in_any_phase_the_next_start_is_clean(demo, run, tmp_path, request, ranks, first):
     """kill -9 and SIGTERM in turn; the first while the checkpoint is written or read, the others in the next phases."""
     out, folder, rng = tmp_path / "sft", tmp_path / "sft.rehearsal", random.Random(ranks)

@@ -8,6 +8,7 @@ Where the last step of an epoch has too few pictures for all ranks, the librarie
 are fillers: they take part in the forward pass, and no token of them is learned.
 """
 
+import copy
 import itertools
 
 import datasets
@@ -73,10 +74,14 @@ def shuffle_seed(args):
 
 
 class TokenBalancedSampler(BatchRebalanceSampler):
-    """The library's sampler, which here makes equal numbers of tokens and follows --seed.
+    """The library's sampler, which here makes equal numbers of tokens, and takes the first epoch's heaviest step early.
 
     The library balances the estimated time, with a quadratic cost of the length. Then micro-batches of short pictures
     get more tokens, and with them more memory.
+
+    In the first epoch the step with the heaviest micro-batch and the second step change places: if the memory of a GPU
+    is too small for the epoch, the run ends in its first minutes. It is not the first step, because 8-bit AdamW makes
+    its states in that one.
     """
 
     QUADRATIC_COST_COEF = 0
@@ -84,6 +89,26 @@ class TokenBalancedSampler(BatchRebalanceSampler):
     def __init__(self, image_tokens, micro_batch, accumulation, ranks, *, text_tokens=TEXT_TOKENS, **options):
         lengths = [tokens + text_tokens for tokens in image_tokens]
         super().__init__(lengths, micro_batch * accumulation * ranks, ranks, accumulation, **options)
+
+    def steps(self, rank):
+        """The steps of the epoch in the library's order, each as the list of this rank's micro-batches (of indices)."""
+        other = copy.copy(self)
+        other.rank = rank
+        found = list(super(TokenBalancedSampler, other).__iter__())
+        return [found[i : i + self.grad_accum] for i in range(0, len(found), self.grad_accum)]
+
+    def __iter__(self):
+        mine = self.steps(self.rank)
+        if self.epoch == 0 and len(mine) > 2:
+            everything = zip(*map(self.steps, range(self.dp_size)), strict=True)  # the same on all ranks
+            tokens = [max(self.tokens(batch) for part in step for batch in part) for step in everything]
+            heaviest = tokens.index(max(tokens))
+            mine[1], mine[heaviest] = mine[heaviest], mine[1]
+        yield from itertools.chain.from_iterable(mine)
+
+    def tokens(self, batch) -> int:
+        """How many tokens a micro-batch has, with its padding."""
+        return len(batch) * max(self.lengths[i] for i in batch)
 
 
 def heaviest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS):
@@ -95,5 +120,5 @@ def heaviest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
             formed += sampler
-    worst = max(formed, key=lambda batch: len(batch) * (max(tokens[i] for i in batch) + text_tokens))
+    worst = max(formed, key=sampler.tokens)
     return worst, [tokens[i] for i in worst]

@@ -1,8 +1,9 @@
 """`sh train.sh --rehearse`: a few minutes of the real run, with its weights and pictures, before the long run.
 
-Evaluates a few pictures, takes one step on the heaviest micro-batch that the run will form (memory, warm-up), then the
-run's own first steps, at least three and about a minute; writes a checkpoint to <output_dir>.rehearsal, reads it again
-on all ranks and deletes it. Prints what was measured, and leaves <logging_dir>/<run name>/rehearsal.json, nothing else:
+Evaluates a few pictures, takes an ordinary step (the optimizer makes its states in it), then one on the heaviest
+micro-batch that the run will form (memory), then further steps of the run, at least three and about a minute; writes a
+checkpoint to <output_dir>.rehearsal, reads it again on all ranks and deletes it. Prints what was measured, and leaves
+<logging_dir>/<run name>/rehearsal.json, nothing else:
   seconds_per_step (the median) · waiting_for_data (share of the steps' time, main process) · hours (of the complete run
   with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib}, one per rank] · host_gib {start
   (until the first step), training, resume}, null for a phase that did not happen · checkpoint {gb, seconds_to_write,
@@ -81,7 +82,7 @@ def start_ram_meter(args) -> HostRam:
 
 
 class RehearsalTrainer(AnimalTrainer):
-    """AnimalTrainer that evaluates a few pictures, takes the heaviest step, then times the run's first ones."""
+    """AnimalTrainer that evaluates a few pictures, takes a step and the heaviest one, then times ordinary steps."""
 
     def __init__(self, *, args, train_dataset, eval_dataset, eval_pictures, ram, **kwargs):
         self.run_args, self.pictures, self.ram = args, len(train_dataset), ram
@@ -92,7 +93,7 @@ class RehearsalTrainer(AnimalTrainer):
         self.evaluated_share = sum(longest["image_tokens"]) / sum(sample["image_tokens"])
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
-        args.max_steps = 1 + count_steps(args, self.pictures)[1]
+        args.max_steps = 2 + count_steps(args, self.pictures)[1]
         args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, True
         args.logging_strategy = args.eval_strategy = args.save_strategy = "no"  # rehearse() says when
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=longest, eval_pictures=0, **kwargs)
@@ -102,7 +103,7 @@ class RehearsalTrainer(AnimalTrainer):
         self.state.log_history.append({**logs, "step": self.state.global_step})
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Times the library's method; the first step has the heaviest micro-batch on every rank and accumulation."""
+        """Times the library's method; the second step has the heaviest micro-batch on every rank and accumulation."""
         if not self.args.use_cpu:
             torch.accelerator.synchronize()  # until the step before this one has ended
         started = time.perf_counter()
@@ -110,13 +111,15 @@ class RehearsalTrainer(AnimalTrainer):
         self.fetches.append((started, time.perf_counter()))
         if len(self.fetches) == 1:
             self.ram.phase = "training"
+            say("rehearsal: a first step, in which the optimizer makes its states")
+        elif len(self.fetches) == 2:
             chosen, text = self.heaviest()
             say(f"rehearsal: a step on the heaviest micro-batch of the run: {text}")
             heavy = self.data_collator([self.train_dataset[i] for i in chosen])
             batches = [dict(heavy) for _ in batches]  # training_step() takes `pictures` out of each
-        elif len(self.fetches) == 2:
-            say("rehearsal: the run's own first steps")
-        enough = len(self.fetches) > STEPS and started - self.fetches[1][0] >= SECONDS
+        elif len(self.fetches) == 3:
+            say("rehearsal: the run's own steps")
+        enough = len(self.fetches) > STEPS + 1 and started - self.fetches[2][0] >= SECONDS
         if gather_object([enough])[0]:  # the main process decides for all ranks
             self.state.max_steps = self.state.global_step + 1  # this step is the last one
         return super().get_batch_samples(iter(batches), num_batches, device)
@@ -171,7 +174,7 @@ class RehearsalTrainer(AnimalTrainer):
             if args.save_strategy != "no":
                 checkpoint, weights_gb = self.try_checkpoint()
         except torch.OutOfMemoryError as error:
-            when = "before" if self.ram.phase == "start" else "after" if self.state.global_step else "during"
+            when = ("before", "during", "after")[min(self.state.global_step, 2)]
             raise UserError(out_of_memory(error, self.heaviest()[1], when)) from None
         finally:
             self.ram.phase = None
@@ -179,7 +182,7 @@ class RehearsalTrainer(AnimalTrainer):
                 delete_old_rehearsal(args.output_dir)
         if not main_process():
             return
-        timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[1:], (ended, 0)])]
+        timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[2:], (ended, 0)])]
         seconds, waited = zip(*timed, strict=True)
         step, evaluation = statistics.median(seconds), self.state.log_history[0]["eval_runtime"] / self.evaluated_share
         steps, events = count_steps(args, self.pictures)[1], count_events(args, self.pictures)
