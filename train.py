@@ -48,7 +48,8 @@ def make_parser():
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, and end there")
-    parser.add_argument("--rehearse", action="store_true", help="measure a few steps and a checkpoint; keep nothing")
+    text = "measure a few steps and a checkpoint, and keep nothing; `all`: find the fastest recipe first (train.sh)"
+    parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"], help=text)
     parser.set_defaults(**settings.TRAINING_DEFAULTS, dataloader_num_workers=None)
     return parser
 

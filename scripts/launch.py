@@ -43,6 +43,7 @@ def read_flags(training, flags):
     model = "model_name_or_path" if training else "output_dir"
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS[model])
     parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
+    parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
     for name in settings.RANGES.keys() - {*settings.DATA_FIELDS}:  # checked before a rank starts
         parser.add_argument(f"--{name}", type=float)
@@ -127,10 +128,14 @@ def main():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     config, findings = settings_for(settings.config_from(args), args.model_name_or_path, training), Findings()
     splits = ("train", "validation") if training else ("validation",)
-    findings.attempt(check_inputs, config, args.model_name_or_path, splits)
+    summaries = findings.attempt(check_inputs, config, args.model_name_or_path, splits)
     if training:
         findings.attempt(check_output_dir, args.output_dir)
     findings.report()
+    if args.rehearse == "all":
+        from animals.training.recipes import rehearse_all
+
+        rehearse_all(args, config_file, flags, processes, gpus, summaries["train"]["image_tokens"]["mean"])
     import yaml  # only now: the checks must run before anything is installed
 
     deepspeed = yaml.safe_load(Path(config_file).read_text("utf-8")).get("distributed_type") == "DEEPSPEED"

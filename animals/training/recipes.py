@@ -1,0 +1,123 @@
+"""`sh train.sh --rehearse all`: which recipe trains fastest on this machine? No torch; scripts/launch.py calls it.
+
+All recipes take the same pictures per step. They differ in how many a GPU holds at once, and in what waits in host RAM.
+Each is rehearsed for a few steps in processes of its own, without a checkpoint; the fastest one is then rehearsed in
+full.
+"""
+
+import ctypes
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from animals.checkpoint.steps import delete_old_rehearsal, run_name
+from animals.command import UserError
+
+ZERO3 = "deepspeed_zero3.yaml"
+ON_GPU = "deepspeed_zero3_gpu.yaml"
+OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
+SHORT = "--rehearse --save_strategy no --eval_strategy no --logging_dir"
+
+
+def recipes(micro_batch: int, accumulation: int, config_file: str, gpus: int) -> list[dict]:
+    """The recipes with the same effective batch: {name, flags}; the one that the flags describe comes first.
+
+    Larger micro-batches gather all weights less often. Parameters and activations in host RAM make room for them.
+    """
+    found, size = [], micro_batch
+    files = {config_file: ""}
+    if gpus and Path(config_file).name == ZERO3:  # CPU ranks have no other memory to move things to
+        files[str(Path(config_file).with_name(ON_GPU))] = ", parameters on the GPU"
+    while (micro_batch * accumulation) % size == 0:
+        sizes = (
+            f"--per_device_train_batch_size {size} --gradient_accumulation_steps {micro_batch * accumulation // size}"
+        )
+        for file, where in files.items():
+            for flags, activations in [("", "")] + ([(f" {OFFLOAD}", ", activations in host RAM")] if gpus else []):
+                name = f"{size} x {micro_batch * accumulation // size}{where}{activations}"
+                found.append({"name": name, "flags": f"--config_file {file} {sizes}{flags}"})
+        size *= 2
+    return found
+
+
+def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
+    """Rehearse each recipe, print a table and the command of the fastest, and rehearse that one in full.
+
+    args: what the launcher read. flags: all flags of train.py. image_tokens: per picture, on average.
+    """
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    tried = recipes(*(int(getattr(args, name) or 1) for name in names), config_file, gpus)
+    pictures = int(args.per_device_train_batch_size or 1) * int(args.gradient_accumulation_steps or 1) * processes
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for i, recipe in enumerate(tried):
+                print(f"recipe {i + 1} of {len(tried)}: {recipe['name']}", file=sys.stderr, flush=True)
+                recipe |= rehearse(flags, f"{recipe['flags']} {SHORT} {shlex.quote(folder)}", folder, args.output_dir)
+        done = [recipe for recipe in tried if "seconds_per_step" in recipe]
+        print(table(tried, pictures, image_tokens), flush=True)
+        if not done:
+            raise UserError(
+                "--rehearse all: found no recipe that this machine can train; expected one; the lines above say why"
+            )
+        best = min(done, key=lambda recipe: recipe["seconds_per_step"])
+        print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
+        code = start(flags, f"{best['flags']} --rehearse").wait()
+    finally:
+        delete_old_rehearsal(args.output_dir)
+    print(f"\n{command(flags, best['flags'])}", flush=True)
+    sys.exit(code)
+
+
+def start(flags, more, **options):
+    """Start the launcher with the flags of train.py and some more, in a process that ends with this one."""
+    words = [sys.executable, "scripts/launch.py", "train.py", *flags, *shlex.split(more)]
+    die_too = ctypes.CDLL(None).prctl  # Linux: PR_SET_PDEATHSIG
+    return subprocess.Popen(words, preexec_fn=lambda: die_too(1, signal.SIGKILL), **options)
+
+
+def rehearse(flags, more, folder, output_dir) -> dict:
+    """rehearsal.json of one recipe, or {"failed": why}."""
+    child = start(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = child.communicate()
+    finally:
+        child.kill()
+    file = Path(folder, run_name(output_dir), "rehearsal.json")
+    if child.returncode == 0:
+        return json.loads(file.read_text(encoding="utf-8"))
+    said = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or [""]
+    return {"failed": "out of memory" if "found too little memory" in output else said[-1]}
+
+
+def table(tried, pictures, image_tokens) -> str:
+    """A line per recipe; GiB of the fullest card, and of the host's RAM while training."""
+    head = ("seconds/step", "pictures/s", "image tokens/s", "GiB allocated", "GiB reserved", "GiB of RAM")
+    width = max(len(recipe["name"]) for recipe in tried)
+    lines = [f"{'recipe':{width}}" + "".join(f"{name:>16}" for name in head)]
+    for recipe in tried:
+        if "failed" in recipe:
+            lines.append(f"{recipe['name']:{width}}    {recipe['failed']}")
+            continue
+        speed = pictures / recipe["seconds_per_step"]
+        cells = [f"{recipe['seconds_per_step']:.2f}", f"{speed:.2f}", f"{speed * image_tokens:,.0f}"]
+        for key in ("allocated_gib", "reserved_gib"):
+            cells.append(f"{max(gpu[key] for gpu in recipe['gpus']):.1f}" if recipe["gpus"] else "no GPU")
+        cells.append(f"{recipe['host_gib']['training']:.1f}")
+        lines.append(f"{recipe['name']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def command(flags, recipe) -> str:
+    """The command line of the run: `sh train.sh`, the flags that the user gave, and those of the recipe."""
+    lines = re.findall(r'^set -- (.*) "\$@"', Path("train.sh").read_text(encoding="utf-8"), re.M)
+    defaults = [word for line in reversed(lines) for word in shlex.split(line)]
+    given = flags[len(defaults) :] if flags[: len(defaults)] == defaults else flags
+    words = shlex.join(given)
+    return f"sh train.sh {re.sub(r' ?--rehearse[ =]all', '', words)} {recipe}".replace("  ", " ")
