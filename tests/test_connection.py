@@ -1,9 +1,14 @@
-"""The ranks' first collective, before the weights load: its speed is said, and where it hangs, the run ends."""
+"""Before the weights load: the ranks' first collective (its speed, or an end where it hangs), and room in /dev/shm."""
 
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from animals.command import UserError
+from animals.training import preflight
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -36,3 +41,18 @@ def test_a_rank_that_does_not_answer_ends_all(tmp_path):
     assert done.returncode and time.monotonic() - started < 60
     assert done.stderr.count("error: found no answer from the other ranks within 3 s") == 1
     assert "NCCL_P2P_DISABLE=1" in done.stderr and "/dev/shm" in done.stderr and "NCCL_DEBUG=INFO" in done.stderr
+
+
+def test_docker_gives_too_little_shared_memory(monkeypatch):
+    """Four ranks with two workers and batches of four pictures: 64 MB of it are refused, 8 GB are enough."""
+    args = SimpleNamespace(
+        use_cpu=False, per_device_train_batch_size=4, dataloader_num_workers=2, dataloader_prefetch_factor=None
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for free, fits in ((2**26, False), (2**33, True)):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            preflight.check_shared_memory(args)
+        else:
+            with pytest.raises(UserError, match=r"found 0.06 GiB free; expected 0.78 GiB .* --shm-size=8g"):
+                preflight.check_shared_memory(args)

@@ -72,6 +72,20 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("flag", ["--rehearse", ""])
+def test_the_optimizer_has_its_states_before_the_heaviest_step(demo, run, tmp_path, flag):
+    """8-bit AdamW makes them in its first step: a rehearsal without them would measure too little memory."""
+    flags = command(demo, tmp_path / "sft", flag, "--save_strategy no --eval_strategy no").partition("train.sh ")[2]
+    launch = "accelerate launch --config_file scripts/deepspeed_zero3.yaml --num_processes 2 --main_process_port 0 "
+    flags += " --optim adamw_bnb_8bit --train_sampling_strategy batch_rebalance --use_cpu --num_train_epochs 1"
+    done = run(f"{launch} tests/helpers/states_probe.py {flags}", code=0)
+    found = [tuple(map(int, row)) for row in re.findall(r"step (\d+) (\d+) states (\d+) tokens", done.output)]
+    heaviest = max(tokens for _, _, tokens in found)
+    assert {bool(states) for step, states, _ in found if step == 0} == {False}
+    assert {bool(states) for step, states, _ in found if step == 1} == {True}
+    assert heaviest in [tokens for step, _, tokens in found if step == 1]
+
+
 def test_adapters_without_deepspeed_in_random_order(demo, run, tmp_path):
     flags = "--rehearse --use_peft --config_file scripts/ddp.yaml --train_sampling_strategy random"
     done = run(command(demo, tmp_path / "sft", flags), code=0)

@@ -31,6 +31,7 @@ def check_run(config, args, model_args):
     findings.attempt(check_output_dir, args.output_dir)
     findings.attempt(check_attention, model_args)
     findings.attempt(check_gpus, args)
+    findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
@@ -96,6 +97,24 @@ def check_gpus(args):
             "apt install gcc python3-dev, or name a compiler in $CC"
         )
     findings.report()
+
+
+def check_shared_memory(args):
+    """Data workers pass their batches on through /dev/shm, and NCCL data between GPUs that cannot reach each other.
+
+    Docker gives it 64 MB. A batch is computed for pictures of five tiles of 336x336 pixels in float32. An assumption:
+    NCCL takes 100 MB per rank.
+    """
+    if args.use_cpu or not os.path.isdir("/dev/shm"):
+        return
+    batch = args.per_device_train_batch_size * 5 * 3 * 336**2 * 4
+    waiting = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+    expected, found = ranks_here() * (waiting * batch + 10**8), shutil.disk_usage("/dev/shm").free
+    if found < expected:
+        raise UserError(
+            f"/dev/shm: found {found / GIB:.2f} GiB free; expected {expected / GIB:.2f} GiB for NCCL and batches of "
+            "the data workers; start the container with --shm-size=8g, or train with --dataloader_num_workers 0"
+        )
 
 
 def missing_for_triton() -> list[str]:
