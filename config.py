@@ -79,6 +79,8 @@ RANGES = {
     "gradient_accumulation_steps": (1, 10**6),
     "num_train_epochs": (1e-6, 10**4),
     "learning_rate": (1e-12, 10),
+    "vision_learning_rate": (1e-12, 10),
+    "projector_learning_rate": (1e-12, 10),
     "dataloader_num_workers": (0, 256),
     "min_probability": (0, 1),
     "port": (0, 65535),
@@ -115,6 +117,7 @@ def setting(default, text):
 TASK_FIELDS = ("prompt", "answer", "folder_to_label")
 DATA_FIELDS = ("input_dir", "temp_dir", *TASK_FIELDS, "max_excluded", "near_duplicate_distance", "near_duplicate_limit")
 DATA_FIELDS += ("allow_leaks", "data_processes")
+RATE = "None: that of --learning_rate"
 NONE = "None: what the checkpoint was trained with, else the default in config.py"
 
 
@@ -135,6 +138,8 @@ class Config:
     allow_leaks: bool = setting(False, "continue although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "number of processes that decode pictures for the cache; 0 = one per CPU core")
     train_parts: str = setting("vision,projector,language", "parts of the model that are trained; others are frozen")
+    vision_learning_rate: float | None = setting(None, "highest learning rate of the vision tower. " + RATE)
+    projector_learning_rate: float | None = setting(None, "highest learning rate of the projector. " + RATE)
     language: str = setting(locale_language(), "language of the pages: en or zh")
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's own, else this one
@@ -216,7 +221,7 @@ def add_flags(parser: argparse.ArgumentParser, names) -> None:
     group = parser.add_argument_group("settings (config.py)")
     for f in fields(Config):
         if f.name in names:
-            kind = {int: int, float: float, bool: yes_or_no}.get(f.type, str)
+            kind = {int: int, float: float, float | None: float, bool: yes_or_no}.get(f.type, str)
             bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --allow_leaks alone means True
             group.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"], **bare)
 

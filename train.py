@@ -27,7 +27,7 @@ from animals.ranks import barrier, check_connection, choose_arithmetic, main_pro
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
-from animals.training.parts import freeze, read_parts
+from animals.training.parts import RATES, freeze, read_parts
 from animals.training.preflight import check_run
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
@@ -43,7 +43,7 @@ def make_parser():
             raise UserError(f"{message}; `python train.py --help` lists every flag")
 
     parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, description=__doc__.partition("\n")[0])
-    settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts"))
+    settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts", *RATES))
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
@@ -168,6 +168,7 @@ def main():
         eval_pictures=config.eval_pictures,
         record=record,
         dtype=model_args.dtype,
+        rates={part: getattr(config, name) for name, part in RATES.items()},
     )
     say(f"trains          {describe_trainable(trainer.model)}")
     if flags.rehearse:

@@ -21,6 +21,7 @@ set -- --num_train_epochs 1 "$@"                        # how often each trainin
 set -- --save_strategy "steps" "$@"                     # save checkpoints every --save_steps steps
 set -- --save_steps 100 "$@"                            # a checkpoint every 100 steps (about 61 GB each for the 7B)
 set -- --learning_rate 2e-5 "$@"                        # the highest learning rate, reached after the warm-up
+set -- --vision_learning_rate 2e-6 "$@"                 # a tenth for the vision tower, as those did who trained LLaVA-1.6 (scripts/README.md)
 set -- --save_total_limit 5 "$@"                        # keep the newest 5 checkpoints, delete older ones
 set -- --lr_scheduler_type cosine "$@"                  # cosine decay to 0
 set -- --weight_decay 0.01 "$@"                         # decoupled, on all weights except biases and norms

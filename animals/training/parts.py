@@ -19,6 +19,10 @@ PARTS = {  # part -> how its parameters' names begin
     "projector": r"model\.(multi_modal_projector\.|image_newline$)",
     "language": r"(model\.language_model|lm_head)\.",
 }
+RATES = {
+    "vision_learning_rate": "vision",
+    "projector_learning_rate": "projector",
+}  # flags: the others have the main rate
 TRAINED = "trained_float32.safetensors"
 
 
@@ -65,6 +69,24 @@ def freeze(model, parts, float32: bool):
         value.requires_grad_(trains(name, parts, model.config))
         if float32 and belongs(name, parts):
             value.data = value.data.float()
+
+
+def parameter_groups(model, rates: dict, rate: float, decayed, weight_decay: float) -> list[dict]:
+    """The optimizer's groups: the trained parameters with one learning rate, each rate with and without decay.
+
+    rates: {part: its learning rate, or None for `rate`}. decayed: names. The first group has the language model's
+    weights, if these train: the library logs its rate. Each group says which `parts` are in it.
+    """
+    groups = {}
+    for part in reversed(PARTS):
+        own = rates.get(part) or rate
+        for name, value in model.named_parameters():
+            if value.requires_grad and belongs(name.removeprefix("base_model.model."), [part]):
+                empty = {"params": [], "parts": [], "lr": own, "weight_decay": weight_decay if name in decayed else 0.0}
+                group = groups.setdefault((own, name in decayed), empty)
+                group["params"].append(value)
+                group["parts"] = list(dict.fromkeys([*group["parts"], part]))
+    return list(groups.values())
 
 
 def trained_weights(model):

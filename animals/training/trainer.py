@@ -31,7 +31,7 @@ from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
-from animals.training.parts import load_trained, save_trained
+from animals.training.parts import load_trained, parameter_groups, save_trained
 
 CARD = Path(__file__).with_name("model_card.md")
 
@@ -98,10 +98,10 @@ class AnimalTrainer(SFTTrainer):
 
     scorer: animals.scoring.scorer.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified
     sample of `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint. dtype: "bfloat16"
-    or "float32", the type of the saved weights.
+    or "float32", the type of the saved weights. rates: {part: learning rate, or None for --learning_rate}.
     """
 
-    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, **kwargs):
+    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, rates, **kwargs):
         args = copy.copy(args)  # the caller's stay unchanged
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
@@ -110,10 +110,29 @@ class AnimalTrainer(SFTTrainer):
         train_dataset = add_fillers(train_dataset, args)
         super().__init__(train_dataset=train_dataset, args=args, processing_class=scorer.processor, **kwargs)
         self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
+        self.rates = rates
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # not peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if zero3_is_on(args):
             release_head_early(self.model, base)
+
+    def create_optimizer(self, model=None):
+        """As the library does it, with our groups: each part of the model may have a learning rate of its own."""
+        if self.optimizer is None and any(self.rates.values()):
+            args, decayed = self.args, set(self.get_decay_parameter_names(self.model))
+            groups = parameter_groups(self.model, self.rates, args.learning_rate, decayed, args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer_cls_and_kwargs = kind, options | {"params": groups}
+            trained = {part for group in groups for part in group["parts"]}
+            for part in [part for part, rate in self.rates.items() if rate and part not in trained]:
+                say(f"--{part}_learning_rate {self.rates[part]:g} has no effect: the {part} does not train in this run")
+        return super().create_optimizer(model)
+
+    def log(self, logs, *args, **kwargs):
+        if "learning_rate" in logs:
+            own = {part: group["lr"] for group in self.optimizer.param_groups for part in group.get("parts", ())}
+            logs |= {f"learning_rate_{part}": rate for part, rate in own.items() if self.rates[part]}
+        return super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "batch_rebalance":
