@@ -23,7 +23,7 @@ sh train.sh \
     --per_device_train_batch_size 16 \
     --gradient_accumulation_steps 1 \
     --num_train_epochs 3 \
-    --learning_rate 1e-3 \
+    --learning_rate 1e-3 --vision_learning_rate 1e-3 \
     --no_gradient_checkpointing \
     --save_steps 200 \
     --eval_steps 200 \

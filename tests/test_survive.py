@@ -32,7 +32,7 @@ def command(demo, out, *more):
         f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
         f"--output_dir {out} --logging_dir {out}-logs --max_steps {STEPS} --save_steps 3 --save_total_limit 2 "
         f"--logging_steps 1 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --eval_strategy no "
-        f"--learning_rate 1e-3 {' '.join(more)}"
+        f"--learning_rate 1e-3 --vision_learning_rate 1e-3 {' '.join(more)}"
     )
 
 
