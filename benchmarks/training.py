@@ -155,7 +155,8 @@ def train(work, name, seed, steps):
     common = (
         f"--model_name_or_path {work}/{view} --output_dir {work}/out --per_device_train_batch_size {micro} "
         f"--gradient_accumulation_steps {BATCH // RANKS // micro} --max_steps {steps} --seed {seed} --save_strategy no "
-        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 --vision_learning_rate 1e-3 {flags}"
+        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 "
+        f"--vision_learning_rate 1e-3 {flags}"
     )
     environment = {
         "PYTHONPATH": ROOT / "benchmarks" / "meter", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": 1,

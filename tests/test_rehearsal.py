@@ -24,7 +24,8 @@ def command(demo, out, *more):
     return (
         f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
         f"--output_dir {out} --logging_dir {out}-logs --max_steps 3 --save_steps 2 --eval_steps 2 --eval_pictures 20 "
-        f"--logging_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 --vision_learning_rate 1e-3 "
+        f"--logging_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 "
+        "--vision_learning_rate 1e-3 "
         f"{' '.join(more)}"
     )
 

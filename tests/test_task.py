@@ -160,7 +160,8 @@ def trained(request, demo, run, tmp_path_factory):
     data = f"--input_dir {tmp}/input --temp_dir {tmp}/cache --logging_dir {tmp}/logs"
     done = run(
         f"sh train.sh {data} --folder_to_label '{flag}' --prompt '{prompt}' --answer '{answer}' --max_steps 2 "
-        f"--save_steps 2 --eval_steps 2 --eval_on_start False --eval_pictures {scored} --learning_rate 1e-3 --vision_learning_rate 1e-3 "
+        f"--save_steps 2 --eval_steps 2 --eval_on_start False --eval_pictures {scored} --learning_rate 1e-3 "
+        "--vision_learning_rate 1e-3 "
         f"--gradient_accumulation_steps 1 --model_name_or_path {model} --output_dir {tmp}/sft"
     )
     assert done.code == 0, done.output[-3000:]
