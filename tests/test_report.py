@@ -75,6 +75,7 @@ def made(tmp_path_factory):
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": versus | {"model": "m2", "where": "there", "changed": changed},
         "baselines": [baseline], "duplicates": duplicates,
+        "quarantined": {"n": 4, "accuracy_with": 0.5, "accuracy_with_ci95": [0.4, 0.6], "n_with": 54},
     }  # fmt: skip
     folder = root / "logs" / "a report"
     write_report(report, rows, str(folder))
@@ -132,6 +133,8 @@ def expected_numbers(folder, report, other_right):
         want |= {"duplicates.identical": 3, "duplicates.near_duplicates": 2, "duplicates.n_without": 45}
         want |= {"duplicates.accuracy_without": sum(right[5:]) / 45, "duplicates.groups": 40}
         want["duplicates.low"], want["duplicates.high"] = wilson_interval(sum(right[5:]), 45)
+        quarantined = {"n": 4, "n_with": 54, "accuracy_with": 0.5, "low": 0.4, "high": 0.6}
+        want |= {f"quarantined.{key}": value for key, value in quarantined.items()}
     elif report["duplicates"]["checked"]:
         want |= expected_duplicates(folder, report["duplicates"], rows, right)
     return want, sk.confusion_matrix(y, said, labels=labels)
@@ -306,7 +309,9 @@ def test_the_tables_of_the_console(made, capsys):
     print_report(made.report, "there")
     *text, last = capsys.readouterr().out.splitlines()
     assert "of the 50 pictures, 3 identical to a training picture and 2 near-duplicates of one; accu" in "\n".join(text)
+    said = "\n".join(text)
     assert json.loads(last)["report"] == "there/report.json"
+    assert "quarantine: 4 held-out pictures are there; with those that can be read the accuracy is 0.5000" in said
     print_baselines(made.report["baselines"])
     probe = capsys.readouterr().out.splitlines()[-1]
     assert probe.split()[:2] == ["probe", f"{sum(made.other_right) / 50:.4f}"]

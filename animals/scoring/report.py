@@ -1,11 +1,10 @@
 """The files of a validation run (report.json, predictions.csv, the pages that page.py makes) and what it prints."""
 
-import csv
 import json
 import os
 
 from animals.command import UserError
-from animals.files import write_json
+from animals.files import read_csv, read_json, write_csv_rows, write_json
 from animals.scoring.page import report_page, write_index
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
@@ -20,9 +19,7 @@ def write_report(report, rows, folder, language="en"):
     os.makedirs(new, exist_ok=True)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(new, "predictions.csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv_rows(file, [list(rows[0]), *(row.values() for row in rows)])
     write_json(os.path.join(new, "report.json"), report)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
         file.write(report_page(report, rows, folder, language))
@@ -36,14 +33,12 @@ def read_report(path):
     """(report, rows) as they were written, of a report's folder or a file in it. Raises UserError if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-            report = json.load(file)
-        with open(os.path.join(folder, "predictions.csv"), newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        report = read_json(os.path.join(folder, "report.json"))
+        _, rows = read_csv(os.path.join(folder, "predictions.csv"))
         for row in rows:
             row["correct"] = {"True": True, "False": False}[row["correct"]]
             row |= {key: float(row[key]) for key in ("probability", *report["labels"])}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: found no readable report ({error!r}); expected a folder with report.json and predictions.csv; "
             "make it with validation.sh"
@@ -64,6 +59,10 @@ def print_report(report, folder):
         f"{report['macro_f1']:.4f}"
     )
     print(f"{duplicates_line(report)}\n{calibration_line(report)}")
+    if q := report["quarantined"]:
+        some = f"; with those that can be read the accuracy is {q['accuracy_with']:.4f} "
+        some += f"({interval_of(q['accuracy_with_ci95'])}, n = {q['n_with']})"
+        print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
