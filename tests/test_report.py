@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -21,8 +22,8 @@ from PIL import Image
 from animals.command import UserError
 from animals.scoring import page as page_maker
 from animals.scoring.metrics import compare, measure, wilson_interval
-from animals.scoring.page import TEXTS, report_page
-from animals.scoring.plots import log_tensorboard
+from animals.scoring.page import TEXTS, embed, render, report_page
+from animals.scoring.plots import confusion_figure, log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.sheet import contact_sheet
 from scripts.baselines import print_baselines
@@ -80,6 +81,92 @@ def made(tmp_path_factory):
     folder = root / "logs" / "a report"
     write_report(report, rows, str(folder))
     return SimpleNamespace(folder=folder, report=report, rows=rows, other_right=other_right)
+
+
+RUN = "window.ran = 1"
+HOSTILE = [
+    f'<img src=x onerror="{RUN}">', "{{7*7}}{% endraw %}", f"</title></style></script><script>{RUN}</script>",
+    f"\"' onmouseover='{RUN}' \" autofocus onfocus=\"{RUN}", "two\nlines\\n", "=1+1", "$x^{$ \\$",
+    f"javascript:{RUN}", "-{0}",
+]  # fmt: skip
+
+
+class Seen(HTMLParser):
+    """What a browser makes of a page: texts, tags, attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.texts, self.tags, self.attributes = [], [], []
+        self.feed(html)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+
+
+def hostile_pages(root):
+    """{page: the names that stand on it}: everything that has a name is named by HOSTILE."""
+    rows, k = [], len(HOSTILE)
+    for i in range(2 * k):
+        folder = root / "input" / HOSTILE[i // 2].replace("/", "%2F")
+        folder.mkdir(parents=True, exist_ok=True)
+        image, best = folder / f"{folder.name}{i}.png", (i // 2 + i % 2) % k
+        if i % 4:  # some are gone, and are shown by name
+            Image.new("RGB", (40, 30), "red").save(image)
+        p = [0.91 if j == best else 0.09 / (k - 1) for j in range(k)]
+        row = {"image": str(image), "label": HOSTILE[i // 2], "prediction": HOSTILE[best], "probability": 0.91}
+        rows.append(row | {"correct": i % 2 == 0, "sha256": str(i)} | dict(zip(HOSTILE, p, strict=True)))
+    truth, said = [[HOSTILE.index(row[key]) for row in rows] for key in ("label", "prediction")]
+    right = [row["correct"] for row in rows]
+    changed = [{"image": row["image"], "other_prediction": HOSTILE[0]} for row in rows]
+    bad, about = [{"image": name, "reason": f"damaged: {name}"} for name in HOSTILE], {"where": HOSTILE[3]}
+    report = measure(HOSTILE, truth, said, [[row[label] for label in HOSTILE] for row in rows]) | {
+        "step": 1, "date": HOSTILE[0], "seconds": 1, "images_per_second": 1, "dtype": HOSTILE[0], "processes": 1,
+        "held_out": 2 * k, "per_device_eval_batch_size": 8, "versions": dict.fromkeys(HOSTILE, HOSTILE[0]),
+        "excluded": bad, "comparison": compare(right, right) | {"model": HOSTILE[0], "changed": changed} | about,
+        "duplicates": None, "quarantined": None,
+    }  # fmt: skip
+    for name in HOSTILE:
+        folder = root / "logs" / name.replace("/", "%2F")
+        write_report(report | {"model": f"{folder}/{folder.name}"}, rows, str(folder))
+    assert read_report(str(folder)) == (report | {"model": f"{folder}/{folder.name}"}, rows)
+    confusion_figure(report).savefig(io.BytesIO())
+    (root / "logs" / HOSTILE[0]).joinpath("report.json").write_text("{")  # a report that cannot be read
+    write_report(report | {"model": HOSTILE[1]}, rows, str(root / "logs" / HOSTILE[1]), "en")
+    suspect = {"split": "train", "likely_label": HOSTILE[0], "nearest": rows[0]["image"], "neighbours": rows[:4]}
+    values = {"parts": {"label": [row | suspect for row in rows], "outlier": []}, "shown": 300, "n": 9}
+    images = [row["image"] for row in rows]
+    page = render("audit.html", str(root), "en", model=HOSTILE[0], **values, **embed(images, images))
+    (root / "audit.html").write_text(page, encoding="utf-8")
+    named = [row | {"error": ""} for row in rows] + [{"image": b["image"], "error": b["reason"]} for b in bad]
+    page = contact_sheet(named, HOSTILE, HOSTILE[0], str(root), "en")
+    (root / "sheet.html").write_text(page, encoding="utf-8")
+    folders = [name.replace("/", "%2F") for name in HOSTILE]
+    of_report = {folder / "report.html": [*HOSTILE, *(Path(image).name for image in images)]}
+    return of_report | {root / "logs/index.html": folders, root / "audit.html": HOSTILE, root / "sheet.html": HOSTILE}
+
+
+def test_names_are_text_on_every_page(tmp_path, browser):
+    """Class folders, labels, file names, output folders, versions: nothing runs, all names are shown as they are."""
+    folders = [name.replace("/", "%2F") for name in HOSTILE]  # one file in four is gone
+    for page, names in hostile_pages(tmp_path).items():
+        html = page.read_text(encoding="utf-8")
+        seen, text = Seen(html), " ".join(Seen(html).texts)
+        assert [name for name in names if name not in text] == [], page.name
+        assert not [found for found in seen.attributes if found[1].startswith("on") or found[1] == "autofocus"]
+        assert {tag for tag, name, value in seen.attributes if name == "src" and not value.startswith("data:")} == set()
+        assert {value for _, name, value in seen.attributes if name == "href" and ":" in value} == {"data:,"}
+        assert seen.tags.count("script") == (page.name != "index.html") and seen.tags.count("title") >= 1
+        browser.open(page.as_uri())
+        assert browser.js("window.ran") is None and fetched(browser) == {page.as_uri()}
+        links = browser.js("[...document.querySelectorAll('a')].map(a => a.href)")
+        assert {link.partition(":")[0] for link in links} <= {"file"}, page.name
+        shown = [Path(unquote(link.partition("#")[0].removeprefix("file://"))) for link in links]
+        assert len(shown) > 7 and all(path.exists() or path.parent.name in folders for path in shown)
+        assert browser.complaints() == []
 
 
 def read_rows(path):

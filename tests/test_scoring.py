@@ -1,5 +1,7 @@
 """Batch size, order and rank count change nothing; what does not fit into memory goes in parts; validation.py."""
 
+import contextlib
+import copy
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from animals.checkpoint.image_tokens import image_token_count, read_geometry
 from animals.checkpoint.load import load_model, load_processor
@@ -126,6 +129,27 @@ def test_weights_that_are_not_finite_are_one_line(demo, few, run, tmp_path, part
         [error] = [line for line in done.output.splitlines() if "rror" in line]
         assert error.startswith(said) and "Traceback" not in done.output
     assert "nan" not in (tmp_path / "names.csv").read_text() and not (tmp_path / "r").exists()
+
+
+def test_a_run_that_diverged_is_said_at_its_evaluation(scored):
+    """AnimalTrainer.evaluate() with weights of NaN, in the middle of a run; before it, they are those of the folder."""
+    from animals.training.trainer import AnimalTrainer
+
+    scorer, model, paths, lengths, _ = scored
+    data = {"images": [[paths[0]]], "label": ["cat"], "image_tokens": [lengths[0]]}
+    trainer = SimpleNamespace(
+        eval_dataset=Dataset.from_dict(data), eval_pictures=0, scorer=scorer, model=copy.deepcopy(model),
+        is_deepspeed_enabled=False, autocast_smart_context_manager=contextlib.nullcontext,
+        args=SimpleNamespace(per_device_eval_batch_size=1), state=SimpleNamespace(global_step=7),
+    )  # fmt: skip
+    trainer.model.get_output_embeddings().weight.data[:] = float("nan")
+    with pytest.raises(
+        UserError, match="^step 7: evaluation found .*; the run has diverged; .* lower --learning_rate$"
+    ):
+        AnimalTrainer.evaluate(trainer)
+    trainer.state.global_step = 0
+    with pytest.raises(UserError, match="the weights are damaged"):
+        AnimalTrainer.evaluate(trainer)
 
 
 def test_float16_may_be_too_small(scored):
