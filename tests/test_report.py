@@ -21,7 +21,7 @@ from PIL import Image
 
 from animals.command import UserError
 from animals.scoring import page as page_maker
-from animals.scoring.metrics import compare, measure, wilson_interval
+from animals.scoring.metrics import compare, measure, one_sided, wilson_interval
 from animals.scoring.page import TEXTS, embed, render, report_page
 from animals.scoring.plots import confusion_figure, log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
@@ -403,6 +403,33 @@ def test_the_tables_of_the_console(made, capsys):
     probe = capsys.readouterr().out.splitlines()[-1]
     assert probe.split()[:2] == ["probe", f"{sum(made.other_right) / 50:.4f}"]
     assert f"{made.report['baselines'][0]['difference']:+.4f}" in probe
+
+
+@pytest.mark.parametrize(
+    "counts, most, never",
+    [
+        ([[10, 0, 0], [11, 1, 0], [0, 0, 9]], None, []),  # 21 of 31 answers
+        ([[5, 0, 0], [10, 0, 0], [9, 1, 0]], "a", ["c"]),  # 24 of 25; ten pictures each
+        ([[16, 0, 0], [5, 0, 0], [9, 0, 0]], None, []),  # all answers, but more than half of the pictures
+        ([[0, 0, 0], [9, 0, 0], [0, 0, 0]], None, []),  # too few
+        ([[9, 0, 0], [0, 0, 11], [1, 0, 10]], None, ["b"]),
+    ],
+)
+def test_answers_of_one_class_only_are_said(made, tmp_path, capsys, counts, most, never):
+    cells = [(t, p) for t in range(3) for p in range(3) for _ in range(counts[t][p])]
+    p = [[0.98 if k == said else 0.01 for k in range(3)] for _, said in cells]
+    report = made.report | measure(list("abc"), *map(list, zip(*cells, strict=True)), p)
+    report |= dict.fromkeys(("comparison", "baselines", "duplicates"))
+    assert one_sided(report) == (most, never)
+    rows = [{"image": "x", "label": "abc"[t], "prediction": "abc"[k], "correct": t == k} for t, k in cells]
+    rows = [row | dict(zip("abc", q, strict=True)) | {"probability": max(q)} for row, q in zip(rows, p, strict=True)]
+    for language, (one, none) in {"en": ("More than 90", "Never answered"), "zh": ("的回答是", "从未被回答过")}.items():
+        html = report_page(report, rows, str(tmp_path), language).partition("<nav")[0]
+        assert (one in html, none in html) == (bool(most), bool(never)), language
+    print_report(report | {"duplicates": made.report["duplicates"]}, "there")
+    said = capsys.readouterr().out
+    assert (f"warning: more than 90 % of the answers are {most}," in said) == bool(most)
+    assert (f"each has ten pictures or more: {', '.join(never)}\n" in said) == bool(never)
 
 
 def test_contact_sheet(made, tmp_path, browser):

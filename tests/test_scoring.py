@@ -131,17 +131,24 @@ def test_weights_that_are_not_finite_are_one_line(demo, few, run, tmp_path, part
     assert "nan" not in (tmp_path / "names.csv").read_text() and not (tmp_path / "r").exists()
 
 
-def test_a_run_that_diverged_is_said_at_its_evaluation(scored):
-    """AnimalTrainer.evaluate() with weights of NaN, in the middle of a run; before it, they are those of the folder."""
+def test_what_training_says_of_its_evaluation(scored, capsys):
+    """One answer only; weights of NaN in the middle of a run; before its first step they are those of the folder."""
     from animals.training.trainer import AnimalTrainer
 
-    scorer, model, paths, lengths, _ = scored
-    data = {"images": [[paths[0]]], "label": ["cat"], "image_tokens": [lengths[0]]}
+    scorer, model, paths, lengths, alone = scored
+    said = scorer.labels[alone[0].argmax()]
+    other = next(label for label in scorer.labels if label != said)
+    data = {"images": [[paths[0]]] * 10, "label": [other] * 10, "image_tokens": lengths[:1] * 10}
     trainer = SimpleNamespace(
         eval_dataset=Dataset.from_dict(data), eval_pictures=0, scorer=scorer, model=copy.deepcopy(model),
-        is_deepspeed_enabled=False, autocast_smart_context_manager=contextlib.nullcontext,
-        args=SimpleNamespace(per_device_eval_batch_size=1), state=SimpleNamespace(global_step=7),
+        is_deepspeed_enabled=False, autocast_smart_context_manager=contextlib.nullcontext, log=dict, control=None,
+        args=SimpleNamespace(per_device_eval_batch_size=5), state=SimpleNamespace(global_step=7),
+        callback_handler=SimpleNamespace(on_evaluate=lambda *_: None),
     )  # fmt: skip
+    assert AnimalTrainer.evaluate(trainer)["eval_accuracy"] == 0
+    text = capsys.readouterr().err
+    assert f"step 7: warning: more than 90 % of the answers are {said}, the label of fewer than half" in text
+    assert f"step 7: warning: never answered, though each has ten pictures or more: {other}\n" in text
     trainer.model.get_output_embeddings().weight.data[:] = float("nan")
     with pytest.raises(
         UserError, match="^step 7: evaluation found .*; the run has diverged; .* lower --learning_rate$"

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from animals.checkpoint.steps import run_name
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
+from animals.scoring.metrics import one_sided
 
 PAGES = Path(__file__).parent / "pages"
 TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
@@ -66,6 +67,7 @@ def report_page(report, rows, folder, language):
         folder,
         language,
         report=report,
+        one_sided=one_sided(report),
         scale=scale(report["accuracy_ci95"]),
         baselines_scale=scale(report["accuracy_ci95"], *shown),
         class_scale=scale((min(row["recall_ci95"][0] for row in classes), 1)),

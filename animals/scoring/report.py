@@ -5,6 +5,7 @@ import os
 
 from animals.command import UserError
 from animals.files import read_csv, read_json, write_csv_rows, write_json
+from animals.scoring.metrics import one_sided
 from animals.scoring.page import report_page, write_index
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
@@ -63,6 +64,8 @@ def print_report(report, folder):
         some = f"; with those that can be read the accuracy is {q['accuracy_with']:.4f} "
         some += f"({interval_of(q['accuracy_with_ci95'])}, n = {q['n_with']})"
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
+    for line in one_sided_lines(report):
+        print(line)
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
@@ -75,6 +78,16 @@ def print_report(report, folder):
         f"excluded; open {os.path.join(folder, 'report.html')}"
     )
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
+
+
+def one_sided_lines(report):
+    """Warnings, a line each, about answers that look like a failed training (metrics.one_sided)."""
+    (most, never), lines = one_sided(report), []
+    if most:
+        lines.append(f"warning: more than 90 % of the answers are {most}, the label of fewer than half of the pictures")
+    if never:
+        lines.append(f"warning: never answered, though each has ten pictures or more: {', '.join(never)}")
+    return lines
 
 
 def interval_of(bounds):

@@ -28,6 +28,7 @@ from animals.command import UserError
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
+from animals.scoring.report import one_sided_lines
 from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
@@ -166,6 +167,8 @@ class AnimalTrainer(SFTTrainer):
                 ) from None
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
+        for line in one_sided_lines(report):
+            say(f"step {self.state.global_step}: {line}")
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
         metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
         metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
