@@ -32,16 +32,18 @@ from animals.scoring.scorer import add_inference_flags, load_scorer, probabiliti
 
 
 def quarantined_pictures(config):
-    """({path: label} of the held-out pictures in quarantine that can still be read, how many were moved there)."""
-    moved = [pair for step in read_moves(config.input_dir, "quarantine")["steps"] for pair in step["moves"]]
-    held_out = [(*place.split("/")[:2], target) for place, target in moved if place.startswith("validation_data/")]
+    """{path: label} of the held-out pictures in quarantine; the label is None where a picture cannot be scored."""
     found = {}
-    for _, folder, target in held_out:
-        path = os.path.join(config.input_dir, target)
-        with contextlib.suppress(PictureError, KeyError):  # no longer there; a class that the table no longer has
-            load_picture(path)
-            found[path] = config.folder_to_label[folder]
-    return found, len(held_out)
+    for step in read_moves(config.input_dir, "quarantine")["steps"]:
+        for place, target in step["moves"]:
+            split, folder, *_ = place.split("/")
+            if split == "validation_data":
+                path = os.path.join(config.input_dir, target)
+                found[path] = None
+                with contextlib.suppress(PictureError, KeyError):  # no longer there; a class that the table has not
+                    load_picture(path)
+                    found[path] = config.folder_to_label[folder]
+    return found
 
 
 def with_quarantined(right, groups, right_there, n):
@@ -53,6 +55,17 @@ def with_quarantined(right, groups, right_there, n):
     interval = wilson_interval(sum(both), len(both), design_effect([*groups, *apart]))
     values = {"n": n, "accuracy_with": sum(both) / len(both), "accuracy_with_ci95": interval, "n_with": len(both)}
     return values if n else None
+
+
+def against(where, other, rows, other_rows):
+    """`comparison` of report.json: this run's rows against those of the report `other` in the folder `where`."""
+    changed = [
+        {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
+        for row, before in zip(rows, other_rows, strict=True)
+        if row["prediction"] != before["prediction"]
+    ]
+    right, other_right = ([row["correct"] for row in some] for some in (rows, other_rows))
+    return compare(right, other_right) | {"model": other["model"], "where": where, "changed": changed}
 
 
 def validate(args, config):
@@ -73,14 +86,14 @@ def validate(args, config):
         other, other_rows = read_report(args.compare_with)
         ours = list(zip(pictures, sha256, data["label"], strict=True))
         other_rows = paired(ours, other_rows, f"--compare_with {args.compare_with}")
-    there, gone = quarantined_pictures(config)
-    there = {} if args.on_eval_pictures else there  # the sample is not of them
+    quarantined = quarantined_pictures(config)
+    again = [] if args.on_eval_pictures else [path for path, label in quarantined.items() if label]
     scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     labels, started = scorer.labels, time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
-    said = score_pictures(model, scorer, list(there), batch_size, [0] * len(there), workers).argmax(1).tolist()
+    said = score_pictures(model, scorer, again, batch_size, [0] * len(again), workers).argmax(1).tolist()
     probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
     truth = [labels.index(label) for label in data["label"]]
     rows = [
@@ -90,11 +103,11 @@ def validate(args, config):
     ]
     right, known = [row["correct"] for row in rows], known_duplicates(config)
     groups = [known["group"][picture] for picture in pictures] if known else None
-    right_there = [label == labels[k] for label, k in zip(there.values(), said, strict=True)]
+    right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
     excluded = [row for row in read_csv(temp_path(config, "excluded.csv"))[1] if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
-        "quarantined": with_quarantined(right, groups or pictures, right_there, gone),
+        "quarantined": with_quarantined(right, groups or pictures, right_there, len(quarantined)),
         "model": args.model_name_or_path,
         "question": config.question,
         "step": global_step(args.model_name_or_path),
@@ -107,16 +120,8 @@ def validate(args, config):
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
-        "comparison": None,
+        "comparison": against(args.compare_with, other, rows, other_rows) if args.compare_with else None,
     }
-    if args.compare_with:
-        changed = [
-            {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
-            for row, before in zip(rows, other_rows, strict=True)
-            if row["prediction"] != before["prediction"]
-        ]
-        about = {"model": other["model"], "where": args.compare_with, "changed": changed}
-        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | about
     return report, rows
 
 
