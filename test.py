@@ -21,7 +21,7 @@ import config as settings
 from animals.checkpoint.check import require_checkpoint
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
-from animals.files import replacing
+from animals.files import looked_up, replacing
 from animals.pictures.read import list_pictures
 from animals.ranks import choose_arithmetic
 from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_batches
@@ -35,7 +35,7 @@ def find_pictures(paths):
     found = []
     for path in paths:
         if not os.path.exists(path):
-            raise UserError(f"{path}: not found; expected a picture or a folder of pictures")
+            raise UserError(f"{looked_up(path)}: not found; expected a picture or a folder of pictures")
         found += list_pictures(path) if os.path.isdir(path) else [path]
     if not found:
         raise UserError(f"{', '.join(paths)}: found no picture; put some there, or name pictures or folders")

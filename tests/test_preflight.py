@@ -87,7 +87,7 @@ def test_a_tokenizer_that_cannot_be_used(demo, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="where no file can be written"):
         check_output_dir(str(tmp_path / "file" / "sft"))
 
 

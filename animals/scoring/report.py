@@ -4,7 +4,7 @@ import json
 import os
 
 from animals.command import UserError
-from animals.files import read_csv, read_json, write_csv_rows, write_json
+from animals.files import looked_up, read_csv, read_json, write_csv_rows, write_json
 from animals.scoring.metrics import one_sided
 from animals.scoring.page import report_page, write_index
 
@@ -41,8 +41,8 @@ def read_report(path):
             row |= {key: float(row[key]) for key in ("probability", *report["labels"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: found no readable report ({error!r}); expected a folder with report.json and predictions.csv; "
-            "make it with validation.sh"
+            f"{looked_up(path)}: found no readable report ({error!r}); expected a folder with report.json and "
+            "predictions.csv; make it with validation.sh"
         ) from None
     return report, rows
 
