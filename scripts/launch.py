@@ -45,9 +45,10 @@ def read_flags(training, flags):
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS[model])
     parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
-    parser.add_argument("--rehearse", action="store_true")
-    for name in settings.RANGES.keys() - {*settings.DATA_FIELDS}:  # checked before a rank starts
-        parser.add_argument(f"--{name}", type=type(settings.RANGES[name][0]))
+    parser.add_argument("--dry_run", "--rehearse", dest="trial", action="store_true")
+    for name, (lowest, _) in settings.RANGES.items():  # checked before a rank starts
+        if name not in settings.DATA_FIELDS:
+            parser.add_argument(f"--{name}", type=type(lowest))
     return parser.parse_known_args(flags)[0]
 
 
@@ -109,7 +110,7 @@ def start_ranks(args, training, config_file, processes, script, flags):
         code = failure.exitcode  # of a killed one: -signal
         if code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            newest = training and not args.rehearse and newest_complete(args.output_dir)[0]
+            newest = training and not args.trial and newest_complete(args.output_dir)[0]
             again = f"; `sh train.sh` with the same flags continues from {newest}" if newest else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
         sys.exit(code if code >= 0 else 128 - code)

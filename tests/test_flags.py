@@ -277,3 +277,22 @@ def test_a_checkout_has_no_crlf(tmp_path):
 
 def test_the_default_tracker_is_a_list():
     assert TRAINING_DEFAULTS["report_to"] == ["tensorboard"]
+
+
+def test_going_on_is_promised_only_where_there_is_a_checkpoint(demo, tmp_path):
+    """Two ranks that end with 3, started by the launcher's own function."""
+    (tmp_path / "rank.py").write_text("raise SystemExit(3)")
+    code = (
+        "import sys; from scripts import launch; script, *flags = sys.argv[1:]; args = launch.read_flags(True, flags)\n"
+    )
+    code += "launch.start_ranks(args, True, 'scripts/ddp.yaml', 2, script, flags)"
+    for flags, promised in (
+        ([f"--output_dir={tmp_path}/sft"], ""),
+        ([f"--output_dir={demo.checkpoint}"], f"; `sh train.sh` with the same flags continues from {demo.checkpoint}/check"),
+        ([f"--output_dir={demo.checkpoint}", "--rehearse"], ""),
+    ):  # fmt: skip
+        command = [sys.executable, "-c", code, tmp_path / "rank.py", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        line = next(line for line in done.stderr.splitlines() if line.startswith("error: rank "))
+        assert done.returncode == 3 and line.partition("stand above")[2].startswith(promised), done.stderr
+        assert bool(promised) == ("continues" in line)
