@@ -288,7 +288,8 @@ def test_going_on_is_promised_only_where_there_is_a_checkpoint(demo, tmp_path):
     code += "launch.start_ranks(args, True, 'scripts/ddp.yaml', 2, script, flags)"
     for flags, promised in (
         ([f"--output_dir={tmp_path}/sft"], ""),
-        ([f"--output_dir={demo.checkpoint}"], f"; `sh train.sh` with the same flags continues from {demo.checkpoint}/check"),
+        ([f"--output_dir={demo.checkpoint}"],
+         f"; `sh train.sh` with the same flags continues from {demo.checkpoint}/c"),
         ([f"--output_dir={demo.checkpoint}", "--rehearse"], ""),
     ):  # fmt: skip
         command = [sys.executable, "-c", code, tmp_path / "rank.py", *flags]
