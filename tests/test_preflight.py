@@ -356,6 +356,12 @@ def test_attention_that_the_scorer_cannot_use():
             preflight.check_attention(SimpleNamespace(attn_implementation=bad))
 
 
+def test_nothing_is_offloaded_from_a_cpu():
+    preflight.check_gpus(SimpleNamespace(use_cpu=True, activation_offloading=False))
+    with pytest.raises(UserError, match="^--activation_offloading: found it without a GPU"):
+        preflight.check_gpus(SimpleNamespace(use_cpu=True, activation_offloading=True))
+
+
 def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)

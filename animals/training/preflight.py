@@ -112,7 +112,7 @@ def tracker_problems(names) -> list[str]:
     known, there = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
     lines = [f"--report_to: found {name}; expected {', '.join(known)}" for name in names if name not in known]
     lines += [
-        f"--report_to {name}: found no Python package for it; expected it; pip install {name}, or name another tracker"
+        f"--report_to {name}: found no Python package for it; expected it; install it with pip, or name another one"
         for name in names
         if name in known and name not in there
     ]
@@ -162,6 +162,8 @@ def check_gpus(args):
     import torch
 
     if args.use_cpu:
+        if args.activation_offloading:
+            raise UserError("--activation_offloading: found it without a GPU; expected one, whose memory it saves")
         return
     ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if ranks > gpus:
