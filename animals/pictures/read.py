@@ -59,7 +59,7 @@ OTHERS = (  # how a file begins that is no picture -> what it is
 )
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a JPEG; not what stands for a byte 255, not a restart
 SPARE = 16  # bytes that libjpeg may read ahead at the end of a JPEG's data
-LEFT = 256  # bytes of a JPEG's data that may be left when the picture is complete
+LEFT = 64  # bytes of a JPEG's data that may be left when the picture is complete
 EARLY = "truncated: its data ends early"
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -138,25 +138,31 @@ def what_else(head: bytes) -> str:
 def end_of_scan(content: bytes) -> int:
     """Where the data of a JPEG ends that has one scan, as most have; 0 if it has several (progressive).
 
-    Raises PictureError if the end is missing, if a scan is, or if zeros are in a scan that no encoder writes there.
+    Raises PictureError if the end or a scan is missing, or if a scan has zeros that do not stand for a flat area.
     """
-    at, missing = 2, {}  # missing: for each component the coefficients (bits) that are not complete yet
+    at, missing, tables = 2, {}, {}  # missing: for each component the coefficients (bits) that are not complete yet
     while (found := MARKER.search(content, at)) and found[1] != b"\xd9":
         at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
         header = content[found.end() + 2 : at]
+        if at > len(content):
+            raise PictureError(EARLY)
         if found[1] in b"\xc0\xc1\xc2":
             missing, progressive = dict.fromkeys(header[6::3], (1 << 64) - 1), found[1] == b"\xc2"
-        elif found[1] == b"\xda" and missing:
-            components, (low, high, bits) = header[1:-3:2], header[-3:] if progressive else (0, 63, 0)
+        while found[1] == b"\xc4" and header:  # Huffman tables: bits of zero in the data are the first symbol
+            tables[header[0]], header = header[17], header[17 + sum(header[1:17]) :]
+        if found[1] == b"\xda" and missing:
+            parts, (low, high, bits) = header[1:-3], header[-3:] if progressive else (0, 63, 0)
             end = MARKER.search(content, at)
             if not end:
                 raise PictureError(EARLY)
-            if not progressive and len(components) == len(missing):
-                return end.start()
-            if low and bits < 16 and bytes(64) in content[at : end.start()]:
+            # The symbol 0 ends a block, and in a flat area each block. Refined bits and the mean colour may be zeros.
+            detail = bits < 16 and (low or not progressive) and any(tables.get(16 | i & 15, 1) for i in parts[1::2])
+            if detail and content.find(bytes(64), at, end.start()) >= 0:
                 raise PictureError("damaged: a part of its data is zeros")
-            if bits % 16 == 0:
-                missing |= {i: missing[i] & ~((2 << high) - (1 << low)) for i in components}
+            if not progressive and len(parts) == 2 * len(missing):
+                return end.start()
+            if bits & 15 == 0:
+                missing |= {i: missing[i] & ~((2 << high) - (1 << low)) for i in parts[::2]}
             at = end.start()
     if any(missing.values()):
         raise PictureError(EARLY)
