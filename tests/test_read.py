@@ -11,10 +11,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from animals.checkpoint.image_tokens import image_token_count
-from animals.pictures import inspection, read
+from animals.pictures import cache, inspection, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split
-from tests.helpers.pictures import JPEG, PNG, drawn, excluded, images, make_tree, python, saved, train
+from tests.helpers.pictures import JPEG, PNG, drawn, excluded, images, make_tree, problems, python, saved, train
 
 LOSSLESS = {"WEBP": {"lossless": True}}
 TURNED = Image.Exif()
@@ -211,8 +211,9 @@ def test_odd_folders(tree):
     """Hidden files, stray files, nested folders, links and loops, a folder named like a picture, a pipe."""
     cat = train(tree, "cat")
     (cat / ".hidden.jpg").write_bytes(JPEG)
-    for name in (".DS_Store", "Thumbs.db", "notes.txt", "labels.txt"):
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "labels.txt", "LICENSE", "odd.\x1b[31m"):
         (cat / name).write_bytes(b"x")
+    os.mkfifo(cat / "pipe")
     (cat / "a" / "b").mkdir(parents=True)
     (cat / "a" / "b" / "deep.png").write_bytes(PNG)
     (cat / "a" / "loop").symlink_to(cat, target_is_directory=True)
@@ -231,7 +232,14 @@ def test_odd_folders(tree):
         "folder.jpg": "is a directory",
         "pipe.jpg": "not a regular file",
     }
-    assert summary["ignored"] == {"hidden": 2, ".db": 1, ".txt": 2, "folder linked twice": 1}
+    assert summary["ignored"] == {
+        "hidden": 2,
+        ".db": 1,
+        ".txt": 2,
+        "no extension": 2,
+        "others": 1,
+        "folder linked twice": 1,
+    }
     cats = [f"train_data/cat/{name}" for name in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "a/b/deep.png", "link.jpg")]
     assert [path for path in images(tree) if "/cat/" in path] == cats
     assert summary["classes"]["spider"] == 4
@@ -258,6 +266,22 @@ def test_an_unreadable_file_is_excluded_and_mended_by_chmod(tree):
         assert data.prepare(tree)["train"]["excluded"] == {"unreadable": 1}
         secret.chmod(0o600)
         assert data.prepare(tree)["train"]["excluded"] == {}
+
+
+def test_pictures_of_formats_that_are_not_read_count_as_excluded(tree):
+    """Not as ignored files: a class of 4 JPEG and 40 HEIC must not train."""
+    tree.max_excluded = 0.01
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for i in range(40):
+        train(tree, "cat", f"IMG_{i}" if i % 2 else f"IMG_{i}.HEIC").write_bytes(heic)
+    assert "40 of 52 pictures unusable (HEIC is not read 40)" in problems(tree, splits=["train"])[0]
+    before = cache.listing(tree, "train")[2]
+    train(tree, "cat", "IMG_1").write_bytes(JPEG)
+    assert cache.listing(tree, "train")[2] != before
+    tree.max_excluded = 1.0
+    summary = data.prepare(tree)["train"]
+    assert summary["excluded"] == {"HEIC is not read": 39} and summary["ignored"] == {}
+    assert "train_data/cat/IMG_1" in images(tree)
 
 
 def test_list_pictures(tree):
