@@ -9,9 +9,9 @@ A picture of another format (HEIC, raw) is an error that says what to do; it cou
 
 - The complete file is decoded, and one that ends early is an error. So is a JPEG that was cut and closed with an end
   marker, or a part of which is zeros, where libjpeg puts grey or patterns without a word. Of 80 photographs as baseline
-  JPEGs 3,197 of 3,200 cuts and 4,366 of 4,480 zeroed parts were found; 5,670 sound JPEGs gave no false alarm. Not found
-  is a progressive JPEG that is cut in its last scan (it lacks some detail from there on), most zeroed parts of progressive
-  JPEGs, zeros of less than 64 bytes, and changed bytes where the format has no checksum.
+  JPEGs 3,197 of 3,200 cuts and 4,366 of 4,480 zeroed parts were found; 5,670 sound JPEGs gave no false alarm. It does
+  not find a progressive JPEG that is cut in its last scan (some detail is lost from there on), most zeroed parts of
+  progressive JPEGs, zeros of less than 64 bytes, and changed bytes where the format has no checksum.
 - Of an animation the first frame is read.
 - The EXIF orientation is applied. Transparency (alpha or palette) is laid on white. Grey of 16 bit, 32 bit or float is
   scaled to 8 bit. CMYK, grey, palette and 1-bit pictures become RGB.

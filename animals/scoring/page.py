@@ -40,7 +40,7 @@ class Texts:
         from markupsafe import Markup
 
         one, _, many = TEXTS[key][self.column].partition("|")
-        return Markup(many if many and count != 1 else one).format(**values)
+        return Markup(many if many and count != 1 else one).format(**{k: visible(v) for k, v in values.items()})
 
     def label(self, label):
         """The name of a label, or of the answer `unsure`, in this language; other labels have none but themselves."""
