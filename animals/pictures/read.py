@@ -38,7 +38,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # no other deco
 ENOUGH = 1008  # pixels per side: 3 x 336, the longest side of the largest grid of tiles
 RAW = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2")  # their content is TIFF with a tiny preview
 UNREAD = (*RAW, ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl", ".psd", ".svg")  # pictures all the same
-SIGNS = (  # how a file begins -> the picture's format
+SIGNS = (  # how a picture begins -> its format, or why it is excluded
     (rb"\xff\xd8\xff", "JPEG"),
     (rb"\x89PNG\r\n\x1a\n", "PNG"),
     (rb"RIFF....WEBP", "WEBP"),
@@ -46,12 +46,12 @@ SIGNS = (  # how a file begins -> the picture's format
     (rb"BM....\0\0\0\0", "BMP"),
     (rb"GIF8[79]a", "GIF"),
     (rb"II\*\0|MM\0\*", "TIFF"),
-    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC"),
-    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000"),
-    (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL"),
-    (rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|IIU\0", "raw"),
-    (rb"8BPS", "Photoshop"),
-    (rb"\s*(<\?xml.*)?<svg", "SVG"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC is not read"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000 is not read"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL is not read"),
+    (rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|IIU\0", "raw is not read"),
+    (rb"8BPS", "Photoshop is not read"),
+    (rb"\s*(<\?xml.*)?<svg", "SVG is not read"),
 )
 OTHERS = (  # how a file begins that is no picture -> what it is
     (rb"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
@@ -132,11 +132,12 @@ def begins_as(head: bytes, signs=SIGNS) -> str:
 
 def what_else(head: bytes) -> str:
     """The reason for a file that Pillow does not know, from its first bytes."""
-    format = begins_as(head)
-    if format in FORMATS:
-        return f"cannot be opened: it begins as {format}, but is damaged or of a rare kind; save it anew as 8-bit RGB"
+    if (known := begins_as(head)) in FORMATS:
+        return f"cannot be opened: it begins as {known}, but is damaged or of a rare kind; save it anew as 8-bit RGB"
+    if known:
+        return f"{known}: convert it to JPEG"
     other = begins_as(head, OTHERS)
-    return f"{format} is not read: convert it to JPEG" if format else "not a picture" + f": {other}" * bool(other)
+    return f"not a picture: {other}" if other else "not a picture"
 
 
 def end_of_scan(content: bytes) -> int:
