@@ -162,10 +162,11 @@ def end_of_scan(content: bytes) -> int:
                 raise PictureError(EARLY)
             # The symbol 0 ends a block, and in a flat area each block. Refined bits and the mean colour may be zeros.
             detail = bits < 16 and (low or not progressive) and any(tables.get(16 | i & 15, 1) for i in parts[1::2])
-            if detail and content.find(bytes(64), at, end.start()) >= 0:
+            stop = at + len(content[at : end.start()].rstrip(b"\0")) if detail else end.start()  # without padding
+            if detail and content.find(bytes(64), at, stop) >= 0:
                 raise PictureError("damaged: a part of its data is zeros")
             if not progressive and len(parts) == 2 * len(missing):
-                return end.start()
+                return stop
             if bits & 15 == 0:
                 missing |= {i: missing[i] & ~((2 << high) - (1 << low)) for i in parts[::2]}
             at = end.start()
