@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import reprlib
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -37,6 +38,12 @@ ANSWER = "{label}"
 MAX_PIXELS = 64_000_000  # width x height: 8000 x 8000, or 192 MB of RGB. A 50-megapixel photo from a phone is accepted
 MAX_BYTES = 1 << 29  # size of a file. A picture of MAX_PIXELS is smaller, even as an uncompressed 16-bit TIFF
 MIN_SIDE = 8  # pixels. Smaller pictures (tracking pixels, broken downloads) show no animal
+
+MAX_LABELS = 5000  # of a task; all of them are scored in one sequence
+MAX_TEXT = 10_000  # characters of --prompt and of --answer
+HALF_LETTER = re.compile(
+    "[\ud800-\udfff]"
+)  # JSON can hold it, also a command line that is not UTF-8; no model reads it
 
 # LLaVA-1.6-Mistral's own chat format for one turn, with two things that the template on the hub lacks: BOS (the
 # processor adds it at inference, TRL's collator does not) and the generation markers that say which tokens are learned.
@@ -182,8 +189,8 @@ class Config:
             raise UserError("\n".join(problems))
         if self.language not in ("en", "zh"):
             raise UserError(f"--language: found {self.language}; expected en or zh")
-        if "{label}" not in self.answer:
-            raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
+        if problems := task_problems(self.prompt, self.answer, self.folder_to_label):
+            raise UserError("\n".join(f"--{line}" for line in problems))
 
     @property
     def labels(self) -> list[str]:
@@ -218,13 +225,34 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
             )
         return {name: name for name in names}
     if isinstance(table, str):
-        with contextlib.suppress(ValueError):  # no JSON: refused in the next lines
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused in the next lines
             table = json.loads(table)
-    if not isinstance(table, dict) or not table or not all(v and isinstance(v, str) for v in table.values()):
-        raise UserError(
-            f'--folder_to_label: found {table!r}; expected JSON like {{"ragno": "spider"}}, or the word folders'
+    return dict(table) if isinstance(table, dict) else table  # task_problems() judges it
+
+
+def task_problems(prompt, answer, table) -> list[str]:
+    """What cannot be asked or answered, a line each, which begins with the setting's name. For flags and task.json."""
+    problems = []
+    if not (isinstance(table, dict) and 0 < len(table) <= MAX_LABELS and all(map(is_label, table.values()))):
+        problems.append(
+            f'folder_to_label: found {reprlib.repr(table)}; expected JSON like {{"ragno": "spider"}}, or the word '
+            f"folders; at most {MAX_LABELS:,} labels of 1 to 100 printable characters"
         )
-    return dict(table)
+    for name, text, part in (("prompt", prompt, ""), ("answer", answer, "{label}")):
+        if not isinstance(text, str) or part not in text or len(text) > MAX_TEXT or HALF_LETTER.search(text):
+            expected = f"a text of at most {MAX_TEXT:,} characters" + f" that contains {part}" * bool(part)
+            problems.append(f"{name}: found {reprlib.repr(text)}; expected {expected}")
+    if not problems:
+        listed = sum(len(label) + 2 for label in {*table.values()})
+        if (n := len(prompt) + prompt.count("{labels}") * listed) > 10 * MAX_TEXT:
+            problems.append(f"prompt: found {n:,} characters with the labels in it; expected at most {10 * MAX_TEXT:,}")
+    return problems
+
+
+def is_label(value) -> bool:
+    """Whether this can be a label. Two invisible characters, which join letters or not, are part of some scripts."""
+    text = value.translate({0x200C: None, 0x200D: None}) if isinstance(value, str) else ""
+    return 0 < len(text) <= 100 and text.isprintable()
 
 
 class Parser(argparse.ArgumentParser):

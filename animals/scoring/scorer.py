@@ -6,6 +6,7 @@ from collections import Counter
 
 import config as settings
 from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.task import check_template
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
 from animals.ranks import main_process, say
@@ -31,6 +32,7 @@ class Scorer:
         import torch
 
         self.processor, self.config, self.labels = processor, config, config.labels
+        check_template(config, self._text)
         prompt, self.answers = self._token_ids(), []  # answers: each label's token ids, </s> last
         for label in self.labels:
             tokens = self._token_ids(label)
