@@ -1,20 +1,22 @@
 """Checkpoints from elsewhere: whatever is in the folder, one clear line, soon, and nothing in it runs."""
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from animals.checkpoint.check import base_of, require_checkpoint
+from animals.checkpoint.check import require_checkpoint
 from animals.checkpoint.load import load_model
 from animals.checkpoint.steps import check_resume, global_step, missing_files
-from animals.checkpoint.task import read_task, settings_for
+from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError
 from animals.scoring.scorer import load_scorer
+from animals.training.lora import LORA_TARGETS
 from animals.training.preflight import check_checkpoint
 from config import Config
 
@@ -116,6 +118,12 @@ def long_file(name):
 
 def no_other_template(folder):
     (folder / "chat_template.json").unlink()
+
+
+def itself(folder):
+    """An adapter whose base is its own folder, which also looks like a checkpoint."""
+    (folder / "config.json").write_text("{}")
+    adapter("base_model_name_or_path", str(folder))(folder)
 
 
 FULL_LABELS = {str(i): f"label {i}" for i in range(10_000)}
@@ -259,6 +267,29 @@ HOSTILE = {
 }  # fmt: skip
 
 
+ADAPTERS = {
+    "settings are a list": (raw("adapter_config.json", "[]"), "adapter_config.json"),
+    "settings are a pipe": (pipe("adapter_config.json"), "adapter_config.json"),
+    "base is null": (adapter("base_model_name_or_path", None), "base_model_name_or_path"),
+    "base is a list": (adapter("base_model_name_or_path", ["x"]), "base_model_name_or_path"),
+    "base is itself": (itself, "an adapter itself"),
+    "rank of 0": (adapter("r", 0), "r 0"),
+    "rank of a million": (adapter("r", 10**6), "r 1000000"),
+    "rank of another": (adapter("r", 9_999), "r = 9999"),
+    "no LoRA": (adapter("peft_type", "IA3"), "peft_type"),
+    "slow pattern": (adapter("target_modules", SLOW_REGEX), "target_modules"),
+    "no pattern": (adapter("target_modules", "("), "target_modules"),
+    "names that are patterns": (adapter("modules_to_save", [SLOW_REGEX]), "modules_to_save"),
+    "a module to import": (adapter("megatron_config", {"x": 1}), "megatron_config"),
+    "layers to copy": (adapter("layer_replication", [[0, 10**9]]), "layer_replication"),
+    "patterns of ranks": (adapter("rank_pattern", {SLOW_REGEX: 3}), "rank_pattern"),
+    "header is a list": (
+        lambda f: (header([])(f), os.replace(f / WEIGHTS, f / "adapter_model.safetensors")),
+        "not saf",
+    ),
+}
+
+
 @pytest.fixture
 def limit():
     """A test that takes 20 s fails, also one that waits for a pipe."""
@@ -307,8 +338,80 @@ def test_hostile_folder_is_refused(folder, limit, name):
     change, message = HOSTILE[name]
     change(folder)
     assert message in refusal(test_with, folder)
-    if True:
-        assert message in refusal(train_with, folder)
+    assert message in refusal(train_with, folder)
+
+
+@pytest.fixture(scope="module")
+def lora(demo, tmp_path_factory):
+    """A LoRA adapter to the demo's checkpoint."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    model = get_peft_model(load_model(str(demo.checkpoint), "float32"), LoraConfig(target_modules=LORA_TARGETS))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_hostile_adapter_is_refused(lora, tmp_path, limit, name):
+    folder, (change, message) = shutil.copytree(lora, tmp_path / "adapter"), ADAPTERS[name]
+    change(folder)
+    assert message in refusal(test_with, folder)
+
+
+def test_nothing_in_the_folder_runs(folder, lora, tmp_path, limit, monkeypatch):
+    """Python files that settings name, and pickles beside the weights and beside an adapter's."""
+    monkeypatch.syspath_prepend(tmp_path)  # as the repository's root is, in which `model` lies
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    shutil.copytree(lora, tmp_path / "adapter")
+    for place in (folder, tmp_path / "adapter"):
+        (place / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+        for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt"):
+            (place / name).write_bytes(pickle.dumps(Bomb()))
+    classes = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        put(name, "auto_map", dict.fromkeys(classes, "evil.Evil"))(folder)
+    adapter("auto_mapping", {"base_model_class": "Evil", "parent_library": "model.evil"})(tmp_path / "adapter")
+    test_with(folder)
+    train_with(folder)
+    test_with(tmp_path / "adapter")
+    put("tokenizer_config.json", "tokenizer_class", "Evil")(folder)
+    put("processor_config.json", "processor_class", "Evil")(folder)
+    with contextlib.suppress(UserError):
+        test_with(folder)
+    adapter("megatron_core", "adapter.evil")(tmp_path / "adapter")
+    adapter("megatron_config", {"tensor_model_parallel_size": 1})(tmp_path / "adapter")
+    assert "megatron_config" in refusal(test_with, tmp_path / "adapter")
+    assert not (tmp_path / "ran").exists()
+
+
+RECORDS = {  # what a run left, of wrong types
+    "step is a string": ("trainer_state.json", {"global_step": "x"}),
+    "state is a list": ("trainer_state.json", []),
+    "step is missing": ("trainer_state.json", {}),
+    "run is a list": ("run.json", []),
+    "run's part is a list": ("run.json", {"training": [], "model": 3}),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_of_wrong_types(folder, limit, name):
+    file, content = RECORDS[name]
+    (folder / file).write_text(json.dumps(content))
+    if file == "run.json":
+        assert "cannot be resumed" in refusal(check_resume, {"world_size": 1}, folder) or content == []
+    else:
+        assert file in refusal(global_step, folder)
+
+
+@pytest.mark.parametrize("content", [[], {"x": "1"}, {"x": []}, {"../x": -1}, {"x\0": 1}, "x", 3, None])
+def test_a_list_of_files_of_wrong_types_is_an_incomplete_checkpoint(tmp_path, content):
+    (tmp_path / "complete.json").write_text(json.dumps(content))
+    assert missing_files(tmp_path)
 
 
 def test_the_folder_itself_is_sound(folder, limit):

@@ -127,17 +127,14 @@ def adapter_problems(path, adapter, base):
 def read_shards(path, stem="model"):
     """-> ({parameter name: shape}, problems) from the headers of the safetensors files. Reads no weights."""
     index = os.path.join(path, f"{stem}.safetensors.index.json")
-    shard_of, files = {}, [f"{stem}.safetensors"]
+    shard_of, files = {}, [f"{stem}.safetensors"]  # parameter name -> file
     if os.path.exists(index):
         try:
             shard_of = family.check_settings(index, "model.safetensors.index.json").get("weight_map") or {}
         except UserError as error:
             return {}, [str(error)]
-        files = sorted(set(shard_of.values()))  # parameter name -> file
-        if not files or any(os.path.basename(name) != name or not name.isprintable() for name in files):
-            return {}, [
-                f"{index}: found no weight_map to files in this folder; expected the list of shards; download it again"
-            ]
+        if not (files := sorted(set(shard_of.values()))):
+            return {}, [f"{index}: found no weight_map in it; expected the list of shards; download the file again"]
     shapes, problems = {}, []
     for name in files:
         file = os.path.join(path, name)

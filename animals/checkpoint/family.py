@@ -23,9 +23,11 @@ PROCESSORS = {"llava_next": "LlavaNextProcessor", "llava": "LlavaProcessor"}  # 
 
 # What may stand in a checkpoint's JSON files, as far as we or the libraries compute with it. (type, lowest, highest): a
 # number, or a text or a list by its length; a fourth value says what the elements of the list are. {name: kind}: an
-# object, "*" for all of its names. {word, ...}: one of these words. [kind, ...]: one of these kinds. What is null or
+# object, "*" for all of its names. {word, ...}: one of these words. A pattern: a
+# text that it matches. [kind, ...]: one of these kinds. What is null or
 # has another name is not looked at.
 NAME, SIDE, LAYER = (str, 1, 100), (int, 1, 10_000), (int, -1000, 1000)
+SHARD, MODULE = re.compile(r"[^/\x00-\x1f]{1,200}\.safetensors"), re.compile(r"[\w.]{1,100}")
 GRID = (list, 1, 200, (list, 2, 2, SIDE))
 SIZE = [SIDE, {"shortest_edge": SIDE, "height": SIDE, "width": SIDE}]
 VIEW = {"vision_feature_select_strategy": {"default", "full"}}
@@ -49,11 +51,13 @@ SCHEMA = {
     "processor_config.json": VIEW | {
         "image_processor": PIXELS, "patch_size": SIDE, "num_additional_image_tokens": (int, 0, 100),
     },
-    "model.safetensors.index.json": {"metadata": {}, "weight_map": {"*": (str, 1, 200)}},
+    "model.safetensors.index.json": {"metadata": {}, "weight_map": {"*": SHARD}},
     "tokenizer_config.json": {}, "chat_template.json": {"chat_template": (str, 0, 100_000)},
     "adapter_config.json": {
         "peft_type": {"LORA"}, "base_model_name_or_path": (str, 1, 4096), "r": (int, 1, 10_000),
-        "target_modules": [(str, 1, 1000), (list, 1, 1000, NAME)], "modules_to_save": (list, 1, 100, NAME),
+        "target_modules": [(str, 1, 1000), (list, 1, 1000, MODULE)], "modules_to_save": (list, 1, 100, MODULE),
+        "target_parameters": (list, 1, 1000, MODULE),
+        "init_lora_weights": [(bool, 0, 1), {"gaussian", "olora", "orthogonal", "pissa"}],
     },
 }  # fmt: skip
 
@@ -87,14 +91,16 @@ def mistakes(value, kind, place) -> list[str]:
         right, expected = False, "an object"
     elif isinstance(kind, set):
         right, expected = value in [*kind], " or ".join(sorted(kind))
+    elif isinstance(kind, re.Pattern):
+        right, expected = isinstance(value, str) and kind.fullmatch(value), f"a name such as {kind.pattern}"
     else:
         (wanted, low, high), element = kind[:3], kind[3:]
-        number = wanted in (int, float)
+        number = wanted in (int, float, bool)
         right = type(value) is wanted or (wanted is float and type(value) is int)
         right = right and low <= (value if number else len(value)) <= high
         if right and element:  # of a wrong list the first mistake says enough
             return [line for part in value for line in mistakes(part, *element, place)][:1]
-        noun = {int: "a whole number", float: "a number", str: "a text of length", list: "a list of length"}[wanted]
+        noun = {int: "a whole number", str: "a text of length", list: "a list of length"}.get(wanted, "a number")
         expected = f"{noun} from {low:,} to {high:,}"
     return [] if right else [f"{place} {reprlib.repr(value)}; expected {expected}"]
 

@@ -63,7 +63,8 @@ def load_model(path, dtype="bfloat16"):
                 f"{path}/adapter_config.json: found {problem} with target_modules {pattern!r}; expected a pattern of "
                 "modules' names; copy it from its run again"
             )
-        model = PeftModel.from_pretrained(model, path)
+        with in_one_line(path):
+            model = PeftModel.from_pretrained(model, path)
     return model.eval().to(device)
 
 
