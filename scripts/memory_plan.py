@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as settings
-from animals.checkpoint.family import family_problem, model_class, model_config
+from animals.checkpoint.family import model_class, model_config
 from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError, run
 from animals.files import looked_up, read_json
@@ -52,8 +52,6 @@ def load_config(path):
         raise UserError(
             f"{looked_up(file)}: found no such file; expected the model's config.json; get it as model/README.md says"
         )
-    if problem := family_problem(read_json(file), file.parent):
-        raise UserError(problem)
     return model_config(file)
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,39 @@ def test_nothing_in_the_folder_runs(folder, lora, tmp_path, limit, monkeypatch):
     adapter("megatron_config", {"tensor_model_parallel_size": 1})(tmp_path / "adapter")
     assert "megatron_config" in refusal(test_with, tmp_path / "adapter")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a million layers", "config is a pipe", "template loops", "label of 100 kB"])
+def test_the_real_command_says_it_in_one_line(demo, folder, run, tmp_path, name):
+    change, message = HOSTILE[name]
+    change(folder)
+    done = run(
+        f"python test.py {demo.input}/test_data --model_name_or_path {folder} --output {tmp_path}/names.csv", timeout=60
+    )
+    errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert done.code == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in done.output, done.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read")
+@pytest.mark.parametrize("name", ["config.json", "task.json", "model.safetensors"])
+def test_files_that_this_user_may_not_read(folder, limit, name):
+    with tempfile.TemporaryDirectory() as place:  # tmp_path itself is closed to other users
+        os.chmod(place, 0o755)
+        model = Path(shutil.move(folder, place))
+        (model / name).chmod(0o600)
+        os.seteuid(65534)
+        try:
+            said = refusal(lambda: settings_for(Config(), model) and require_checkpoint(model))
+        finally:
+            os.seteuid(0)
+    assert f"{model / name}: cannot be read: found Permission denied" in said
+
+
+@pytest.mark.parametrize("label", ["", "x" * 101, "a\nb", "\x1b[2J", "\u202e", "\ud800"])
+def test_labels_on_the_command_line_are_held_to_the_same(label):
+    with pytest.raises(UserError, match="--folder_to_label: found .* 1 to 100 printable characters"):
+        Config(folder_to_label=json.dumps({"cat": label, "dog": "dog"}))
+    Config(folder_to_label={"kerm": "کرم\u200cابریشم", "dog": "x" * 100})
 
 
 RECORDS = {  # what a run left, of wrong types

@@ -203,14 +203,15 @@ def within_limits(call) -> str | None:
     ours, theirs = fork.Pipe(duplex=False)
 
     def work():
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, resource.RLIM_INFINITY))
         try:
+            with open("/proc/self/statm") as file:
+                most = int(file.read().split()[0]) * resource.getpagesize() + 2**31
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
             call()
             theirs.send(None)
         except Exception as error:
-            theirs.send(f"{type(error).__name__}: {error}"[:300])
+            theirs.send(repr(error)[:300])
 
     process = fork.Process(target=work, daemon=True)
     process.start()

@@ -23,9 +23,8 @@ PROCESSORS = {"llava_next": "LlavaNextProcessor", "llava": "LlavaProcessor"}  # 
 
 # What may stand in a checkpoint's JSON files, as far as we or the libraries compute with it. (type, lowest, highest): a
 # number, or a text or a list by its length; a fourth value says what the elements of the list are. {name: kind}: an
-# object, "*" for all of its names. {word, ...}: one of these words. A pattern: a
-# text that it matches. [kind, ...]: one of these kinds. What is null or
-# has another name is not looked at.
+# object, "*" for all of its names. {word, ...}: one of these words. A pattern: a text that it matches. [kind, ...]: one
+# of these kinds. What is null or has another name is not looked at.
 NAME, SIDE, LAYER = (str, 1, 100), (int, 1, 10_000), (int, -1000, 1000)
 SHARD, MODULE = re.compile(r"[^/\x00-\x1f]{1,200}\.safetensors"), re.compile(r"[\w.]{1,100}")
 GRID = (list, 1, 200, (list, 2, 2, SIDE))

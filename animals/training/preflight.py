@@ -136,16 +136,7 @@ def check_checkpoint(path, config):
 
     if problems := check_weights(base_of(path)):
         raise UserError("\n".join(problems))
-    try:
-        processor = load_processor(path)
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(
-            f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
-            "files of the hub's repository; download all files again except the weights"
-        ) from None
-    return Scorer(processor, config)
+    return Scorer(load_processor(path), config)
 
 
 def check_attention(model_args):
