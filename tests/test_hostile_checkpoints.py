@@ -33,7 +33,7 @@ def raw(name, content):
 
 
 def put(name, key, value):
-    """This value in a JSON file; the key is a path such as text_config.hidden_size. DELETED removes it."""
+    """This value in a JSON file; the key may be a path such as text_config/hidden_size."""
 
     def change(folder):
         content = json.loads((folder / name).read_text())
@@ -115,10 +115,6 @@ def long_file(name):
         os.truncate(folder / name, 100_000_000)
 
     return change
-
-
-def no_other_template(folder):
-    (folder / "chat_template.json").unlink()
 
 
 def itself(folder):
