@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -85,13 +86,23 @@ RANGES = {
 }
 
 
+# In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
+
+
 def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} that is outside its range, or not finite."""
+    """A line for each number in {flag: value} outside its range or not finite, and for each unprintable name."""
     numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
     ranges = {
         name: (value, *RANGES.get(name, (-sys.float_info.max, sys.float_info.max))) for name, value in numbers.items()
     }
-    return [
+    names = [
+        f"--{name}: found {ascii(value)}; expected a name in UTF-8 without control characters; rename it"
+        for name, value in values.items()
+        if name.endswith(PLACES) and isinstance(value, str) and UNPRINTABLE.search(value)
+    ]
+    return names + [
         f"--{name}: found {value:g}; expected a number from {low:g} to {high:g}"
         if name in RANGES
         else f"--{name}: found {value}; expected a finite number"
