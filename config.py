@@ -212,6 +212,8 @@ class Parser(argparse.ArgumentParser):
         values, unknown = super().parse_known_args(args, namespace)
         if problems := range_problems(vars(values)):
             raise UserError("\n".join(problems))
+        if files := [word for word in unknown if os.path.lexists(word)]:
+            raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
         return values, unknown
 
 

