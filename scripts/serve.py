@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -152,13 +153,12 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.partition("?")[0]
         if not self.is_ours():
             return self.error(403, "serve_elsewhere", url=server.url)
-        example = re.fullmatch("/example/([0-9]{1,4})", path)
+        example = {f"/example/{i}": Path(file) for i, file in enumerate(server.examples)}.get(path)
         if (self.command, path) == ("GET", "/"):
             values = {"args": server.args, "examples": server.examples, "most": MAX_UPLOAD}
             return render("serve.html", ".", server.language, **values), 200
-        if self.command == "GET" and example and int(example[1]) < len(server.examples):
-            file = Path(server.examples[int(example[1])])
-            return (file, 200) if file.is_file() else ({"error": "404"}, 404)
+        if self.command == "GET" and example and example.is_file():
+            return example, 200
         if (self.command, path) == ("POST", "/name"):
             return self.name()
         return {"error": "404"}, 404
@@ -188,21 +188,19 @@ class Handler(BaseHTTPRequestHandler):
                 if len(content) < int(lengths[0]):
                     return self.error(400, "serve_length")
                 self.server.deadlines[self.connection] = math.inf
-                return self.named(content)
+                with self.server.turn_of(content):
+                    return self.named(content)
         except Busy:
             return self.error(503, "serve_busy", seconds=READ_S)
 
     def named(self, content):
-        """As answer(), for the bytes of a picture file. Raises Busy."""
+        """As answer(), for the bytes of a picture file, when it is their turn."""
         started, scorer = time.perf_counter(), self.server.scorer
         try:
-            with self.server.turn_of(content):
-                picture = load_picture(content)
-                with self.server.model_lock:
-                    log_p = scorer.score(self.server.model, scorer.collate([picture]))
-                return self.described(picture, log_p, started), 200
-        except Busy:
-            raise
+            picture = load_picture(content)
+            with self.server.model_lock:
+                log_p = scorer.score(self.server.model, scorer.collate([picture]))
+            return self.described(picture, log_p, started), 200
         except PictureError as error:
             return self.error(400, "serve_bad", reason=self.server.texts.reason(str(error)))
         except UserError as error:
@@ -239,10 +237,9 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, body, status):
         """Send an answer(), and end the connection."""
         kind = {dict: "application/json", str: "text/html; charset=utf-8"}.get(type(body), "application/octet-stream")
-        with contextlib.ExitStack() as opened:
-            content = json.dumps(body, ensure_ascii=False) if isinstance(body, dict) else body
-            content = content.encode() if isinstance(content, str) else opened.enter_context(open(content, "rb"))
-            size = len(content) if isinstance(content, bytes) else os.stat(content.fileno()).st_size
+        text = json.dumps(body, ensure_ascii=False) if isinstance(body, dict) else body
+        with open(body, "rb") if isinstance(body, Path) else io.BytesIO(text.encode(errors="backslashreplace")) as file:
+            size = file.seek(0, os.SEEK_END)
             self.send_response(status)
             for key, value in (HEADERS | {"Content-Type": kind, "Content-Length": size}).items():
                 self.send_header(key, value)
@@ -250,12 +247,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Retry-After", READ_S)
             self.end_headers()
             self.expect(size)
-            self.connection.settimeout(READ_S + size / SLOWEST)
-            self.wfile.write(content) if isinstance(content, bytes) else self.connection.sendfile(content)
-        # What is still being sent is read and dropped: else the system would reset the connection, and the answer
-        # would be lost on its way.
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(READ_S)
+            file.seek(0)
+            shutil.copyfileobj(file, self.wfile)
+        # What is still being sent is read and dropped: a connection with unread bytes is reset, and the answer lost.
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
         self.expect(MAX_UPLOAD)
         while self.rfile.read1(1 << 16):
             pass

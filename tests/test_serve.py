@@ -143,6 +143,13 @@ def status_of(connection):
         return int(answer.split()[1]) if answer else None
 
 
+def drip(connection):
+    """Send a byte every half second, until the server ends the connection."""
+    with connection, contextlib.suppress(ConnectionError):
+        while connection.send(b"x"):
+            time.sleep(0.5)
+
+
 def upload(port, length, content=b"", *headers):
     lines = f"POST /name HTTP/1.1|Host: 127.0.0.1:{port}|Content-Length: {length}".split("|") + list(headers)
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content
@@ -153,11 +160,14 @@ def test_held_connections_and_uploads_do_not_stop_it(served, pictures):
     good, port = (pictures / "a.png").read_bytes(), served.port
     half_open = [sent(port, upload(port, 9)[:-2]) for _ in range(320)]
     uploads = [sent(port, upload(port, 59_000_000, bytes(1000))) for _ in range(30)]
-    started = time.monotonic()
+    slow, started = sent(port, upload(port, 1000)), time.monotonic()
+    dripping = threading.Thread(target=drip, args=(slow,))
+    dripping.start()
     assert ask(port, "POST", "/name", good)[0] == 200
     assert time.monotonic() - started < 10
     assert Counter(map(status_of, uploads)) == {503: 26, None: 4}
     assert Counter(map(status_of, half_open)) == {None: 320}
+    dripping.join()
     assert time.monotonic() - started < 20, "each is given 10 seconds"
     status, text = ask(port, "POST", "/name", good)
     assert status == 200 and "Traceback" not in served.said.read_text()
