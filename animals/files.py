@@ -83,6 +83,11 @@ def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, row, strict=False)) for row in rows if row]
 
 
+def looked_up(path) -> str:
+    """`path` for a message that it is not there: a relative one with the place where it was looked up."""
+    return str(path) if os.path.isabs(path) else f"{path} (looked up as {os.path.abspath(path)})"
+
+
 def nearest_existing(path) -> Path:
     """`path`, or the nearest path above it that exists."""
     path = Path(path).absolute()

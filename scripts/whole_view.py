@@ -7,7 +7,6 @@ whatever its shape. The whole view alone is LLaVA's own architecture, with the s
 Only the weight file that holds `image_newline` is written again; the others are hard links where the disk allows it.
 """
 
-import argparse
 import os
 import shlex
 import shutil
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config as settings
 from animals.checkpoint.check import adapter_config, check_weights, require_checkpoint
 from animals.checkpoint.family import PROCESSORS
 from animals.checkpoint.load import load_processor
@@ -95,7 +95,7 @@ def whole_view_pixels(pixels: dict) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of a LLaVA-NeXT checkpoint, of the hub's or a trained one")
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ import os
 from animals.checkpoint.family import family_problem, fetch, model_class, model_config
 from animals.command import UserError
 from animals.compat import unpartitioned_models
-from animals.files import read_json
+from animals.files import looked_up, read_json
 
 
 def adapter_config(path):
@@ -48,7 +48,7 @@ def check_files(path):
         return read_shards(path, "adapter_model")[1] + check_files(base)
     if not os.path.isfile(os.path.join(path, "config.json")):
         return [
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
+            f"--model_name_or_path {looked_up(path)}: found no config.json there; expected a checkpoint. Train one: "
             f"`sh train.sh`; or fetch the base model: {fetch('model')}"
         ]
     try:
