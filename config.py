@@ -118,7 +118,7 @@ PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
 
 
 def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} outside its range or not finite, each empty text, each unprintable name."""
+    """A line for each number in {flag: value} outside its range or not finite, each empty text, unprintable name."""
     problems = []
     for name, value in values.items():
         if type(value) in (int, float):
@@ -245,7 +245,7 @@ class Parser(argparse.ArgumentParser):
         values, unknown = super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
         if problems := range_problems(vars(values)):
             raise UserError("\n".join(problems))
-        if files := [word for word in unknown if os.path.lexists(word)]:
+        if files := [word for word in unknown if word[:1] == "-" and os.path.lexists(word)]:
             raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
         return values, unknown
 
