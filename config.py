@@ -119,8 +119,13 @@ RANGES = {
 }
 
 
+# In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
+
+
 def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} that is outside its range or not finite, and for each empty text."""
+    """A line for each number in {flag: value} outside its range or not finite, each empty text, unprintable name."""
     problems = []
     for name, value in values.items():
         if type(value) in (int, float):
@@ -130,6 +135,9 @@ def range_problems(values: dict) -> list[str]:
                 problems.append(f"--{name}: found {value}; expected {expected}")
         elif value in ("", [""]) and name != "prompt":
             problems.append(f"--{name}: found an empty text; expected a value; name one, or leave the flag away")
+        elif name.endswith(PLACES) and isinstance(value, str) and UNPRINTABLE.search(value):
+            expected = "a name in UTF-8 without control characters; rename it"
+            problems.append(f"--{name}: found {ascii(value)}; expected {expected}")
     return problems
 
 
@@ -265,6 +273,8 @@ class Parser(argparse.ArgumentParser):
         values, unknown = super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
         if problems := range_problems(vars(values)):
             raise UserError("\n".join(problems))
+        if files := [word for word in unknown if word[:1] == "-" and os.path.lexists(word)]:
+            raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
         return values, unknown
 
     def error(self, message):

@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -195,7 +196,7 @@ def train(trainer, checkpoint, stop):
         say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
     else:
         trainer.save_final()
-        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {out}")
+        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(out)}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,12 @@ def from_cell(text: str) -> str:
 
 def write_csv_rows(file, rows) -> None:
     """Append rows (lists) to an open CSV file; their text goes through to_cell()."""
-    csv.writer(file, lineterminator="\n").writerows([[to_cell(value) for value in row] for row in rows])
+    for row in rows:
+        cells = [to_cell(value) for value in row]
+        quoting = (
+            csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        )  # it ends a line, too
+        csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
