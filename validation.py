@@ -9,7 +9,6 @@ checkpoint's step in <logging_dir>/<run>/validation. Prints a table, and as the 
 Nothing is generated: one forward pass per batch scores all labels, and the answer is always one of them.
 """
 
-import csv
 import os
 import time
 from importlib.metadata import version
@@ -18,7 +17,7 @@ import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
 from animals.checkpoint.task import settings_for
 from animals.command import run
-from animals.pictures.cache import load_split
+from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.prepare import check_inputs
 from animals.ranks import choose_arithmetic, main_process
@@ -37,7 +36,9 @@ def validate(args, config):
     """
     from accelerate import PartialState
 
-    data = load_split(config, "validation")
+    with lock(config):  # one state of the cache
+        data, known = load_split(config, "validation"), known_duplicates(config)
+        excluded = checked_entry(config, "validation")["excluded"]
     held_out = len(data)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
@@ -58,10 +59,8 @@ def validate(args, config):
         | {"sha256": sha, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
         for picture, t, p, sha, row in zip(pictures, truth, predicted, sha256, probability, strict=True)
     ]
-    right, known = [row["correct"] for row in rows], known_duplicates(config)
+    right = [row["correct"] for row in rows]
     groups = [known["group"][picture] for picture in pictures] if known else None
-    with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-        excluded = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "model": args.model_name_or_path,
@@ -75,7 +74,7 @@ def validate(args, config):
         "per_device_eval_batch_size": batch_size,
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
+        "excluded": [{"image": image, "reason": reason} for image, reason in excluded],
         "comparison": None,
     }
     if args.compare_with:

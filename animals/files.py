@@ -10,6 +10,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -104,16 +105,20 @@ def require_writable(flag: str, folder) -> None:
 def folder_lock(folder, shared=False, busy: str | None = None):
     """with folder_lock(folder): no other process holds it; with shared=True, none holds it unshared. Leaves no file.
 
-    busy: the text of the UserError that is raised if another process holds it; None: wait. The system releases the
-    lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is locked.
+    busy: the text of the UserError that is raised if another process holds it; None: say so and wait. The system
+    releases the lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is
+    locked.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
-        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if busy is None else fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(opened, kind)
+            fcntl.flock(opened, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(busy) from None
+            if busy is not None:
+                raise UserError(busy) from None
+            print(f"waiting: another command uses {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(opened, kind)
         except OSError:
             pass
         yield

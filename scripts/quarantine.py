@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--force", action="store_true", help="allow that more than 10 %% of a class are moved")
     args = parser.parse_args()
     config = settings.config_from(args)
-    with lock(config):
+    with lock(config, moving=True):
         if args.undo:
             print("\n".join(moves.undo(config.input_dir, "quarantine")))
             return

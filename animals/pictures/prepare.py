@@ -43,16 +43,21 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
     """Build the caches of `splits` that are missing or out of date; return a summary per split.
 
     Summary: n, classes {label: n}, folders {class folder: n}, excluded {reason: n}, ignored {kind of file: n},
-    image_tokens {min, mean, max}, fingerprint (of contents and words, the same on every machine), built (by this
-    call), decoded (pictures), seconds, warnings (lines). Raises one UserError with a line for each problem of all the
-    splits. Several processes may call it at once: one builds, the others wait. Imports no torch.
+    image_tokens {min, mean, max}, fingerprint (of contents and words, the same on every machine), json (size and time
+    of the JSON), built (by this call), decoded (pictures), seconds, warnings (lines). Raises one UserError with a line
+    for each problem of all the splits. Several processes may call it at once: one builds, the others wait. Imports no
+    torch.
     """
     from animals.pictures import duplicates  # first of all, because it needs what `pip install` brings
 
     Findings(folder_problems(config, splits)).report()
     with lock(config):
+        Findings(
+            folder_problems(config, splits)
+        ).report()  # again: a command that moves pictures may have ended just now
         entries = refresh(config, splits, read_geometry(model_path))
-        summaries = {split: entries[split]["summary"] | {"built": "built" in entries[split]} for split in splits}
+        parts = {split: entries[split] for split in splits}
+        summaries = {k: e["summary"] | {"json": e["json"], "built": "built" in e} for k, e in parts.items()}
         problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
         if not problems:
             found = duplicates.read_duplicates(config, entries) or duplicates.search_duplicates(config, entries)
