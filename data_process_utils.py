@@ -23,7 +23,7 @@ from animals.pictures import moves
 from animals.pictures.cache import SPLITS, fresh_entries, load_split, lock, read_cache, refresh, split_folder
 from animals.pictures.prepare import commands, folder_problems, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
-from animals.pictures.split import choose
+from animals.pictures.split import choose, describe_undivided
 from config import Config
 
 
@@ -83,6 +83,13 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         Findings(split_problems(config, "train", summary)).report()
         rows = list(rows_to_choose_from(config, splits))
         chosen = choose(rows, fraction, seed)
+        if undivided := describe_undivided(rows, chosen):
+            raise UserError(
+                f"{split_folder(config, 'train')}: found classes that cannot be divided: {undivided}; expected of each "
+                "class a picture that is held out and one that stays, and near-duplicates on one side; add pictures of "
+                "other scenes, lower --near_duplicate_distance, change --validation_fraction, or remove the class; "
+                "nothing was moved"
+            )
         before, moved = summary["folders"], Counter(path.split("/")[0] for path in chosen)
         said = f"{len(chosen):,} of {sum(before.values()):,} pictures moved to {held_out}"
         pairs = [(f"train_data/{name}", f"validation_data/{name}") for name in chosen]

@@ -1,17 +1,20 @@
 """Two commands at once: one temp_dir for two sets of pictures, one input_dir whose pictures are moved and read."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from animals.command import UserError
 from animals.files import folder_lock
 from animals.pictures import prepare as data
-from animals.pictures.cache import load_split
+from animals.pictures.cache import load_split, lock
 from animals.pictures.duplicates import known_duplicates
-from tests.helpers.pictures import PNG, command, make_tree, run, train
+from animals.pictures.moves import read_moves
+from tests.helpers.pictures import PNG, command, held, make_tree, run, train
 
 SECOND = "import sys; sys.path.insert(0, '.'); from animals.command import run\n"
 
@@ -72,3 +75,67 @@ def test_a_run_whose_cache_is_rebuilt_after_its_check_stops(script, name, tree, 
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
     assert first.returncode == 2 and pets.input_dir in line and "--temp_dir of its own" in line, said
     assert "Traceback" not in said
+
+
+def started(words):
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process, text):
+    """Read lines of stderr up to one that contains `text`."""
+    assert any(text in line for line in iter(process.stderr.readline, "")), process.poll()
+
+
+def cut_of(tree, temp):
+    return command(replace(tree, temp_dir=str(temp)), "--validation_fraction", "0.3", "--add_to_validation")
+
+
+@pytest.mark.parametrize("second", ["cut", "undo", "quarantine"])
+def test_what_moves_pictures_waits_for_a_check_of_another_temp_dir(second, tree, tmp_path):
+    """A check of the pictures stops in the middle; the second command waits until it has ended."""
+    shutil.rmtree(held(tree))
+    train(tree, "cat", "4.jpg").write_bytes(PNG)
+    assert run(cut_of(tree, tmp_path / "temp2")).returncode == 0
+    (tmp_path / "list.csv").write_text(f"image\n{tree.input_dir}/train_data/cat/4.jpg\n")
+    stop = "from animals.pictures import inspection; import data_process_utils as it; real = inspection.inspect_all\n"
+    stop += "inspection.inspect_all = lambda *a: (print('decoding', flush=True), input(), real(*a))[2]\nrun(it.main)"
+    first = started([sys.executable, "-c", SECOND + stop, *command(tree)[2:], "--allow_leaks"])
+    assert "decoding\n" in iter(first.stdout.readline, "")
+    elsewhere = command(replace(tree, temp_dir=str(tmp_path / "temp2")))
+    words = {"cut": cut_of(tree, tmp_path / "temp2"), "undo": [*elsewhere, "--undo_split"]}
+    words["quarantine"] = [sys.executable, "scripts/quarantine.py", *elsewhere[2:], f"{tmp_path}/list.csv", "--force"]
+    before = sorted(tmp_path.glob("input/*/*/*"))
+    other = started(words[second])
+    wait_for(other, f"waiting: another command uses {tree.input_dir}")
+    assert sorted(tmp_path.glob("input/*/*/*")) == before and other.poll() is None
+    _, said = first.communicate("\n\n")
+    assert first.returncode == 0, said
+    assert other.communicate()[0] and other.returncode == 0
+    assert sorted(tmp_path.glob("input/*/*/*")) != before
+    assert data.prepare(tree)["train"]["built"]
+
+
+def test_two_cuts_of_one_folder_with_two_temp_dirs(tree, tmp_path):
+    """Both wait for the same folder; then one after the other moves, and each can be taken back."""
+    shutil.rmtree(held(tree))
+    before = sorted(tmp_path.glob("input/**/*.jpg"))
+    with folder_lock(tree.input_dir, shared=True):
+        both = [started(cut_of(tree, tmp_path / name)) for name in ("temp1", "temp2")]
+        for process in both:
+            wait_for(process, "waiting: another command uses")
+    assert [process.wait() for process in both] == [0, 0]
+    steps = read_moves(tree.input_dir, "cut")["steps"]
+    moved = [source for step in steps for source, _ in step["moves"]]
+    assert len(steps) == 2 and len(set(moved)) == len(moved)
+    assert len(list(tmp_path.glob("input/validation_data/*/*"))) == len(moved)
+    for _ in steps:
+        assert run(command(tree, "--undo_split")).returncode == 0
+    assert sorted(tmp_path.glob("input/**/*.jpg")) == before
+
+
+def test_a_second_command_says_that_it_waits_for_temp_dir(tree):
+    with lock(tree):
+        other = started(command(tree))
+        wait_for(other, f"waiting: another command uses {tree.temp_dir}")
+        assert not Path(tree.temp_dir, "train.json").exists()
+    assert other.communicate()[0] and other.returncode == 0
