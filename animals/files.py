@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from animals.command import UserError
@@ -126,7 +127,29 @@ def folder_lock(folder, shared=False, busy: str | None = None):
         os.close(opened)
 
 
+# Folders that file managers, archives, NAS and disks make for themselves.
+SYSTEM = {"@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's."""
+    return name.startswith(".") or name in SYSTEM
+
+
 def subfolders(path) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
     with os.scandir(path) as found:
-        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in found if entry.is_dir() and not is_hidden(entry.name))
+
+
+def deeper(input_dir: str) -> str:
+    """For a message: where train_data is, if it is one folder deeper than in input_dir; else ""."""
+    places = [os.path.join(input_dir, name) for name in subfolders(input_dir)] if os.path.isdir(input_dir) else []
+    found = [place for place in places if os.path.isdir(os.path.join(place, "train_data"))]
+    return f"; train_data is in {found[0]}: give --input_dir {found[0]}" if found else ""
+
+
+def printable(name: str) -> str:
+    """A name with control characters, line ends and what is no UTF-8 as backslash escapes: for messages and lists."""
+    unsafe = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in name)

@@ -4,7 +4,7 @@
 cache.json     for each split what its JSON was built from, its summary and the unusable pictures; the duplicates
                (duplicates.py). It is written last, so a half-built cache counts as no cache
 <split>.rows/  the memory-mapped copy of the JSON, made by Hugging Face datasets, removed with every new JSON
-excluded.csv   the unusable pictures of both splits
+excluded.csv   the unusable pictures of both splits, their names as printable() gives them
 
 Every file is written under another name and renamed. Pillow is imported late: launch.py runs before `pip install`.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import config as settings
 from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError
-from animals.files import folder_lock, replacing, require_writable, subfolders, write_csv_rows
+from animals.files import folder_lock, printable, replacing, require_writable, subfolders, write_csv_rows
 from config import Config
 
 FORMAT = 6  # of everything in temp_dir; a cache of another format is rebuilt
@@ -42,8 +42,8 @@ def temp_path(config: Config, name: str) -> Path:
 
 @contextmanager
 def csv_file(config: Config, name: str, columns: list[str]):
-    """A function that writes rows to a CSV of temp_dir; a name that is not UTF-8 is written with backslashes."""
-    with replacing(temp_path(config, name), errors="backslashreplace", newline="") as file:
+    """A function that writes rows to a CSV of temp_dir."""
+    with replacing(temp_path(config, name), newline="") as file:
         write_csv_rows(file, [columns])
         yield functools.partial(write_csv_rows, file)
 
@@ -100,7 +100,8 @@ def listing(config: Config, split: str) -> tuple[list[str], Counter, str]:
 
 
 def cannot_list(error: OSError, root: str) -> str:
-    return f"{error.filename or root}: found {error.strerror}; expected a folder that can be listed; change its rights"
+    place = printable(error.filename or root)
+    return f"{place}: found {error.strerror}; expected a folder that can be listed; change its rights, or name another"
 
 
 def rules() -> str:
@@ -135,7 +136,7 @@ def read_cache(config: Config) -> dict:
 
 def write_cache(config: Config, content: dict) -> None:
     with replacing(temp_path(config, "cache.json")) as file:
-        json.dump(content, file, indent=1)  # in ASCII: the name of an unusable file may be no UTF-8
+        json.dump(content, file, indent=1)
 
 
 def fresh_entries(config: Config, cache: dict) -> dict[str, dict]:
@@ -216,7 +217,7 @@ def decode(config: Config, split: str) -> tuple[list[dict], dict]:
     bar = tqdm(facts, f"decoding {split}_data (once, until a file changes)", len(paths), unit=" pictures", disable=None)
     for path, found in zip(paths, bar, strict=True):
         if found.reason:
-            excluded.append((path, found.reason))
+            excluded.append((printable(path), found.reason))
         else:
             rows.append({"images": [path], **found._asdict()})
     return rows, {"stamp": stamp, "ignored": ignored, "excluded": excluded, "decoded": len(paths)}

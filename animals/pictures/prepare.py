@@ -5,14 +5,16 @@ neither torch nor Pillow before it needs it.
 """
 
 import os
+import shlex
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
 from animals.checkpoint.image_tokens import read_geometry
 from animals.command import Findings
-from animals.files import subfolders
+from animals.files import deeper, is_hidden, printable, subfolders
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path
 from config import Config
 
@@ -105,8 +107,9 @@ def folder_problems(config: Config, splits) -> list[str]:
 def missing_folders(config: Config, splits) -> list[str]:
     """A line for each split without a folder: what was found instead, and what to do."""
     try:
-        there = sorted(name for name in os.listdir(config.input_dir) if not name.startswith("."))
+        there = sorted(printable(name) for name in os.listdir(config.input_dir) if not is_hidden(name))
         found = f"{config.input_dir} holds {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''}"
+        found += deeper(config.input_dir)
     except OSError:
         found = f"{config.input_dir} does not exist either"
     _, cut, _ = commands(config.input_dir, "cut")
@@ -129,10 +132,7 @@ def class_problems(config: Config, root: str) -> list[str]:
         for folder in subfolders(root):
             path, strays = os.path.join(root, folder), Counter()
             if folder not in config.folder_to_label:
-                problems.append(
-                    f"{path}: a class folder that is not in the label table; expected one of {table}; rename it, move "
-                    "it away, or add it to FOLDER_TO_LABEL in config.py"
-                )
+                problems.append(unknown_class(config, root, folder))
                 continue
             known.append(folder)
             if next(walk(path, strays), None) is None:
@@ -142,12 +142,41 @@ def class_problems(config: Config, root: str) -> list[str]:
                 )
     except OSError as error:
         return [*problems, cannot_list(error, root)]
-    if len(known) < 2:
+    if len(known) < 2 and known == subfolders(root):
         problems.append(
             f"{root}: found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
             "; put the pictures there, one folder per class"
         )
     return problems
+
+
+def unknown_class(config: Config, root: str, folder: str) -> str:
+    """What is wrong with a folder that is no class, and the way out."""
+    path, table = os.path.join(root, folder), config.folder_to_label
+    if printable(folder) != folder:
+        return f"{root}: found a class folder {folder!r}; expected a name without control characters; rename it"
+    inside, names = subfolders(path), {unicodedata.normalize("NFC", name): name for name in table}
+    if table.keys() & {*inside}:
+        return (
+            f"{path}: found the class folders {', '.join(map(printable, inside[:4]))} in it; expected them in {root} "
+            "itself; move them there, and remove the empty folder"
+        )
+    if name := names.get(unicodedata.normalize("NFC", folder)):
+        right = shlex.quote(os.path.join(root, name))
+        return (
+            f"{path}: found a class folder whose name has other bytes for the same letters than in the label table (a "
+            f"Mac takes accents apart: Unicode NFD and NFC); expected the same ones; mv {shlex.quote(path)} {right}"
+        )
+    if root == split_folder(config, "validation") and all(name == label for name, label in table.items()):
+        there = os.path.join(split_folder(config, "train"), folder)
+        return (
+            f"{path}: found a class that training does not have; expected one of {', '.join(table)}; rename it, move "
+            f"it away, or put pictures of it in {there} too"
+        )
+    return (
+        f"{path}: a class folder that is not in the label table; expected one of {', '.join(table)}; rename it, move "
+        "it away, or add it to FOLDER_TO_LABEL in config.py"
+    )
 
 
 def split_problems(config: Config, split: str, summary: dict) -> list[str]:
