@@ -9,6 +9,7 @@ import pytest
 from animals.command import UserError
 from animals.files import printable
 from animals.pictures import prepare as data
+from animals.training.preflight import check_output_dir
 from config import Config, read_table
 from tests.helpers.pictures import PNG, command, drawn, excluded, held, images, problems, run, train
 
@@ -83,3 +84,10 @@ def test_names_with_control_characters_reach_no_terminal_and_no_list(tree):
     with pytest.raises(UserError, match="without control characters"):
         read_table({"cat": "a\ncat"}, "")
     assert printable("écureuil \u200d\udcff") == "écureuil \u200d\\udcff"
+
+
+def test_an_output_dir_that_deepspeed_takes_for_a_pattern(tmp_path):
+    for name in ("out_[1]", "out*", "ou?"):
+        with pytest.raises(UserError, match="expected none, because DeepSpeed"):
+            check_output_dir(str(tmp_path / name))
+    check_output_dir(str(tmp_path / "out {1}"))

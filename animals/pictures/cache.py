@@ -50,11 +50,11 @@ def csv_file(config: Config, name: str, columns: list[str]):
 
 @contextmanager
 def lock(config: Config, moving: bool = False):
-    """with lock(config): no other process uses temp_dir with it, and none moves pictures of input_dir.
+    """with lock(config): no other process uses temp_dir meanwhile, and none moves pictures of input_dir.
 
-    moving: this process moves pictures, so no other one may read input_dir either, whatever its temp_dir. Everybody
-    takes the two locks in this order, so no two processes wait for each other. May be nested, unless `moving`. Raises
-    UserError if input_dir cannot be listed, or temp_dir (input_dir too, with `moving`) cannot be written to.
+    moving: this process moves pictures; then no other one builds or reads a cache of input_dir, whatever its temp_dir.
+    The lock of input_dir comes first, always, so that no two processes wait for each other. May be nested, but not with
+    `moving`. Raises UserError if input_dir cannot be listed, or temp_dir (with `moving` also input_dir) not written to.
     """
     from filelock import FileLock, Timeout
 
@@ -71,9 +71,10 @@ def lock(config: Config, moving: bool = False):
         os.makedirs(config.temp_dir, exist_ok=True)
         file = FileLock(temp_path(config, ".lock"), is_singleton=True)
         try:
-            held = file.acquire(timeout=2)  # seconds; the ranks of one run take turns, which is no news
+            held = file.acquire(blocking=False)
         except Timeout:
-            print(f"waiting: another command uses {config.temp_dir}", file=sys.stderr, flush=True)
+            if "RANK" not in os.environ:  # the ranks of one run take turns, which is no news
+                print(f"waiting: another command uses {config.temp_dir}", file=sys.stderr, flush=True)
             held = file.acquire()
         with held:
             yield
@@ -154,7 +155,7 @@ def checked_entry(config: Config, split: str, summary: dict | None = None) -> di
     """
     entry, path = read_cache(config).get(split), temp_path(config, f"{split}.json")
     if not entry or entry["json"] != size_and_time(path):
-        raise UserError(f"{path}: not found; expected the cache of {split}; run python data_process_utils.py")
+        raise UserError(f"{path}: found no complete cache of {split}; expected one; run python data_process_utils.py")
     there, own = entry["settings"], row_settings(config, split, entry["settings"]["geometry"])
     found = next(([f"the {k} {v!r}", f"{own[k]!r}"] for k, v in there.items() if v != own[k]), None)
     if not found and entry["stamp"] != listing(config, split)[2]:
