@@ -99,7 +99,7 @@ def folder_problems(config: Config, splits) -> list[str]:
         _, again, back = commands(config.input_dir, kind)
         path = manifest(config.input_dir, kind)
         problems.append(f"{path}: found a {kind} that was interrupted; finish it: {again}; or take it back: {back}")
-    for split in splits:
+    for split in () if problems else splits:  # half-moved folders say nothing more
         problems += missing_folders(config, [split]) or class_problems(config, split_folder(config, split))
     return problems
 
