@@ -225,10 +225,7 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
             )
         table = {name: name for name in subfolders(split)}
         if strange := [name for name in table if printable(name) != name]:
-            raise UserError(
-                f"--folder_to_label folders: found a class folder {strange[0]!r} in {split}; expected a name without "
-                "control characters; rename it"
-            )
+            raise UserError(f"{split}: found a class folder {strange[0]!r}; expected no control characters; rename it")
         if len(table) == 1 and (inside := subfolders(os.path.join(split, *table))):
             raise UserError(
                 f"--folder_to_label folders: found one folder in {split}, {', '.join(table)}, and folders in it "
