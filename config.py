@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from animals.command import UserError, yes_or_no
-from animals.files import subfolders
+from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
 # spider. For pictures of other things, `--folder_to_label folders` takes the folders' own names; or write them here.
@@ -225,13 +225,20 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
     """class folder -> label, from a dict, its JSON, or `folders`: those of train_data, else of validation_data."""
     if table == "folders":
         splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
-        names = next(filter(None, (subfolders(split) for split in splits if os.path.isdir(split))), [])
-        if not names:
+        split = next((split for split in splits if os.path.isdir(split) and subfolders(split)), None)
+        if not split:
             raise UserError(
-                f"--folder_to_label folders: found no folder in {' or '.join(splits)}; expected one folder per class; "
-                "put them there, or name another --input_dir"
+                f"--folder_to_label folders: found no folder in {' or '.join(splits)}{deeper(input_dir)}; expected one "
+                "folder per class; put them there, or name another --input_dir"
             )
-        return {name: name for name in names}
+        table = {name: name for name in subfolders(split)}
+        if strange := [name for name in table if printable(name) != name]:
+            raise UserError(f"{split}: found a class folder {strange[0]!r}; expected no control characters; rename it")
+        if len(table) == 1 and (inside := subfolders(os.path.join(split, *table))):
+            raise UserError(
+                f"--folder_to_label folders: found one folder in {split}, {', '.join(table)}, and folders in it "
+                f"({', '.join(inside[:4])}); expected the class folders in {split} itself; move them there"
+            )
     if isinstance(table, str):
         with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused in the next lines
             table = json.loads(table)

@@ -142,7 +142,7 @@ def main():
 
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
-    train_data, held_out = load_split(config, "train"), load_split(config, "validation")
+    train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
     say(describe(args, model_args, train_data, collator, len(held_out)))
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
         return

@@ -18,8 +18,8 @@ import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
 from animals.checkpoint.task import settings_for
 from animals.command import run
-from animals.files import read_csv, require_writable
-from animals.pictures.cache import load_split, temp_path
+from animals.files import require_writable
+from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
 from animals.pictures.prepare import check_inputs
@@ -77,7 +77,9 @@ def validate(args, config):
     """
     from accelerate import PartialState
 
-    data = load_split(config, "validation")
+    with lock(config):  # one state of the cache
+        data, known = load_split(config, "validation"), known_duplicates(config)
+        excluded = checked_entry(config, "validation")["excluded"]
     held_out = len(data)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
@@ -101,10 +103,9 @@ def validate(args, config):
         | {"sha256": sha, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
         for picture, t, p, sha, row in zip(pictures, truth, predicted, sha256, probability, strict=True)
     ]
-    right, known = [row["correct"] for row in rows], known_duplicates(config)
+    right = [row["correct"] for row in rows]
     groups = [known["group"][picture] for picture in pictures] if known else None
     right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
-    excluded = [row for row in read_csv(temp_path(config, "excluded.csv"))[1] if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "quarantined": with_quarantined(right, groups or pictures, right_there, len(quarantined)),
@@ -119,7 +120,7 @@ def validate(args, config):
         "per_device_eval_batch_size": batch_size,
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
+        "excluded": [{"image": image, "reason": reason} for image, reason in excluded],
         "comparison": against(args.compare_with, other, rows, other_rows) if args.compare_with else None,
     }
     return report, rows
