@@ -7,12 +7,10 @@ in --logging_dir TensorBoard's events.
 """
 
 import argparse
-import ctypes
 import difflib
 import functools
 import os
 import re
-import signal
 import sys
 
 import config as settings
@@ -23,7 +21,7 @@ from animals.command import UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
-from animals.ranks import barrier, choose_arithmetic, main_process, say
+from animals.ranks import barrier, choose_arithmetic, end_with_parent, main_process, say
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
@@ -113,7 +111,7 @@ def publish_if_finished(args, checkpoint, pictures) -> bool:
 def main():
     # Kill this rank if torchrun dies, or it would go on writing. A rank without torchrun (nohup) may outlive its shell.
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
+        end_with_parent()
 
     # Settings: the flags, and the checkpoint's own task.
     given, args, model_args, flags = parse(sys.argv[1:])

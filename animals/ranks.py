@@ -1,7 +1,9 @@
 """Which rank is the main process, and on which device and in which type all ranks compute. Imports torch late."""
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +20,11 @@ def barrier():
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def end_with_parent():
+    """From now on the system kills this process when the thread that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
 
 
 def say(message):

@@ -120,6 +120,47 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ra
     assert not (out / ".saving").exists() and newest_complete(out)[1] == []
 
 
+def signal_everyone(process, number):
+    """Signal every process of a run, as systemd does: launcher, ranks and data workers. -> the processes."""
+    launcher = psutil.Process(process.pid)
+    everyone = [launcher, *launcher.children(recursive=True)]
+    for one in everyone:
+        one.send_signal(number)
+    return everyone
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals"),
+    [
+        (2, [signal.SIGTERM, signal.SIGINT]),
+        pytest.param(2, [signal.SIGTERM] * 10, marks=pytest.mark.slow),
+        pytest.param(1, [signal.SIGINT] * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_every_process_saves(demo, tmp_path, ranks, signals):
+    """Data workers, too, get it, and a rank gets it twice, because the launcher passes it on. Then the run goes on."""
+    run, rng = (
+        command(
+            demo, tmp_path / "sft", f"--dataloader_num_workers 2 --save_steps 100 --max_steps {8 + 4 * len(signals)}"
+        ),
+        random.Random(0),
+    )
+    for number in signals:
+        everyone = []
+
+        def end(process, number=number, everyone=everyone):
+            time.sleep(rng.uniform(0, 1))
+            everyone += signal_everyone(process, number)
+
+        code, output = run_until("{'loss'", run, end, NUM_PROCESSES=ranks)
+        assert code == 128 + number, output[-3000:]
+        newest, passed_over = newest_complete(tmp_path / "sft")
+        assert f"stopped after step {newest.rsplit('-', 1)[1]}" in output and not passed_over
+        assert len(everyone) >= 3 * ranks and psutil.wait_procs(everyone, timeout=10)[1] == []
+    code, output = run_until("nothing", run, None, NUM_PROCESSES=ranks)
+    assert code == 0 and "resuming from" in output, output[-3000:]
+
+
 def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
     out = tmp_path / "sft"
 
