@@ -9,6 +9,8 @@ import sys
 
 from animals.command import UserError
 
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # the signals that end a run
+
 
 def main_process() -> bool:
     """Whether this is rank 0: the one that prints and writes files."""

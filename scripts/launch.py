@@ -8,8 +8,10 @@ must correct is reported within a second or two, before torch is imported. The e
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
+import math
 import os
 import runpy
 import signal
@@ -18,10 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
+from animals.checkpoint.steps import delete_old_rehearsal, newest_complete, states_file
 from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError, run
 from animals.pictures.prepare import check_inputs
-from animals.ranks import count_gpus
+from animals.ranks import STOPPING, count_gpus
 from animals.training.preflight import check_output_dir
 
 
@@ -77,18 +80,19 @@ def pass_signals_on():
     def pass_on(number, frame):
         ranks = psutil.Process().children()
         for rank in ranks:
-            rank.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                rank.send_signal(number)
         if not ranks:
             sys.exit(128 + number)
 
     # torchrun's --signals-to-handle: it would kill the ranks after 30 s, less than a checkpoint of the 7B takes.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
 
 
-def start_ranks(training, config_file, processes, script, flags):
+def start_ranks(training, config_file, processes, script, flags, output_dir, deepspeed):
     """Start the ranks and wait for them. If one fails, end with its exit code, or 128 + the signal that killed it."""
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -105,9 +109,15 @@ def start_ranks(training, config_file, processes, script, flags):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # of a killed one: -signal
-        if code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
+        if "--rehearse" in flags:
+            with contextlib.suppress(UserError):  # another rehearsal's
+                delete_old_rehearsal(output_dir)
+        if -code in STOPPING:  # while training, a rank ends by itself
+            print(f"{signal.Signals(-code).name}: the run has ended; there was nothing to save", file=sys.stderr)
+        elif code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
+            last = training and newest_complete(output_dir, states_file(deepspeed), math.inf)[0]
+            again = f"; `sh train.sh` again continues from {last}" if last else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
         sys.exit(code if code >= 0 else 128 - code)
 
@@ -141,7 +151,7 @@ def main():
     pass_signals_on()
     # Its long message about a failed rank says less than our line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    start_ranks(training, config_file, processes, script, flags)
+    start_ranks(training, config_file, processes, script, flags, args.output_dir, deepspeed)
 
 
 if __name__ == "__main__":

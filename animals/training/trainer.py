@@ -29,7 +29,7 @@ from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newe
 from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
-from animals.ranks import barrier, end_with_parent, main_process, say
+from animals.ranks import STOPPING, barrier, end_with_parent, main_process, say
 from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
@@ -37,9 +37,6 @@ from animals.training.describe import batch_sizes
 from animals.training.parts import load_trained, save_trained
 
 CARD = Path(__file__).with_name("model_card.md")
-
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopOnSignal(TrainerCallback):
