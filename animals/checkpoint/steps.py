@@ -237,7 +237,7 @@ def find_start(args, record, last_step):
             )
         if not chosen and word == "true":
             raise UserError(
-                f"--resume_from_checkpoint {word}: found no complete checkpoint-N in {args.output_dir}; expected one; "
+                f"--resume_from_checkpoint True: found no complete checkpoint-N in {args.output_dir}; expected one; "
                 "without the flag a new run starts"
             )
     if chosen:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from animals.checkpoint.load import zero3_is_on
-from animals.checkpoint.save import add_other_files
+from animals.checkpoint.save import add_other_files, share_weights
 from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
 from animals.checkpoint.task import task_of
 from animals.command import UserError
@@ -251,6 +251,7 @@ class AnimalTrainer(SFTTrainer):
             if main_process():
                 if self.parts_in_float32():
                     save_trained(self.model, folder)
+                    share_weights(folder)
                 write_json(os.path.join(folder, "run.json"), self.record)
                 write_manifest(folder)
                 rotate_checkpoints(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
