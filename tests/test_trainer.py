@@ -1,4 +1,4 @@
-"""AnimalTrainer and what it changes: no mask in training, evaluation before step 1, fillers, the signals, where a run starts."""
+"""AnimalTrainer and what it changes: the mask, evaluation before step 1, fillers, signals, where a run starts."""
 
 import json
 import os
