@@ -178,7 +178,8 @@ def test_a_model_without_states_is_published_or_refused_and_others_may_read_it(d
     command = (
         f"sh train.sh --input_dir {demo.input} --temp_dir {demo.cache} --model_name_or_path {demo.model} --output_dir "
         f"{out} --logging_dir {tmp_path}/logs --eval_strategy no --eval_on_start False --save_only_model True "
-        "--save_steps 1 --config_file scripts/ddp.yaml --train_parts projector --gradient_accumulation_steps 1 --max_steps"
+        "--save_steps 1 --config_file scripts/ddp.yaml --train_parts projector --gradient_accumulation_steps 1 "
+        "--max_steps"
     )
     try:
         run(f"{command} 2", code=0)
