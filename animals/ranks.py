@@ -1,11 +1,15 @@
 """Which rank is the main process, and on which device and in which type all ranks compute. Imports torch late."""
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 from animals.command import UserError
+
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # the signals that end a run
 
 
 def main_process() -> bool:
@@ -18,6 +22,11 @@ def barrier():
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def end_with_parent():
+    """From now on the system kills this process when the thread that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
 
 
 def say(message):

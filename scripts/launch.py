@@ -7,8 +7,10 @@ One process per visible GPU, or one; NUM_PROCESSES=n overrides (without a GPU: n
 must correct is reported within a second or two, before torch is imported. The exit code is the script's own.
 """
 
+import contextlib
 import importlib.util
 import logging
+import math
 import os
 import runpy
 import signal
@@ -17,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
-from animals.checkpoint.steps import newest_complete
+from animals.checkpoint.steps import delete_old_rehearsal, newest_complete, states_file
 from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError, run
 from animals.files import looked_up, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.ranks import count_gpus
+from animals.ranks import STOPPING, count_gpus
 from animals.training.preflight import check_output_dir
 
 
@@ -80,18 +82,19 @@ def pass_signals_on():
     def pass_on(number, frame):
         ranks = psutil.Process().children()
         for rank in ranks:
-            rank.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                rank.send_signal(number)
         if not ranks:
             sys.exit(128 + number)
 
     # torchrun's --signals-to-handle: it would kill the ranks after 30 s, less than a checkpoint of the 7B takes.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
 
 
-def start_ranks(args, training, config_file, processes, script, flags):
+def start_ranks(args, training, config_file, processes, script, flags, deepspeed):
     """Start the ranks and wait for them. If one fails, end with its exit code, or 128 + the signal that killed it."""
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -108,10 +111,15 @@ def start_ranks(args, training, config_file, processes, script, flags):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # of a killed one: -signal
-        if code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
+        if "--rehearse" in flags:
+            with contextlib.suppress(UserError):  # another rehearsal's
+                delete_old_rehearsal(args.output_dir)
+        if -code in STOPPING:  # while training, a rank ends by itself
+            print(f"{signal.Signals(-code).name}: the run has ended; there was nothing to save", file=sys.stderr)
+        elif code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            newest = training and not args.trial and newest_complete(args.output_dir)[0]
-            again = f"; `sh train.sh` with the same flags continues from {newest}" if newest else ""
+            found = training and not args.trial and newest_complete(args.output_dir, states_file(deepspeed), math.inf)
+            again = f"; `sh train.sh` with the same flags continues from {found[0]}" if found and found[0] else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
         sys.exit(code if code >= 0 else 128 - code)
 
@@ -147,7 +155,7 @@ def main():
     pass_signals_on()
     # Its long message about a failed rank says less than our line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    start_ranks(args, training, config_file, processes, script, flags)
+    start_ranks(args, training, config_file, processes, script, flags, deepspeed)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards
 from animals.checkpoint.load import load_processor, zero3_is_on
+from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
@@ -121,7 +122,10 @@ def tracker_problems(names) -> list[str]:
 
 
 def check_output_dir(output_dir):
-    """Raises UserError unless output_dir can be written to and is absent, empty or an earlier run of train.py."""
+    """Raises UserError unless output_dir can be written to and is absent, empty or a run of train.py that has ended."""
+    for folder in filter(os.path.isdir, (output_dir, rehearsal_folder(output_dir))):
+        with run_lock(folder, shared=True):  # another check does not count
+            pass
     content = sorted(os.listdir(output_dir)) if os.path.isdir(output_dir) else []
     if content and not any(name in ("run.json", ".saving") or name.startswith("checkpoint-") for name in content):
         raise UserError(
