@@ -146,7 +146,7 @@ MISTAKES = {  # flags -> what is said
     "{pictures} --output new.html --html": "--output new.html: found no name for a CSV",
     "{pictures} --output /proc/new.csv": "--output /proc: found /proc, where no file can be written",
     "{text}": "{text}: found no picture (.txt 1)",
-    "no/such/folder": "no/such/folder: not found; expected a picture or a folder of pictures",
+    "no/such/folder": "no/such/folder (looked up as {here}/no/such/folder): not found; expected a picture or a folder",
 }
 
 
@@ -154,7 +154,13 @@ MISTAKES = {  # flags -> what is said
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
-    places = {"old": old, "pictures": pictures, "folder": tmp_path / "folder", "text": tmp_path / "text"}
+    places = {
+        "old": old,
+        "pictures": pictures,
+        "folder": tmp_path / "folder",
+        "text": tmp_path / "text",
+        "here": os.getcwd(),
+    }
     for name in ("folder", "folder.html", "text"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "notes.txt").write_text("x")
