@@ -12,14 +12,13 @@ these add up to 1. A picture that cannot be read has a row with an error. Each r
 """
 
 import csv
-import hashlib
 import io
 import os
 import sys
 
 import config as settings
 from animals.checkpoint.check import require_checkpoint
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import UserError, run
 from animals.files import replacing
 from animals.pictures.read import list_pictures
@@ -40,14 +39,6 @@ def find_pictures(paths):
     if not found:
         raise UserError(f"{', '.join(paths)}: found no picture; put some there, or name pictures or folders")
     return found
-
-
-def checkpoint_id(path, dtype, config):
-    """Twelve digits that change with the checkpoint's files (name, size, time), the dtype and the question."""
-    with os.scandir(path) as entries:
-        files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-    asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
-    return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
 
 
 def make_row(labels, min_probability, checkpoint, picture, probability, error):
@@ -83,9 +74,8 @@ def name_pictures(args, config, pictures):
     """Loads the model, then returns an iterator over batches: [(picture, probabilities [labels], error or None)]."""
     from accelerate import PartialState
 
-    on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
-    PartialState(cpu=on_cpu)  # the first call decides where this process computes
-    scorer, model = load_scorer(args.model_name_or_path, config, dtype)
+    PartialState(cpu=args.use_cpu)  # the first call decides where this process computes
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     places, size = range(len(pictures)), args.per_device_eval_batch_size
     batches = [places[i : i + size] for i in places[::size]]
     scored = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
@@ -113,6 +103,7 @@ def main():
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"--output {output}: {folder} is not a folder that can be written to")
     header = ["image", "prediction", "probability", "error", *GUESSES, "checkpoint", *config.labels]
+    args.use_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     checkpoint = checkpoint_id(model, args.dtype, config)
     finished = []
     if args.resume and os.path.exists(output):

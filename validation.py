@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
 from animals.pictures.cache import load_split
 from animals.pictures.duplicates import known_duplicates
@@ -65,6 +65,7 @@ def validate(args, config):
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "model": args.model_name_or_path,
+        "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "step": global_step(args.model_name_or_path),
         "held_out": held_out,  # more than n with --on_eval_pictures

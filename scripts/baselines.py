@@ -22,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 import config as settings
 from animals.checkpoint.check import read_shards, require_checkpoint
 from animals.checkpoint.steps import checkpoint_name
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import Findings, UserError, run
 from animals.files import read_json
 from animals.pictures.cache import load_split
 from animals.pictures.prepare import check_inputs
+from animals.ranks import choose_arithmetic
 from animals.scoring.features import STRENGTHS, Encoder, encoder_name, features, load_tower, precision, regression
 from animals.scoring.metrics import compare, paired, wilson_interval
 from animals.scoring.report import read_report, write_report
@@ -66,18 +67,22 @@ def check_clip(folder):
 
 
 def find_report(checkpoint, config, report, pictures, report_dir):
-    """The folder of the checkpoint's report on the pictures and the question of `report`; made if there is none yet."""
+    """The folder of the checkpoint's report on the pictures and the question of `report`; made if there is none yet.
+
+    A report that is there is used if its checkpoint had today's files, question, answers and dtype (checkpoint_id).
+    """
     folder = os.path.join(report_dir, checkpoint_name(checkpoint))
+    values = {name: getattr(config, name) for name in FIELDS} | {"folder_to_label": json.dumps(config.folder_to_label)}
+    asked = settings_for(settings.Config(**values), checkpoint)  # as validation.py does
+    identity = checkpoint_id(checkpoint, choose_arithmetic(False, report["dtype"])[1], asked)
     try:
-        if untuned(folder, pictures)[1] == {"model": checkpoint, "prompt": config.question}:
+        if untuned(folder, pictures)[1]["checkpoint"] == identity:
             return folder
     except UserError:
         pass  # there is none, or one of other pictures
     print(f"scoring {checkpoint}, the baseline `untuned`, which has no report on these pictures yet", file=sys.stderr)
-    values = {name: getattr(config, name) for name in FIELDS}
     values |= {name: report[name] for name in ("dtype", "per_device_eval_batch_size")}
-    values |= {"folder_to_label": json.dumps(config.folder_to_label), "eval_pictures": report["n"]}
-    values |= {"model_name_or_path": checkpoint, "report_dir": report_dir}
+    values |= {"eval_pictures": report["n"], "model_name_or_path": checkpoint, "report_dir": report_dir}
     command = [sys.executable, ROOT / "scripts" / "launch.py", "validation.py"]
     command += [f"--{name}={value}" for name, value in values.items()]
     command += ["--on_eval_pictures"] * (report["n"] < report["held_out"])
@@ -90,7 +95,7 @@ def untuned(folder, pictures):
     """(a label per picture, further keys of the row) from the report in `folder`; pictures as paired() takes them."""
     report, rows = read_report(folder)
     answers = [row["prediction"] for row in paired(pictures, rows, folder)]
-    return answers, {"model": report["model"], "prompt": report.get("question")}
+    return answers, {key: report.get(key) for key in ("model", "checkpoint", "question")}
 
 
 def probe(model, config, rows):

@@ -1,5 +1,7 @@
 """The table of baselines: each row against a direct computation on the same pictures, with a tiny random CLIP."""
 
+import json
+import shutil
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -129,6 +131,23 @@ def test_a_report_of_the_untuned_checkpoint_will_do(run, table, demo):
         assert after == {name: before[name] for name in ("majority", "untuned")} and same_rows == rows
     page = (root / "reports" / demo.checkpoint.name / "report.html").read_text(encoding="utf-8")
     assert 'data-key="baselines.untuned.accuracy"' in page
+
+
+def test_a_report_of_other_files_is_made_again(run, table, demo, tmp_path):
+    """The same folder with other grids of tiles sees other things: its old report says nothing about it."""
+    root, command, _ = table
+    model = shutil.copytree(demo.model, tmp_path / "before")
+    scored = []
+    for view in (None, None, [[96, 96], [96, 192]]):
+        for name in ("config.json", "preprocessor_config.json") if view else ():
+            content = json.loads((model / name).read_text()) | {"image_grid_pinpoints": view}
+            (model / name).write_text(json.dumps(content))
+        done = run(f"{command} --untuned {model}", code=0)
+        scored.append("scoring" in done.output)
+        report, found, _ = read(root, demo.checkpoint)
+        assert found["untuned"]["accuracy"] == read(root, model)[0]["accuracy"], "the row is that of the report"
+        assert read(root, model)[0]["checkpoint"] == found["untuned"]["checkpoint"] != report["checkpoint"]
+    assert scored == [True, False, True]
 
 
 def test_what_is_missing_is_said_before_anything_loads(run, table, tmp_path):
