@@ -79,6 +79,8 @@ def validate(args, config):
         "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
         "comparison": None,
     }
+    for row, group in zip(rows, groups or range(len(rows)), strict=True):
+        row["group"] = group  # equal for near-duplicates: baselines.py widens its intervals by it
     if args.compare_with:
         changed = [
             {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
@@ -86,7 +88,7 @@ def validate(args, config):
             if row["prediction"] != before["prediction"]
         ]
         about = {"model": other["model"], "where": args.compare_with, "changed": changed}
-        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | about
+        report["comparison"] = compare(right, [row["correct"] for row in other_rows], groups) | about
     return report, rows
 
 

@@ -29,7 +29,7 @@ from animals.pictures.cache import load_split
 from animals.pictures.prepare import check_inputs
 from animals.ranks import choose_arithmetic
 from animals.scoring.features import STRENGTHS, Encoder, encoder_name, features, load_tower, precision, regression
-from animals.scoring.metrics import compare, paired, wilson_interval
+from animals.scoring.metrics import compare, design_effect, paired, wilson_interval
 from animals.scoring.report import read_report, write_report
 
 CLIP_PROMPT = "a photo of a {label}"  # CLIP's own (openai/CLIP README)
@@ -145,18 +145,23 @@ def clip(folder, config, labels, rows):
 def baseline(name, rows, answers, further):
     """The baseline's row in report.json: its accuracy and the model's difference to it, from its answer per picture."""
     right = [row["label"] == answer for row, answer in zip(rows, answers, strict=True)]
-    found = compare([row["correct"] for row in rows], right)
-    accuracy = {"accuracy": found["other_accuracy"], "accuracy_ci95": wilson_interval(sum(right), len(right))}
-    keys = ("difference", "difference_ci95", "mcnemar_p", "only_this", "only_other")
+    groups = [row["group"] for row in rows]
+    found, effect = compare([row["correct"] for row in rows], right, groups), design_effect(groups)
+    accuracy = {"accuracy": found["other_accuracy"], "accuracy_ci95": wilson_interval(sum(right), len(right), effect)}
+    keys = ("difference", "difference_ci95", "verdict", "only_this", "only_other")
     return {"name": name} | accuracy | {key: found[key] for key in keys} | further
 
 
 def print_baselines(rows):
     """Print the table of scripts/baselines.py, rows of report["baselines"]. difference: this checkpoint - baseline."""
-    print(f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval      {'p':>7}")
-    line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {mcnemar_p:>7.3g}"
+    print(
+        f"\n{'baseline':<12} {'accuracy':>8}  95 % interval   {'difference':>10}  95 % interval     this checkpoint is"
+    )
+    line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {verdict}"
     for row in rows:
-        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row))
+        verdict = {"not_established": "not established to be better or worse"}.get(row["verdict"], row["verdict"])
+        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row | {"verdict": verdict}))
+    print("on these pictures, for one training run of each")
 
 
 def main():
@@ -167,6 +172,11 @@ def main():
     parser.add_argument("--clip_model", metavar="DIR", help="e.g. a copy of openai/clip-vit-large-patch14-336")
     args = parser.parse_args()
     report, rows = read_report(args.report)
+    if "group" not in rows[0]:  # an older version wrote it
+        raise UserError(
+            f"{args.report}: found no column group in its predictions.csv; expected one, which tells near-duplicates "
+            "apart from other pictures; run validation.sh for that checkpoint again"
+        )
     folder = os.path.abspath(args.report if os.path.isdir(args.report) else os.path.dirname(args.report))
     config, problems = settings_for(settings.config_from(args), report["model"]), Findings()
     model, untuned_report = args.untuned or "model", None

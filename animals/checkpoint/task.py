@@ -46,7 +46,7 @@ def read_task(path) -> dict | None:
 
 
 def checkpoint_id(path, dtype, config: Config) -> str:
-    """Twelve digits that change with the checkpoint's files (name, size, time), an adapter's base, what is asked, dtype.
+    """Twelve digits that change with the checkpoint's files (name, size, time), its base's, dtype and question.
 
     dtype: the type in which the model computes, as choose_arithmetic() returns it. config: resolved by settings_for().
     """
