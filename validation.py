@@ -46,20 +46,20 @@ def validate(args, config):
         other, other_rows = read_report(args.compare_with)
         ours = list(zip(pictures, sha256, data["label"], strict=True))
         other_rows = paired(ours, other_rows, f"--compare_with {args.compare_with}")
-    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype, end=not args.without_end)
     labels, started = scorer.labels, time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
     probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
-    truth = [labels.index(label) for label in data["label"]]
+    truth, known = [labels.index(label) for label in data["label"]], known_duplicates(config)
+    groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
     rows = [
         {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
-        | {"sha256": sha, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
-        for picture, t, p, sha, row in zip(pictures, truth, predicted, sha256, probability, strict=True)
+        | {"sha256": sha, "group": group, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
+        for picture, t, p, sha, group, row in zip(pictures, truth, predicted, sha256, groups, probability, strict=True)
     ]
-    right, known = [row["correct"] for row in rows], known_duplicates(config)
-    groups = [known["group"][picture] for picture in pictures] if known else None
+    right = [row["correct"] for row in rows]
     with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
         excluded = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
@@ -72,15 +72,12 @@ def validate(args, config):
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,
-        "dtype": args.dtype,
-        "per_device_eval_batch_size": batch_size,
+        **{key: vars(args)[key] for key in ("dtype", "without_end", "per_device_eval_batch_size")},
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
         "comparison": None,
     }
-    for row, group in zip(rows, groups or range(len(rows)), strict=True):
-        row["group"] = group  # equal for near-duplicates: baselines.py widens its intervals by it
     if args.compare_with:
         changed = [
             {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
@@ -97,6 +94,7 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], fields)
     add_inference_flags(parser)
     parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
+    parser.add_argument("--without_end", action="store_true", help="leave </s> out: for a model that is not fine-tuned")
     parser.add_argument("--report_dir", default="logs/validation", help="each checkpoint's report gets a folder in it")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
     args = parser.parse_args()
