@@ -145,20 +145,6 @@ def test_macro_f1_is_over_the_labels_that_have_pictures():
     assert report["macro_f1"] > 0.9
 
 
-def test_answers_of_one_class_only_are_named():
-    def warned(*pairs):
-        truth, said = zip(*pairs, strict=True)
-        found = metrics.measure(["a", "b", "c"], truth, said)["warnings"]
-        return [(row["label"], row["answers"], row["pictures"]) for row in found]
-
-    few = [(0, 0)] * 9 + [(1, 0)] * 9
-    assert warned(*few, (2, 0)) == [("a", 19, 9)]
-    assert warned(*few, (2, 0), *[(2, 2)] * 3) == [], "90 % at most"
-    assert warned(*[(0, 0)] * 19, (1, 0)) == [], "most pictures do show it"
-    assert warned(*[(0, 0)] * 19, *[(1, 0)] * 10) == [("b", 0, 10)]
-    assert warned(*[(0, 1)] * 9) == [("b", 9, 0)], "fewer than ten pictures of a"
-
-
 def test_calibration_is_scikit_learns():
     random = np.random.default_rng(1)
     confidence = np.concatenate([random.uniform(0.1, 1, 400), [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]])

@@ -75,7 +75,6 @@ def made(tmp_path_factory):
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": versus | {"model": "m2", "where": "there", "changed": changed},
         "baselines": [baseline], "duplicates": duplicates,
-        "warnings": [{"label": "never said", "answers": 0, "pictures": 6}],
     }  # fmt: skip
     folder = root / "logs" / "a report"
     write_report(report, rows, str(folder))
@@ -132,7 +131,6 @@ def expected_numbers(folder, report, other_right):
             want[f"{key}{name}low"], want[f"{key}{name}high"] = c["difference_ci95"]
         want |= {"baselines.probe.difference": c["difference"], "baselines.probe.accuracy": sum(other_right) / len(y)}
         want["baselines.probe.low"], want["baselines.probe.high"] = wilson_interval(sum(other_right), len(y))
-        want |= {"warnings.never said.answers": 0, "warnings.never said.pictures": 6}
         want |= {"duplicates.identical": 3, "duplicates.near_duplicates": 2, "duplicates.n_without": 45}
         want |= {"duplicates.accuracy_without": sum(right[5:]) / 45, "duplicates.groups": 40}
         want["duplicates.low"], want["duplicates.high"] = wilson_interval(sum(right[5:]), 45)

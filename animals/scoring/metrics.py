@@ -70,43 +70,22 @@ def measure(labels, truth, predicted, probability=None, groups=None):
         },
         "confusion_matrix": confusion.tolist(),  # [truth][prediction]
         "labels": labels,
-        "warnings": one_sided_answers(labels, support.tolist(), confusion.sum(axis=0).tolist()),
     }
     if probability is not None:
         confidence = [row[p] for row, p in zip(probability, predicted, strict=True)]
         right = [t == p for t, p in zip(truth, predicted, strict=True)]
         report["log_loss"] = float(log_loss(truth, probability, labels=classes))
-        report |= {"calibration": calibration(confidence, right, groups)}
-        report |= {"answered": answered(confidence, right, groups)}
+        report["calibration"] = calibration(confidence, right, groups)
+        report["answered"] = answered(confidence, right, groups)
         report["ece"] = report["calibration"]["ece"]
     return report
-
-
-def one_sided_answers(labels, pictures, answers):
-    """[{label, answers, pictures}] where the model seems to have stopped to look at the pictures.
-
-    pictures, answers: how many pictures show each label, and how many got it as their answer. A label is listed that
-    takes over 90 % of the answers but has less than half of the pictures, or that has ten pictures and no answer.
-    """
-    n = sum(pictures)
-    return [
-        {"label": label, "answers": said, "pictures": shown}
-        for label, shown, said in zip(labels, pictures, answers, strict=True)
-        if (said > 0.9 * n and shown < 0.5 * n) or (shown >= 10 and not said)
-    ]
-
-
-def one_sided_lines(report):
-    """A warning, one line each, for what one_sided_answers() found."""
-    said = "warning: the model answered {label!r} for {answers} of {n} pictures, but {pictures} of them show it"
-    return [said.format(n=report["n"], **row) for row in report["warnings"]]
 
 
 def calibration(confidence, right, groups=None):
     """Is the model right as often as its probabilities say?
 
-    confidence: the probability of each answer that was given; right: whether that answer was correct; groups: as in
-    measure(). The dict holds
+    confidence: the probability of each answer that was given; right: whether it was correct; groups: as in measure().
+    The dict holds
     ece: expected calibration error, the sum over bins of n / N x |accuracy - confidence| (Guo et al. 2017,
     arXiv:1706.04599). The bins hold equally many pictures (Nguyen and O'Connor 2015, arXiv:1508.05154): most
     probabilities are close to 1, and bins of equal width would put them all into one. Equal probabilities share a bin.
@@ -123,7 +102,6 @@ def calibration(confidence, right, groups=None):
     _, group = np.unique(range(n) if groups is None else groups, return_inverse=True)
     edges = np.percentile(confidence, np.linspace(0, 100, CALIBRATION_BINS + 1))[1:-1]
     _, bin_of = np.unique(np.searchsorted(edges, confidence), return_inverse=True)  # empty bins have no number
-
     inside = np.eye(bin_of.max() + 1)[bin_of]  # [pictures, bins], 1 where a picture is in the bin
 
     def errors(outcome):
@@ -204,12 +182,9 @@ def compare(right, other_right, groups=None):
     """
     from scipy.stats import norm
 
-    n, pairs, effect = (
-        len(right),
-        list(zip(right, other_right, strict=True)),
-        design_effect(groups or range(len(right))),
-    )
+    n, pairs = len(right), list(zip(right, other_right, strict=True))
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    effect = design_effect(groups or range(n))
     size = n / effect + 2
     up, down = (gained / effect + 1) / size, (lost / effect + 1) / size
     half = float(norm.ppf(0.975)) * sqrt((up + down - (up - down) ** 2) / size)

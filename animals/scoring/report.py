@@ -6,7 +6,6 @@ import os
 
 from animals.command import UserError
 from animals.files import write_json
-from animals.scoring.metrics import one_sided_lines
 from animals.scoring.page import report_page, write_index
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
@@ -64,7 +63,7 @@ def print_report(report, folder):
         f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
         f"{report['macro_f1']:.4f}"
     )
-    print("\n".join([duplicates_line(report), calibration_line(report), *one_sided_lines(report)]))
+    print(f"{duplicates_line(report)}\n{calibration_line(report)}")
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(

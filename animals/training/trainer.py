@@ -27,7 +27,7 @@ from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
-from animals.scoring.metrics import measure, one_sided_lines
+from animals.scoring.metrics import measure
 from animals.scoring.scorer import score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
@@ -156,8 +156,6 @@ class AnimalTrainer(SFTTrainer):
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
-        for line in one_sided_lines(report):
-            say(f"step {self.state.global_step}: {line}")
         metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
         metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
         metrics |= {"runtime": seconds, "samples_per_second": n / seconds}
