@@ -22,7 +22,7 @@ from animals.scoring.metrics import compare
 from animals.scoring.report import read_report
 from animals.scoring.scorer import Scorer, load_scorer
 from config import Config
-from scripts.baselines import find_report
+from scripts import baselines
 
 LABELS, FOLDERS = Config().labels, Config().folder_to_label
 PER_CLASS = 4  # of the demo's pictures, in each split
@@ -89,7 +89,7 @@ def test_each_row_is_what_a_direct_computation_gives(table, demo, tiny_clip):
     ways = {"end_counted": "reports", "end_ignored": "reports/without_end"}
     ways = {way: [row["prediction"] for row in read(root, demo.model, folder)[2]] for way, folder in ways.items()}
     said = {"majority": ["cat"] * len(rows), "untuned": better(found, "untuned", ways, truth)}
-    said["generated"] = generated(demo, pictures)
+    said["generated"] = generated(demo.model, pictures)
     said["probe"] = probe(root, demo, rows)
     said["hidden"] = hidden(root, demo, rows)
     ways = {view: zero_shot(tiny_clip, pictures, view == "squeezed") for view in ("centre_crop", "squeezed")}
@@ -137,9 +137,9 @@ def zero_shot(folder, pictures, squeezed):
     return [LABELS[k] for k in scores.argmax(1).tolist()]
 
 
-def generated(demo, pictures):
+def generated(path, pictures):
     """One picture at a time, without our Scorer."""
-    processor, model, said = load_processor(str(demo.model)), load_model(str(demo.model), "float32"), []
+    processor, model, said = load_processor(str(path)), load_model(str(path), "float32"), []
     text = processor.apply_chat_template(Config().conversation(), Config().chat_template, tokenize=False)
     longest = max(len(processor.tokenizer(label)["input_ids"]) for label in LABELS) + 1  # and </s>
     for picture in pictures:
@@ -164,6 +164,15 @@ def hidden(root, demo, rows):
     assert np.allclose(np.sort(kept, axis=0), np.sort(wanted, axis=0), atol=1e-3)
     answers = [FOLDERS[Path(p).parent.name] for p in paths]
     return fit(np.stack(wanted[: len(paths)]), answers, np.stack(wanted[len(paths) :]))[0]
+
+
+def test_generated_words_are_the_models_own(table, demo):
+    """In batches as one by one, with a model that has learned to say labels."""
+    report, _, rows = read(table[0], demo.checkpoint)
+    found, further = baselines.generated(str(demo.checkpoint), Config(), report | {"dtype": "float32"}, rows)
+    assert found == generated(demo.checkpoint, [load_picture(row["image"]) for row in rows])
+    assert np.mean([answer == row["label"] for answer, row in zip(found, rows, strict=True)]) > 0.7
+    assert further == {"model": str(demo.checkpoint)}
 
 
 def test_the_untuned_model_is_asked_in_three_orders(table, demo):
@@ -246,7 +255,7 @@ def test_a_report_of_other_files_is_made_again(table, demo, tmp_path, capsys):
         for name in ("config.json", "preprocessor_config.json") if view else ():
             content = json.loads((model / name).read_text()) | {"image_grid_pinpoints": view}
             (model / name).write_text(json.dumps(content))
-        folder = find_report(str(model), config, report, pictures, f"{tmp_path}/reports")
+        folder = baselines.find_report(str(model), config, report, pictures, f"{tmp_path}/reports")
         made.append((read_report(folder)[0]["checkpoint"], "scoring" in capsys.readouterr().err))
     (first, _), *_, (last, _) = made
     assert made == [(first, True), (first, False), (last, True)] and len({first, last, report["checkpoint"]}) == 3
