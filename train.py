@@ -19,7 +19,7 @@ import config as settings
 from animals.checkpoint import steps
 from animals.checkpoint.load import load_for_training, zero3_is_on
 from animals.checkpoint.task import changed_task_flags, settings_for
-from animals.command import UserError, run
+from animals.command import Findings, UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
@@ -28,7 +28,7 @@ from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import freeze, read_parts
-from animals.training.preflight import check_run
+from animals.training.preflight import check_flags, check_run
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -42,15 +42,23 @@ def make_parser():
         def error(self, message):
             raise UserError(f"{message}; `python train.py --help` lists every flag")
 
-    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, description=__doc__.partition("\n")[0])
+    about = {"description": __doc__.partition("\n")[0], "conflict_handler": "resolve"}
+    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, **about)
     settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts"))
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
+    parser.add_argument("--report_to", nargs="+", help="trackers, e.g. tensorboard,wandb; or none")  # instead of TRL's
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, and end there")
     parser.add_argument("--rehearse", action="store_true", help="measure a few steps and a checkpoint; keep nothing")
     parser.set_defaults(**settings.TRAINING_DEFAULTS, dataloader_num_workers=None)
     return parser
+
+
+def nearest(flag, known) -> list[str]:
+    """The known flag that `flag` was likely meant to be, if there is one: rather one with the same first word."""
+    related = [name for name in known if name.split("_")[0] == flag.split("_")[0]]
+    return difflib.get_close_matches(flag, related, 1, 0.8) or difflib.get_close_matches(flag, known, 1, 0.8)
 
 
 def parse(argv):
@@ -60,14 +68,15 @@ def parse(argv):
     that ZeRO-3 is on (integrations/deepspeed.py). Without that, every rank loads all 15 GB.
     """
     parser = make_parser()
-    flags, unknown = parser.parse_known_args(argv)
+    flags, unknown = parser.parse_known_args(settings.with_underscores(argv))
     if unknown:
         names = [word for word in unknown if word.startswith("-")] or unknown
-        known = re.findall(r"--\w+", parser.format_usage())
-        near = difflib.get_close_matches(names[0].split("=")[0], known, n=1, cutoff=0.8)
+        near = nearest(names[0].split("=")[0], re.findall(r"--\w+", parser.format_usage()))
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
-    if problems := settings.range_problems(vars(flags)):
-        raise UserError("\n".join(problems))
+    flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
+    findings = Findings(settings.range_problems(vars(flags)))
+    findings.attempt(check_flags, flags, parser.get_default)
+    findings.report()
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()

@@ -10,6 +10,7 @@ import fcntl
 import io
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -28,12 +29,37 @@ def replacing(path, mode="w", **options):
         part.unlink(missing_ok=True)
 
 
-def read_json(file):
+MAX_JSON = 64_000_000  # bytes; the largest tokenizer.json of a known model has 33,000,000
+
+
+def open_regular(file):
+    """open(file, "rb"), if it is a regular file: a pipe or a device might never end.
+
+    Raises FileNotFoundError, or UserError if it is anything else or may not be read.
+    """
     try:
-        with open(file, encoding="utf-8") as opened:
-            return json.load(opened)
-    except ValueError as error:
-        raise UserError(f"{file}: found {error}; expected JSON; restore the file") from None
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return open(file, "rb")
+        reason = "a folder, a pipe or a device"
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror
+    raise UserError(f"{file}: cannot be read: found {reason}; expected a file; restore it, or change its rights")
+
+
+def read_json(file, kind=dict):
+    """The content of a JSON file, which must be a `kind`. Raises FileNotFoundError, or UserError for anything else."""
+    with open_regular(file) as opened:
+        try:
+            if (size := os.fstat(opened.fileno()).st_size) > MAX_JSON:
+                raise ValueError(f"{size:,} bytes, more than {MAX_JSON:,}")
+            if isinstance(content := json.loads(opened.read().decode()), kind):
+                return content
+            reason = f"a {type(content).__name__} in place of a {kind.__name__}"
+        except (ValueError, RecursionError) as error:
+            reason = error
+    raise UserError(f"{file}: found {reason}; expected JSON; restore the file")
 
 
 def write_json(file, content):
@@ -76,6 +102,11 @@ def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{path}: found {error}; expected a CSV file in UTF-8; save it as `CSV UTF-8`") from None
     columns, *rows = lines or [[]]
     return columns, [dict(zip(columns, row, strict=False)) for row in rows if row]
+
+
+def looked_up(path) -> str:
+    """`path` for a message that it is not there: a relative one with the place where it was looked up."""
+    return str(path) if os.path.isabs(path) else f"{path} (looked up as {os.path.abspath(path)})"
 
 
 def nearest_existing(path) -> Path:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
-from animals.files import replacing
+from animals.files import replacing, require_writable
 from animals.pictures.cache import SPLITS, csv_file, load_split
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.prepare import check_inputs
@@ -105,6 +105,7 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], (*settings.DATA_FIELDS, "language"))
     parser.add_argument("--model_name_or_path", default="model", help="the checkpoint whose vision tower is used")
     args = parser.parse_args()
+    require_writable("--temp_dir", args.temp_dir)
     model = args.model_name_or_path
     config = settings_for(settings.config_from(args), model, training=True)
     config.allow_leaks = True  # identical pictures that were found are no reason not to look further

@@ -11,8 +11,7 @@ untuned    the checkpoint before the fine-tuning, scored with and without </s> (
 generated  the same checkpoint's own words, by greedy generation: right if they are the answer, whatever their case
 probe      logistic regression on the features of the frozen vision tower, fitted to the training pictures
 hidden     logistic regression on the last hidden state of the untuned checkpoint, from which it predicts its answer
-clip       zero-shot CLIP: the label whose sentences are most like the picture. Of the centre crop and the whole picture
-           squeezed into a square, the better one counts
+clip       zero-shot CLIP: the label whose sentences are most like the picture, or its centre: the better one counts
 
 Where the better of two counts, the held-out pictures have chosen it: that favours the baseline.
 """
@@ -90,8 +89,7 @@ def flags_for(checkpoint, config):
 def find_report(checkpoint, config, report, pictures, report_dir, end=True):
     """The folder of the checkpoint's report on the pictures and the question of `report`; made if there is none yet.
 
-    A report that is there is used if its checkpoint had today's files, question, answers and dtype (checkpoint_id).
-    end: whether </s> is part of the answers.
+    A report that is there must be of today's checkpoint_id(). end: whether </s> is part of the answers.
     """
     folder = os.path.join(report_dir, checkpoint_name(checkpoint))
     values, asked = flags_for(checkpoint, config)
@@ -122,7 +120,7 @@ def untuned(folder, pictures):
 
 def untuned_at_its_best(model, config, report, pictures, report_dir):
     """As untuned(), of the better ending; further["orders"] are its accuracies with three orders of the labels."""
-    truth, found = [label for _, _, label in pictures], []
+    truth = [label for _, _, label in pictures]
 
     def score(config, folder, end):
         answers, further = untuned(find_report(model, config, report, pictures, folder, end), pictures)

@@ -217,7 +217,7 @@ def test_a_picture_excluded_for_its_format_is_looked_at_again_when_the_formats_c
     with monkeypatch.context() as patch:
         patch.setattr(inspection, "inspect_all", lambda paths, _: map(inspection.inspect, paths))  # in this process
         patch.setattr(read, "FORMATS", older)
-        assert data.prepare(tree)["train"]["excluded"] == {"not a picture": 1}
+        assert data.prepare(tree)["train"]["excluded"] == {"AVIF": 1}
     assert data.prepare(tree)["train"]["excluded"] == {} and "train_data/cat/new.avif" in images(tree)
 
 

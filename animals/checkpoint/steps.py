@@ -120,7 +120,11 @@ def global_step(path):
     """The optimizer step at which `path` was saved: by trainer_state.json, else its name, else the run's last step."""
     state = os.path.join(path, STATE)
     if os.path.isfile(state):
-        return read_json(state)["global_step"]
+        if type(step := read_json(state).get("global_step")) is not int:
+            raise UserError(
+                f"{state}: found the global_step {step!r}; expected a whole number; copy it from the run again"
+            )
+        return step
     named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
     return int(named[1]) if named else max(saved_steps(path), default=None)
 
@@ -146,7 +150,8 @@ def check_resume(record, checkpoint):
     before, changed = read_json(os.path.join(checkpoint, "run.json")), []
     for key, why in MUST_MATCH.items():
         *group, name = key.split(".")
-        was, now = ((run.get(*group, {}) if group else run).get(name) for run in (before, record))
+        parts = (run.get(*group) if group else run for run in (before, record))
+        was, now = (part.get(name) if isinstance(part, dict) else None for part in parts)
         if was != now:
             changed.append(f"{name} was {was!r}, is {now!r} ({why})")
     if changed:

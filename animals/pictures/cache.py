@@ -25,7 +25,7 @@ from animals.command import UserError
 from animals.files import replacing, subfolders, write_csv_rows
 from config import Config
 
-FORMAT = 5  # of everything in temp_dir; a cache of another format is rebuilt
+FORMAT = 6  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
 HASHES = ("pixels", "phash", "mirrored", "thumbnail")  # columns of the JSON by which duplicates are found
 COLUMNS = ("images", "messages", "label", "width", "height", "image_tokens", "sha256", *HASHES)

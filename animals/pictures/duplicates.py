@@ -6,9 +6,9 @@ and where one picture is mirrored, their 32x32 thumbnails must correlate too: dr
 chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 
 duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
-split, label, other_image, other_split, other_label. Of each pair `image` is the one to remove: the held-out
-picture, or within one split the later one. Identical pictures in both splits or under two labels stop the command
-unless config.allow_leaks; the others are a warning.
+split, label, other_image, other_split, other_label. Of each pair `image` is the held-out picture, or within one split
+the later one. Identical pictures in both splits or under two labels stop the command unless config.allow_leaks; the
+others are a warning.
 """
 
 import base64
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animals.pictures.cache import SPLITS, csv_file, fresh_entries, read_cache, read_rows, temp_path, write_cache
+from animals.pictures.prepare import commands
 from config import Config
 
 SURE = 4  # bits: up to that a pair is near whatever the thumbnails say, unless one picture is mirrored
@@ -208,11 +209,14 @@ def identical_problems(config: Config, duplicates: dict, splits) -> list[str]:
     same = [pair for pair in same if {pair["split"], pair["other_split"]} <= set(splits)]
     if not same:
         return []
+    command = f"{commands(config.input_dir, 'quarantine')[0]} {temp_path(config, 'duplicates.csv')}"
+    if any(pair["split"] == pair["other_split"] == "validation" for pair in same):
+        command += " --held_out_too"
     said = "; ".join(f"{n:,} same pixels, {problem}" for problem, n in Counter(p["problem"] for p in same).items())
     return [
         f"{config.input_dir}: found identical pictures ({said}), e.g. {same[0]['image']} = {same[0]['other_image']}; "
-        "expected none, because they make the accuracy a wrong number; take one of each pair away "
-        f"(python scripts/quarantine.py {temp_path(config, 'duplicates.csv')}), or go on with --allow_leaks"
+        f"expected none, because they make the accuracy a wrong number; take one of each pair away ({command}), or go "
+        "on with --allow_leaks"
     ]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
 from animals.checkpoint.image_tokens import read_geometry
-from animals.command import Findings
-from animals.files import subfolders
+from animals.command import Findings, missing_package
+from animals.files import looked_up, subfolders
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path
 from config import Config
 
@@ -33,7 +33,9 @@ def check_inputs(config: Config, model_path: str, splits=SPLITS) -> dict[str, di
     try:
         summaries = findings.attempt(prepare, config, splits, base_of(model_path))
     except ModuleNotFoundError as error:  # before `pip install`
-        findings.append(f"found no Python package {error.name}; expected it; pip install -r requirements.txt")
+        if not (line := missing_package(error)):
+            raise
+        findings.append(line)
         findings += missing_folders(config, splits)
     findings.report()
     return summaries
@@ -103,7 +105,7 @@ def missing_folders(config: Config, splits) -> list[str]:
         there = sorted(name for name in os.listdir(config.input_dir) if not name.startswith("."))
         found = f"{config.input_dir} holds {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''}"
     except OSError:
-        found = f"{config.input_dir} does not exist either"
+        found = f"{looked_up(config.input_dir)} does not exist either"
     _, cut, _ = commands(config.input_dir, "cut")
     ways = {
         "train": f"expected one folder of pictures per class: {', '.join(config.folder_to_label)}; put the training "

@@ -10,6 +10,7 @@ from glob import escape, glob
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
+from animals.checkpoint.family import model_config
 from animals.checkpoint.task import checkpoint_id
 from animals.command import UserError
 from animals.files import read_json, replacing
@@ -38,7 +39,7 @@ def load_tower(path) -> Encoder:
     """
     import torch
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
+    from transformers import AutoImageProcessor, CLIPVisionModel
 
     path, prefix = base_of(path), "vision_tower."
     if problems := read_shards(path)[1]:
@@ -50,7 +51,7 @@ def load_tower(path) -> Encoder:
         with safe_open(os.path.join(path, file), "pt") as shard:
             names = [key for key in shard.keys() if prefix in key]  # noqa: SIM118 (not a dict)
             weights |= {key.rpartition(prefix)[2]: shard.get_tensor(key) for key in names}
-    config = AutoConfig.from_pretrained(path)
+    config = model_config(path)
     module, info = CLIPVisionModel.from_pretrained(
         None, config=config.vision_config, state_dict=dict(weights), dtype=precision(), output_loading_info=True
     )

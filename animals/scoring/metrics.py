@@ -231,3 +231,16 @@ def paired(pictures, other_rows, where):
             "same; run validation.sh for both checkpoints with the same label table"
         )
     return [other[i] for i in range(len(pictures))]
+
+
+def one_sided(report):
+    """(most, never), which look like a failed training: a label or None, and a list of labels.
+
+    most: more than 90 % of the answers are this label, though fewer than half of the pictures show it. never: classes
+    of ten pictures or more that are never the answer. Fewer than ten pictures say nothing.
+    """
+    n, labels = report["n"], report["labels"]
+    answers = dict(zip(labels, map(sum, zip(*report["confusion_matrix"], strict=True)), strict=True))
+    pictures = {label: row["n"] for label, row in report["per_class"].items()}
+    most = [label for label in labels if n >= 10 and answers[label] > 0.9 * n and pictures[label] < n / 2]
+    return next(iter(most), None), [label for label in labels if pictures[label] >= 10 and not answers[label]]

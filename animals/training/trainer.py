@@ -28,7 +28,8 @@ from animals.command import UserError
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
-from animals.scoring.scorer import score_pictures, stratified_sample
+from animals.scoring.report import one_sided_lines
+from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
 from animals.training.parts import load_trained, save_trained
@@ -152,9 +153,22 @@ class AnimalTrainer(SFTTrainer):
         with self.autocast_smart_context_manager():  # as in training
             model = self.model_wrapped if self.is_deepspeed_enabled else self.model  # only gradients need DDP's wrapper
             size, tokens = self.args.per_device_eval_batch_size, list(data["image_tokens"])
-            log_p = score_pictures(model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled)
+            try:
+                log_p = score_pictures(
+                    model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled
+                )
+            except NotFinite:
+                if not self.state.global_step:  # the weights that the run started from
+                    raise
+                raise UserError(
+                    f"step {self.state.global_step}: evaluation found log-probabilities that are not finite numbers; "
+                    "expected finite ones; the run has diverged; checkpoints are kept; start again with a lower "
+                    "--learning_rate"
+                ) from None
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
+        for line in one_sided_lines(report):
+            say(f"step {self.state.global_step}: {line}")
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
         metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
         metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
