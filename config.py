@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from animals.command import UserError, yes_or_no
-from animals.files import subfolders
+from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
 # spider. For pictures of other things, `--folder_to_label folders` takes the folders' own names; or write them here.
@@ -119,8 +119,13 @@ RANGES = {
 }
 
 
+# In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
+
+
 def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} that is outside its range or not finite, and for each empty text."""
+    """A line for each number in {flag: value} outside its range or not finite, each empty text, unprintable name."""
     problems = []
     for name, value in values.items():
         if type(value) in (int, float):
@@ -130,6 +135,9 @@ def range_problems(values: dict) -> list[str]:
                 problems.append(f"--{name}: found {value}; expected {expected}")
         elif value in ("", [""]) and name != "prompt":
             problems.append(f"--{name}: found an empty text; expected a value; name one, or leave the flag away")
+        elif name.endswith(PLACES) and isinstance(value, str) and UNPRINTABLE.search(value):
+            expected = "a name in UTF-8 without control characters; rename it"
+            problems.append(f"--{name}: found {ascii(value)}; expected {expected}")
     return problems
 
 
@@ -217,13 +225,20 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
     """class folder -> label, from a dict, its JSON, or `folders`: those of train_data, else of validation_data."""
     if table == "folders":
         splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
-        names = next(filter(None, (subfolders(split) for split in splits if os.path.isdir(split))), [])
-        if not names:
+        split = next((split for split in splits if os.path.isdir(split) and subfolders(split)), None)
+        if not split:
             raise UserError(
-                f"--folder_to_label folders: found no folder in {' or '.join(splits)}; expected one folder per class; "
-                "put them there, or name another --input_dir"
+                f"--folder_to_label folders: found no folder in {' or '.join(splits)}{deeper(input_dir)}; expected one "
+                "folder per class; put them there, or name another --input_dir"
             )
-        return {name: name for name in names}
+        table = {name: name for name in subfolders(split)}
+        if strange := [name for name in table if printable(name) != name]:
+            raise UserError(f"{split}: found a class folder {strange[0]!r}; expected no control characters; rename it")
+        if len(table) == 1 and (inside := subfolders(os.path.join(split, *table))):
+            raise UserError(
+                f"--folder_to_label folders: found one folder in {split}, {', '.join(table)}, and folders in it "
+                f"({', '.join(inside[:4])}); expected the class folders in {split} itself; move them there"
+            )
     if isinstance(table, str):
         with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused in the next lines
             table = json.loads(table)
@@ -265,6 +280,8 @@ class Parser(argparse.ArgumentParser):
         values, unknown = super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
         if problems := range_problems(vars(values)):
             raise UserError("\n".join(problems))
+        if files := [word for word in unknown if word[:1] == "-" and os.path.lexists(word)]:
+            raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
         return values, unknown
 
     def error(self, message):

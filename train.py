@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -141,7 +142,7 @@ def main():
 
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
-    train_data, held_out = load_split(config, "train"), load_split(config, "validation")
+    train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
     say(describe(args, model_args, train_data, collator, len(held_out)))
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
         return
@@ -195,7 +196,7 @@ def train(trainer, checkpoint, stop):
         say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
     else:
         trainer.save_final()
-        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {out}")
+        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(out)}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
-from animals.files import read_csv, require_writable
-from animals.pictures.cache import load_split, temp_path
+from animals.files import require_writable
+from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
 from animals.pictures.prepare import check_inputs
@@ -78,7 +78,9 @@ def validate(args, config):
     """
     from accelerate import PartialState
 
-    data = load_split(config, "validation")
+    with lock(config):  # one state of the cache
+        data, known = load_split(config, "validation"), known_duplicates(config)
+        excluded = checked_entry(config, "validation")["excluded"]
     held_out = len(data)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
@@ -96,7 +98,7 @@ def validate(args, config):
     seconds = time.perf_counter() - started
     said = score_pictures(model, scorer, again, batch_size, [0] * len(again), workers).argmax(1).tolist()
     probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
-    truth, known = [labels.index(label) for label in data["label"]], known_duplicates(config)
+    truth = [labels.index(label) for label in data["label"]]
     groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
     rows = [
         {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
@@ -105,7 +107,6 @@ def validate(args, config):
     ]
     right = [row["correct"] for row in rows]
     right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
-    excluded = [row for row in read_csv(temp_path(config, "excluded.csv"))[1] if row["split"] == "validation"]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "quarantined": with_quarantined(right, groups, right_there, len(quarantined)),
@@ -120,7 +121,7 @@ def validate(args, config):
         **{key: vars(args)[key] for key in ("dtype", "without_end", "per_device_eval_batch_size")},
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
+        "excluded": [{"image": image, "reason": reason} for image, reason in excluded],
         "comparison": against(args.compare_with, other, rows, other_rows) if args.compare_with else None,
     }
     return report, rows

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import stat
+import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from animals.command import UserError
@@ -82,7 +84,12 @@ def from_cell(text: str) -> str:
 
 def write_csv_rows(file, rows) -> None:
     """Append rows (lists) to an open CSV file; their text goes through to_cell()."""
-    csv.writer(file, lineterminator="\n").writerows([[to_cell(value) for value in row] for row in rows])
+    for row in rows:
+        cells = [to_cell(value) for value in row]
+        quoting = (
+            csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        )  # it ends a line, too
+        csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
@@ -135,16 +142,20 @@ def require_writable(flag: str, folder) -> None:
 def folder_lock(folder, shared=False, busy: str | None = None):
     """with folder_lock(folder): no other process holds it; with shared=True, none holds it unshared. Leaves no file.
 
-    busy: the text of the UserError that is raised if another process holds it; None: wait. The system releases the
-    lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is locked.
+    busy: the text of the UserError that is raised if another process holds it; None: say so and wait. The system
+    releases the lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is
+    locked.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
-        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if busy is None else fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(opened, kind)
+            fcntl.flock(opened, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(busy) from None
+            if busy is not None:
+                raise UserError(busy) from None
+            print(f"waiting: another command uses {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(opened, kind)
         except OSError:
             pass
         yield
@@ -152,7 +163,29 @@ def folder_lock(folder, shared=False, busy: str | None = None):
         os.close(opened)
 
 
+# Folders that file managers, archives, NAS and disks make for themselves.
+SYSTEM = {"@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's."""
+    return name.startswith(".") or name in SYSTEM
+
+
 def subfolders(path) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
     with os.scandir(path) as found:
-        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in found if entry.is_dir() and not is_hidden(entry.name))
+
+
+def deeper(input_dir: str) -> str:
+    """For a message: where train_data is, if it is one folder deeper than in input_dir; else ""."""
+    places = [os.path.join(input_dir, name) for name in subfolders(input_dir)] if os.path.isdir(input_dir) else []
+    found = [place for place in places if os.path.isdir(os.path.join(place, "train_data"))]
+    return f"; train_data is in {found[0]}: give --input_dir {found[0]}" if found else ""
+
+
+def printable(name: str) -> str:
+    """A name with control characters, line ends and what is no UTF-8 as backslash escapes: for messages and lists."""
+    unsafe = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in name)

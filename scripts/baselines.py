@@ -135,7 +135,10 @@ def untuned_at_its_best(model, config, report, pictures, report_dir):
     for seed in (1, 2) if "{labels}" in config.prompt and read_task(model) is None else ():  # no order is its own
         other, table = copy.copy(config), list(config.folder_to_label.items())
         random.Random(seed).shuffle(table)
-        other.folder_to_label = dict(table)
+        other.folder_to_label, other.temp_dir = (
+            dict(table),
+            os.path.join(config.temp_dir, "orders"),
+        )  # a cache of its own
         orders.append(score(other, os.path.join(places[end], f"order_{seed}"), end)[0])
     return answers, further | {"variant": "end_counted" if end else "end_ignored", "orders": orders}
 

@@ -4,6 +4,7 @@ python scripts/merge_lora.py sft-llava-1.6-7b --merge merged
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the merged weights")
     args = parser.parse_args()
     merge(args.adapter, args.merge, args.dtype)
-    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {args.merge}")
+    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(args.merge)}")
 
 
 if __name__ == "__main__":

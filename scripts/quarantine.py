@@ -19,7 +19,7 @@ from collections import Counter
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config as settings
 from animals.command import UserError, run
-from animals.files import read_csv, require_writable
+from animals.files import read_csv
 from animals.pictures import moves
 from animals.pictures.cache import lock
 from animals.pictures.prepare import commands
@@ -93,8 +93,7 @@ def main():
     parser.add_argument("--held_out_too", action="store_true", help="move the list's held-out pictures as well")
     args = parser.parse_args()
     config = settings.config_from(args)
-    require_writable("--input_dir", config.input_dir)
-    with lock(config):
+    with lock(config, moving=True):
         if args.undo:
             print("\n".join(moves.undo(config.input_dir, "quarantine")))
             return

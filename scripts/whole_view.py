@@ -8,6 +8,7 @@ Only the weight file that holds `image_newline` is written again; the others are
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def main():
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()
     write_whole_view(args.source, args.out)
-    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {args.out}")
+    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ ODD_FILES = [  # name, bytes, "" if it is used or the start of the reason, size 
     ("bomb.png", bomb(), "too many pixels", None),
     ("Löwe 狮子.jpg", JPEG, "", (64, 48)),
     ("with space.jpg", JPEG, "", (64, 48)),
-    ("new\nline, and \"quotes\".jpg", JPEG, "", (64, 48)),
+    ("comma, and \"quotes\".jpg", JPEG, "", (64, 48)),
     ("UPPER.JPG", JPEG, "", (64, 48)),
     ("photoshop.jpg", b"8BPS" + JPEG, "Photoshop is not read", None),
     ("script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n", "not a picture", None),

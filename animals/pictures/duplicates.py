@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from animals.pictures.cache import SPLITS, csv_file, fresh_entries, read_cache, read_rows, temp_path, write_cache
+from animals.pictures.cache import SPLITS, csv_file, fresh_entries, lock, read_cache, read_rows, temp_path, write_cache
 from animals.pictures.prepare import commands
 from config import Config
 
@@ -189,13 +189,14 @@ def known_duplicates(config: Config) -> dict | None:
     and no identical one. group: {picture: number} of all usable pictures of both splits; pictures that are equal or
     near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files.
     """
-    entries = fresh_entries(config, read_cache(config))
-    found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
-    if not found or not found["compared"]:
-        return None
+    with lock(config):
+        entries = fresh_entries(config, read_cache(config))
+        found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
+        if not found or not found["compared"]:
+            return None
+        usable = [row["images"][0] for split in SPLITS for row in read_rows(config, split)]
     across = [(pair["match"], pair["image"]) for pair in found["pairs"] if pair["problem"] == "both splits"]
     several, numbers = {path: images[0] for images in found["groups"] for path in images}, {}
-    usable = [row["images"][0] for split in SPLITS for row in read_rows(config, split)]
     return {
         "identical": {image for match, image in across if match == "same pixels"},
         "near_duplicates": {image for match, image in across if match == "near"},

@@ -31,6 +31,7 @@ from contextlib import suppress
 
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from animals.files import is_hidden
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # any case
@@ -250,7 +251,7 @@ def walk(folder, strays: Counter):
     while stack:
         entry = stack.pop()
         extension = os.path.splitext(entry.name)[1].lower()
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             strays["hidden"] += 1
         elif extension in (*EXTENSIONS, *UNREAD):
             try:

@@ -5,6 +5,7 @@ Every rank makes all of them, because ranks on a second machine read their own d
 """
 
 import contextlib
+import glob
 import math
 import os
 import shutil
@@ -126,6 +127,11 @@ def check_output_dir(output_dir):
         raise UserError(
             f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an earlier "
             "run of train.py; choose another, or empty it"
+        )
+    if glob.escape(output_dir) != output_dir:
+        raise UserError(
+            f"--output_dir {output_dir}: found *, ? or [ in its path; expected none, because DeepSpeed would look for "
+            "checkpoints by it as a pattern; name another folder"
         )
     require_writable("--output_dir", output_dir)
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -212,9 +213,11 @@ class AnimalTrainer(SFTTrainer):
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
         folder = self.args.output_dir
         card = Template(CARD.read_text(encoding="utf-8")).render(
-            name=os.path.basename(os.path.normpath(folder)),
+            name=code_span(os.path.basename(os.path.normpath(folder))),
+            labels=code_span(", ".join(self.scorer.labels)),
+            asked=code_span(self.scorer.config.question),
             folder=repr(folder),
-            config=self.scorer.config,
+            question=repr(self.scorer.config.question),
             accuracy=accuracy,
             state=self.state,
             longest=max(map(len, self.scorer.answers)),  # tokens of an answer
@@ -266,3 +269,10 @@ class AnimalTrainer(SFTTrainer):
                 f"step {step}: could not save ({error}); found {free:.1f} GiB free in {folder}; the last complete "
                 f"checkpoint is {last}; make room and start again"
             ) from error
+
+
+def code_span(text):
+    """Markdown that shows a text as it stands, on one line: HTML, templates and backticks have no meaning in it."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
