@@ -135,10 +135,8 @@ def untuned_at_its_best(model, config, report, pictures, report_dir):
     for seed in (1, 2) if "{labels}" in config.prompt and read_task(model) is None else ():  # no order is its own
         other, table = copy.copy(config), list(config.folder_to_label.items())
         random.Random(seed).shuffle(table)
-        other.folder_to_label, other.temp_dir = (
-            dict(table),
-            os.path.join(config.temp_dir, "orders"),
-        )  # a cache of its own
+        other.folder_to_label = dict(table)
+        other.temp_dir = os.path.join(config.temp_dir, "orders")  # the cache depends on the order
         orders.append(score(other, os.path.join(places[end], f"order_{seed}"), end)[0])
     return answers, further | {"variant": "end_counted" if end else "end_ignored", "orders": orders}
 
@@ -245,8 +243,7 @@ def print_baselines(rows):
     )
     line = "{name:<12} {accuracy:>8.4f}  {:.4f}, {:.4f}  {difference:>+10.4f}  {:+.4f}, {:+.4f}  {verdict}"
     for row in rows:
-        said = {"verdict": row["verdict"].replace("_", " ")}
-        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row | said), end="")
+        print(line.format(*row["accuracy_ci95"], *row["difference_ci95"], **row).replace("_", " "), end="")
         print(f" ({row['variant'].replace('_', ' ')})" if "variant" in row else "")
         if len(orders := row.get("orders", ())) > 1:
             mean = sum(orders) / len(orders)
