@@ -14,7 +14,6 @@ Files in folders that are no pictures have no row and are counted on stderr. Tex
 """
 
 import csv
-import hashlib
 import io
 import os
 import sys
@@ -22,7 +21,7 @@ from collections import Counter
 
 import config as settings
 from animals.checkpoint.check import require_checkpoint
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import UserError, run
 from animals.files import from_cell, looked_up, read_csv, replacing, require_writable, write_csv_rows
 from animals.pictures.cache import cannot_list
@@ -71,14 +70,6 @@ def require_output(output, page):
         raise UserError(f"--output {output}: found no name for a CSV; expected one such as predictions.csv")
 
 
-def checkpoint_id(path, dtype, config):
-    """Twelve digits that change with the checkpoint's files (name, size, time), the dtype and the question."""
-    with os.scandir(path) as entries:
-        files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-    asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
-    return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
-
-
 def make_row(labels, min_probability, checkpoint, picture, probability, error):
     """One row of the CSV, from the probabilities [labels] or from the error of a picture that could not be read."""
     if error:
@@ -121,9 +112,8 @@ def name_pictures(args, config, pictures):
     """Loads the model, then returns an iterator over batches: [(picture, probabilities [labels], error or None)]."""
     from accelerate import PartialState
 
-    on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
-    PartialState(cpu=on_cpu)  # the first call decides where this process computes
-    scorer, model = load_scorer(args.model_name_or_path, config, dtype)
+    PartialState(cpu=args.use_cpu)  # the first call decides where this process computes
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     places, size = range(len(pictures)), args.per_device_eval_batch_size
     batches = [places[i : i + size] for i in places[::size]]
     scored = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
@@ -150,6 +140,7 @@ def main():
     page = f"{os.path.splitext(output)[0]}.html" if args.html else None
     require_output(output, page)
     header = ["image", "prediction", "probability", "error", *GUESSES, "checkpoint", *config.labels]
+    args.use_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     checkpoint = checkpoint_id(model, args.dtype, config)
     finished = []
     if args.resume and os.path.exists(output):

@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
 from animals.files import require_writable
 from animals.pictures.cache import checked_entry, load_split, lock
@@ -65,7 +65,8 @@ def against(where, other, rows, other_rows):
         if row["prediction"] != before["prediction"]
     ]
     right, other_right = ([row["correct"] for row in some] for some in (rows, other_rows))
-    return compare(right, other_right) | {"model": other["model"], "where": where, "changed": changed}
+    groups = [row["group"] for row in rows]
+    return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
 def validate(args, config):
@@ -90,7 +91,7 @@ def validate(args, config):
         other_rows = paired(ours, other_rows, f"--compare_with {args.compare_with}")
     quarantined = quarantined_pictures(config)
     again = [] if args.on_eval_pictures else [path for path, label in quarantined.items() if label]
-    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype, end=not args.without_end)
     labels, started = scorer.labels, time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
@@ -98,26 +99,26 @@ def validate(args, config):
     said = score_pictures(model, scorer, again, batch_size, [0] * len(again), workers).argmax(1).tolist()
     probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
     truth = [labels.index(label) for label in data["label"]]
+    groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
     rows = [
         {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
-        | {"sha256": sha, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
-        for picture, t, p, sha, row in zip(pictures, truth, predicted, sha256, probability, strict=True)
+        | {"sha256": sha, "group": group, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
+        for picture, t, p, sha, group, row in zip(pictures, truth, predicted, sha256, groups, probability, strict=True)
     ]
     right = [row["correct"] for row in rows]
-    groups = [known["group"][picture] for picture in pictures] if known else None
     right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
-        "quarantined": with_quarantined(right, groups or pictures, right_there, len(quarantined)),
+        "quarantined": with_quarantined(right, groups, right_there, len(quarantined)),
         "model": args.model_name_or_path,
+        "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "step": global_step(args.model_name_or_path),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,
-        "dtype": args.dtype,
-        "per_device_eval_batch_size": batch_size,
+        **{key: vars(args)[key] for key in ("dtype", "without_end", "per_device_eval_batch_size")},
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "excluded": [{"image": image, "reason": reason} for image, reason in excluded],
@@ -131,6 +132,7 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], fields)
     add_inference_flags(parser)
     parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
+    parser.add_argument("--without_end", action="store_true", help="leave </s> out: for a model that is not fine-tuned")
     parser.add_argument("--report_dir", default="logs/validation", help="each checkpoint's report gets a folder in it")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
     args = parser.parse_args()

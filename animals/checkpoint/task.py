@@ -1,6 +1,7 @@
 """What a checkpoint says about its own task, in task.json: labels, question, wording of the answer, chat format."""
 
 import copy
+import hashlib
 import json
 import os
 
@@ -47,6 +48,19 @@ def read_task(path) -> dict | None:
             f"OUT into base_model_name_or_path of {folder}/adapter_config.json"
         )
     return {name: task[name] for name in KEYS}  # older versions had more
+
+
+def checkpoint_id(path, dtype, config: Config) -> str:
+    """Twelve digits that change with the checkpoint's files (name, size, time), its base's, dtype and question.
+
+    dtype: the type in which the model computes, as choose_arithmetic() returns it. config: resolved by settings_for().
+    """
+    files = []
+    for folder in dict.fromkeys([path, base_of(path)]):
+        with os.scandir(folder) as entries:
+            files += sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
+    asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
+    return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
 
 
 def settings_for(config: Config, path, training=False) -> Config:

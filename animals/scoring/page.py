@@ -124,8 +124,6 @@ def at(value, ticks):
 def show(value, kind):
     """A number as the pages write it."""
     space = "\N{NO-BREAK SPACE}"
-    if kind in ("p", "p="):
-        return "< 0.0001" if value < 0.0001 else f"{kind[1:]} {value:.2g}".strip()
     if kind == "sure" and value >= 0.9995:  # a probability: 100.0 % would say too much
         return f">{space}99.9{space}%"
     return {

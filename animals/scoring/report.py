@@ -71,7 +71,7 @@ def print_report(report, folder):
         print(
             f"against {c['model']}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, "
-            f"{c['only_other']} only the other; McNemar's exact p = {c['mcnemar_p']:.3g}"
+            f"{c['only_other']} only the other: {c['verdict'].replace('_', ' ')}, on these pictures, in one run"
         )
     print(
         f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
@@ -114,6 +114,7 @@ def calibration_line(report):
     """Whether the model is right as often as its probabilities say."""
     found, noise = report["calibration"], report["calibration"]["ece_if_calibrated"]
     few = f", as far as {report['n']} pictures can tell" if found["verdict"] == "calibrated" else ""
+    few = " but for one confident mistake, which one wrong label would explain" if found["one_mistake"] else few
     return (
         f"calibration: {found['verdict']}{few}; expected calibration error {found['ece']:.4f}; a perfectly calibrated "
         f"model shows {noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"

@@ -27,8 +27,12 @@ class Scorer:
     every row of a batch.
     """
 
-    def __init__(self, processor, config):
-        """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none."""
+    def __init__(self, processor, config, end=True):
+        """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none.
+
+        end=False leaves </s> out of the sums, for a model that nobody trained on these answers: it may expect another
+        token before </s>. Raises UserError if one answer begins another, because only </s> tells these apart.
+        """
         import torch
 
         self.processor, self.config, self.labels = processor, config, config.labels
@@ -41,6 +45,9 @@ class Scorer:
             self.answers.append(tokens[len(prompt) :])
         if len(set(map(tuple, self.answers))) < len(self.answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
+        said = [answer[:-1] for answer in self.answers]
+        if not end and any(a == b[: len(a)] for a in said for b in said if a is not b):
+            raise UserError(f"--without_end: found answers that begin another one ({self.labels}); expected none")
         self.text_tokens = len(prompt) - 1 + max(map(len, self.answers))  # of the longest example, without its picture
         if len(prompt) > LONG_PROMPT:
             say(f"the question takes {len(prompt) - 1} tokens per picture; --prompt without {{labels}} makes it short")
@@ -50,7 +57,8 @@ class Scorer:
         # For each predicted token: id, label, and which of the kept logits predicts it (0: the prompt's last token's).
         predicted, row = [], 0
         for k, answer in enumerate(self.answers):
-            predicted += [(token, k, row + i if i else 0) for i, token in enumerate(answer)]
+            learned = answer if end else answer[:-1]
+            predicted += [(token, k, row + i if i else 0) for i, token in enumerate(learned)]
             row += len(answer) - 1
         self.target_ids, self.target_label, self.target_row = torch.tensor(predicted).T  # each [predicted]
 
@@ -61,6 +69,13 @@ class Scorer:
 
     def _token_ids(self, label=None):
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
+
+    def prompts(self, pictures):
+        """RGB pictures -> the processor's batch for the prompt alone, padded on the left."""
+        return self.processor(
+            images=pictures, text=[self._text()] * len(pictures), return_tensors="pt",
+            padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
+        )  # fmt: skip
 
     def collate(self, pictures):
         """RGB pictures -> the model's inputs on the CPU: prompts padded on the left, answers, mask and positions.
@@ -75,10 +90,7 @@ class Scorer:
         """
         import torch
 
-        batch = self.processor(
-            images=pictures, text=[self._text()] * len(pictures), return_tensors="pt",
-            padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
-        )  # fmt: skip
+        batch = self.prompts(pictures)
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
         (size, prompt), fed = seen.shape, len(self.fed_ids)
         batch["input_ids"] = torch.cat([batch["input_ids"], self.fed_ids.expand(size, fed)], dim=1)
@@ -224,7 +236,7 @@ def stratified_sample(labels, n):
     return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
-def load_scorer(path, config, dtype):
+def load_scorer(path, config, dtype, end=True):
     """(scorer, model) of the checkpoint in `path`; config is already resolved (checkpoint.task.settings_for).
 
     All ranks call it. If one of them cannot read the checkpoint, every rank raises UserError.
@@ -233,7 +245,7 @@ def load_scorer(path, config, dtype):
 
     problem = scorer = model = None
     try:
-        scorer, model = Scorer(load_processor(path), config), load_model(path, dtype)
+        scorer, model = Scorer(load_processor(path), config, end), load_model(path, dtype)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers, tokenizers and safetensors raise nearly anything on damaged files
