@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import reprlib
 import sys
 from dataclasses import dataclass, field, fields
 
 from animals.command import UserError, yes_or_no
-from animals.files import subfolders
+from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
 # spider. For pictures of other things, `--folder_to_label folders` takes the folders' own names; or write them here.
@@ -36,6 +38,12 @@ ANSWER = "{label}"
 MAX_PIXELS = 64_000_000  # width x height: 8000 x 8000, or 192 MB of RGB. A 50-megapixel photo from a phone is accepted
 MAX_BYTES = 1 << 29  # size of a file. A picture of MAX_PIXELS is smaller, even as an uncompressed 16-bit TIFF
 MIN_SIDE = 8  # pixels. Smaller pictures (tracking pixels, broken downloads) show no animal
+
+MAX_LABELS = 5000  # of a task; all of them are scored in one sequence
+MAX_TEXT = 10_000  # characters of --prompt and of --answer
+HALF_LETTER = re.compile(
+    "[\ud800-\udfff]"
+)  # JSON can hold it, also a command line that is not UTF-8; no model reads it
 
 # LLaVA-1.6-Mistral's own chat format for one turn, with two things that the template on the hub lacks: BOS (the
 # processor adds it at inference, TRL's collator does not) and the generation markers that say which tokens are learned.
@@ -61,45 +69,85 @@ TRAINING_DEFAULTS = {
     "assistant_only_loss": True,  # learn the answer and </s>, never image, prompt or padding tokens
     "remove_unused_columns": False,  # keep the column `image_tokens`: batch_rebalance and group_by_length sort by it
     "length_column_name": "image_tokens",
-    "report_to": "tensorboard",
+    "report_to": ["tensorboard"],
 }
 
 
-# The numbers on a command line: flag -> (lowest, highest) value. All others must be finite (range_problems).
+# The numbers on a command line: flag -> (lowest, highest) value, of the flag's type. All others must be finite.
 RANGES = {
+    # ours
     "eval_pictures": (0, 10**9),
-    "max_excluded": (0, 1),
+    "max_excluded": (0.0, 1.0),
     "near_duplicate_distance": (0, 16),
     "near_duplicate_limit": (0, 10**9),
     "data_processes": (0, 1024),
     "validation_fraction": (0.001, 0.999),
+    "min_probability": (0.0, 1.0),
+    "port": (0, 65535),
+    "num_gpus": (1, 4096),
+    "micro_batch": (1, 4096),
+    # transformers' and TRL's
     "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
     "per_device_train_batch_size": (1, 4096),
     "per_device_eval_batch_size": (1, 4096),
     "gradient_accumulation_steps": (1, 10**6),
-    "num_train_epochs": (1e-6, 10**4),
-    "learning_rate": (1e-12, 10),
-    "vision_learning_rate": (1e-12, 10),
-    "projector_learning_rate": (1e-12, 10),
+    "num_train_epochs": (1e-6, 1e4),
+    "max_steps": (1, 10**9),  # or -1, the default: as many as --num_train_epochs gives
+    "learning_rate": (1e-12, 10.0),
+    "vision_learning_rate": (1e-12, 10.0),
+    "projector_learning_rate": (1e-12, 10.0),
+    "warmup_steps": (0.0, 1e9),  # below 1: a share of all steps
+    "warmup_ratio": (0.0, 1.0),
+    "weight_decay": (0.0, 10.0),
+    "adam_beta1": (0.0, 0.999999),
+    "adam_beta2": (0.0, 0.999999),
+    "adam_epsilon": (1e-20, 1.0),
+    "max_grad_norm": (0.0, 1e9),  # 0: gradients are not clipped
+    "neftune_noise_alpha": (0.0, 1e3),
+    "logging_steps": (1e-6, 1e9),  # these three: below 1 a share of all steps
+    "eval_steps": (1e-6, 1e9),
+    "save_steps": (1e-6, 1e9),
+    "eval_delay": (0.0, 1e9),
+    "save_total_limit": (0, 10**6),  # 0: all are kept
+    "torch_empty_cache_steps": (1, 10**9),
     "dataloader_num_workers": (0, 256),
-    "min_probability": (0, 1),
-    "port": (0, 65535),
+    "dataloader_prefetch_factor": (1, 1024),
+    "ddp_timeout": (1, 10**7),  # seconds
+    "ddp_bucket_cap_mb": (1, 10**5),
+    "lora_r": (1, 10**5),
+    "lora_alpha": (1, 10**6),
+    "lora_dropout": (0.0, 0.999),
 }
 
 
+# In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
+
+
 def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} that is outside its range, or not finite."""
-    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-    ranges = {
-        name: (value, *RANGES.get(name, (-sys.float_info.max, sys.float_info.max))) for name, value in numbers.items()
-    }
-    return [
-        f"--{name}: found {value:g}; expected a number from {low:g} to {high:g}"
-        if name in RANGES
-        else f"--{name}: found {value}; expected a finite number"
-        for name, (value, low, high) in ranges.items()
-        if not low <= value <= high
-    ]
+    """A line for each number in {flag: value} outside its range or not finite, each empty text, unprintable name."""
+    problems = []
+    for name, value in values.items():
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
+            expected = f"a number from {low:g} to {high:g}" if name in RANGES else "a finite number"
+            if not low <= value <= high and (name, value) != ("max_steps", -1):
+                problems.append(f"--{name}: found {value}; expected {expected}")
+        elif value in ("", [""]) and name != "prompt":
+            problems.append(f"--{name}: found an empty text; expected a value; name one, or leave the flag away")
+        elif name.endswith(PLACES) and isinstance(value, str) and UNPRINTABLE.search(value):
+            expected = "a name in UTF-8 without control characters; rename it"
+            problems.append(f"--{name}: found {ascii(value)}; expected {expected}")
+    return problems
+
+
+def with_underscores(words) -> list[str]:
+    """The words of a command line, with `--max-steps` as `--max_steps`; what follows a bare `--` stays as it is."""
+    words = list(words)
+    end = words.index("--") if "--" in words else len(words)
+    return [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words[:end]] + words[end:]
 
 
 def locale_language() -> str:
@@ -154,8 +202,8 @@ class Config:
             raise UserError("\n".join(problems))
         if self.language not in ("en", "zh"):
             raise UserError(f"--language: found {self.language}; expected en or zh")
-        if "{label}" not in self.answer:
-            raise UserError(f"--answer: found {self.answer!r}; expected a text that contains {{label}}")
+        if problems := task_problems(self.prompt, self.answer, self.folder_to_label):
+            raise UserError("\n".join(f"--{line}" for line in problems))
 
     @property
     def labels(self) -> list[str]:
@@ -182,37 +230,73 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
     """class folder -> label, from a dict, its JSON, or `folders`: those of train_data, else of validation_data."""
     if table == "folders":
         splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
-        names = next(filter(None, (subfolders(split) for split in splits if os.path.isdir(split))), [])
-        if not names:
+        split = next((split for split in splits if os.path.isdir(split) and subfolders(split)), None)
+        if not split:
             raise UserError(
-                f"--folder_to_label folders: found no folder in {' or '.join(splits)}; expected one folder per class; "
-                "put them there, or name another --input_dir"
+                f"--folder_to_label folders: found no folder in {' or '.join(splits)}{deeper(input_dir)}; expected one "
+                "folder per class; put them there, or name another --input_dir"
             )
-        return {name: name for name in names}
+        table = {name: name for name in subfolders(split)}
+        if strange := [name for name in table if printable(name) != name]:
+            raise UserError(f"{split}: found a class folder {strange[0]!r}; expected no control characters; rename it")
+        if len(table) == 1 and (inside := subfolders(os.path.join(split, *table))):
+            raise UserError(
+                f"--folder_to_label folders: found one folder in {split}, {', '.join(table)}, and folders in it "
+                f"({', '.join(inside[:4])}); expected the class folders in {split} itself; move them there"
+            )
     if isinstance(table, str):
-        with contextlib.suppress(ValueError):  # no JSON: refused in the next lines
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused in the next lines
             table = json.loads(table)
-    if not isinstance(table, dict) or not table or not all(v and isinstance(v, str) for v in table.values()):
-        raise UserError(
-            f'--folder_to_label: found {table!r}; expected JSON like {{"ragno": "spider"}}, or the word folders'
+    return dict(table) if isinstance(table, dict) else table  # task_problems() judges it
+
+
+def task_problems(prompt, answer, table) -> list[str]:
+    """What cannot be asked or answered, a line each, which begins with the setting's name. For flags and task.json."""
+    problems = []
+    if not (isinstance(table, dict) and 0 < len(table) <= MAX_LABELS and all(map(is_label, table.values()))):
+        problems.append(
+            f'folder_to_label: found {reprlib.repr(table)}; expected JSON like {{"ragno": "spider"}}, or the word '
+            f"folders; at most {MAX_LABELS:,} labels of 1 to 100 printable characters"
         )
-    return dict(table)
+    for name, text, part in (("prompt", prompt, ""), ("answer", answer, "{label}")):
+        if not isinstance(text, str) or part not in text or len(text) > MAX_TEXT or HALF_LETTER.search(text):
+            expected = f"a text of at most {MAX_TEXT:,} characters" + f" that contains {part}" * bool(part)
+            problems.append(f"{name}: found {reprlib.repr(text)}; expected {expected}")
+    if not problems:
+        listed = sum(len(label) + 2 for label in {*table.values()})
+        if (n := len(prompt) + prompt.count("{labels}") * listed) > 10 * MAX_TEXT:
+            problems.append(f"prompt: found {n:,} characters with the labels in it; expected at most {10 * MAX_TEXT:,}")
+    return problems
+
+
+def is_label(value) -> bool:
+    """Whether this can be a label. Two invisible characters, which join letters or not, are part of some scripts."""
+    text = value.translate({0x200C: None, 0x200D: None}) if isinstance(value, str) else ""
+    return 0 < len(text) <= 100 and text.isprintable()
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts no shortened flag, and raises UserError for numbers that are outside their RANGES."""
+    """Accepts no shortened flag. A mistake is a UserError, also a number outside its RANGES and an empty text."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        values, unknown = super().parse_known_args(args, namespace)
+        values, unknown = super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
         if problems := range_problems(vars(values)):
             raise UserError("\n".join(problems))
+        if files := [word for word in unknown if word[:1] == "-" and os.path.lexists(word)]:
+            raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
         return values, unknown
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists every flag")
 
 
 def parser(description: str, names) -> Parser:
     """A parser with a flag for each of the named fields of Config."""
     shown = argparse.ArgumentDefaultsHelpFormatter
-    result = Parser(description=description, allow_abbrev=False, formatter_class=shown)
+    result = Parser(description=description, formatter_class=shown)
     add_flags(result, names)
     return result
 

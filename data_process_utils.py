@@ -23,7 +23,7 @@ from animals.pictures import moves
 from animals.pictures.cache import SPLITS, fresh_entries, load_split, lock, read_cache, refresh, split_folder
 from animals.pictures.prepare import commands, folder_problems, notes, prepare, split_problems
 from animals.pictures.read import list_pictures
-from animals.pictures.split import choose
+from animals.pictures.split import choose, describe_undivided
 from config import Config
 
 
@@ -59,7 +59,7 @@ def check(config: Config, model_path: str) -> None:
 
     summaries = prepare(config, model_path=model_path)
     print(table(summaries))
-    data = load_split(config, "train")
+    data = load_split(config, "train", summaries["train"])
     print(describe_whole_view(zip(data["width"], data["height"], strict=True), read_geometry(model_path)))
     if not any(summary["built"] for summary in summaries.values()):  # otherwise prepare() has just said it
         lines = [line for split in summaries for line in notes(config, split, summaries[split])[1:]]
@@ -69,7 +69,7 @@ def check(config: Config, model_path: str) -> None:
 
 def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) -> None:
     """Move a share of each class of train_data to validation_data, and say what was moved."""
-    with lock(config):
+    with lock(config, moving=True):
         moves.require_finished(config.input_dir)
         held_out, splits = split_folder(config, "validation"), ["train"]
         if os.path.isdir(held_out) and list_pictures(held_out):
@@ -83,6 +83,13 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         Findings(split_problems(config, "train", summary)).report()
         rows = list(rows_to_choose_from(config, splits))
         chosen = choose(rows, fraction, seed)
+        if undivided := describe_undivided(rows, chosen):
+            raise UserError(
+                f"{split_folder(config, 'train')}: found classes that cannot be divided: {undivided}; expected of each "
+                "class a picture that is held out and one that stays, and near-duplicates on one side; add pictures of "
+                "other scenes, lower --near_duplicate_distance, change --validation_fraction, or remove the class; "
+                "nothing was moved"
+            )
         before, moved = summary["folders"], Counter(path.split("/")[0] for path in chosen)
         said = f"{len(chosen):,} of {sum(before.values()):,} pictures moved to {held_out}"
         pairs = [(f"train_data/{name}", f"validation_data/{name}") for name in chosen]
@@ -119,7 +126,7 @@ def main():
     args = parser.parse_args()
     config = settings_for(settings.config_from(args), args.model_name_or_path, training=True)
     if args.undo_split:
-        with lock(config):
+        with lock(config, moving=True):
             print("\n".join(moves.undo(config.input_dir, "cut")))
     elif args.validation_fraction is not None:
         cut(config, args.validation_fraction, args.seed, args.add_to_validation, args.model_name_or_path)

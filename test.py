@@ -9,20 +9,24 @@
 Leaves a CSV with a row per picture: image, prediction, probability, error, the second and third guess with their
 probabilities, checkpoint (it changes with the model's files, dtype and question) and the probability of each label;
 these add up to 1. A picture that cannot be read has a row with an error. Each row is written as soon as it is known.
+Files in folders that are no pictures have no row and are counted on stderr. Text that a spreadsheet would run gets a
+' before it; bytes of a name that are not UTF-8 are written with backslashes.
 """
 
 import csv
-import hashlib
 import io
 import os
 import sys
+from collections import Counter
 
 import config as settings
 from animals.checkpoint.check import require_checkpoint
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import UserError, run
-from animals.files import replacing
-from animals.pictures.read import list_pictures
+from animals.files import from_cell, looked_up, read_csv, replacing, require_writable, write_csv_rows
+from animals.pictures.cache import cannot_list
+from animals.pictures.prepare import counted
+from animals.pictures.read import walk
 from animals.ranks import choose_arithmetic
 from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_batches
 from animals.scoring.sheet import contact_sheet
@@ -32,31 +36,55 @@ GUESSES = ("top2", "top2_probability", "top3", "top3_probability")
 
 def find_pictures(paths):
     """The paths of all pictures in files and folders. Raises UserError if a path does not exist, or there is none."""
-    found = []
+    found, others = [], Counter()
     for path in paths:
         if not os.path.exists(path):
-            raise UserError(f"{path}: not found; expected a picture or a folder of pictures")
-        found += list_pictures(path) if os.path.isdir(path) else [path]
+            raise UserError(f"{looked_up(path)}: not found; expected a picture or a folder of pictures")
+        try:
+            found += [picture for picture, _ in walk(path, others)] if os.path.isdir(path) else [path]
+        except OSError as error:
+            raise UserError(cannot_list(error, path)) from None
     if not found:
-        raise UserError(f"{', '.join(paths)}: found no picture; put some there, or name pictures or folders")
+        there = counted(others) or "empty"
+        raise UserError(f"{', '.join(paths)}: found no picture ({there}); put some there, or name pictures or folders")
+    if others:
+        print(f"no rows for files that are not pictures: {counted(others)}", file=sys.stderr)
     return found
 
 
-def checkpoint_id(path, dtype, config):
-    """Twelve digits that change with the checkpoint's files (name, size, time), the dtype and the question."""
-    with os.scandir(path) as entries:
-        files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
-    asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
-    return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
+def as_written(path: str) -> str:
+    """A path as it stands in the CSV: bytes that are not UTF-8 with backslashes."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def require_output(output, page):
+    """Raises UserError unless both files can be written: the CSV and, where one is asked for, the contact sheet."""
+    folder = os.path.dirname(output) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {output}: {folder} is not a folder that exists; make it, or name another")
+    require_writable("--output", folder)
+    for path in filter(None, (output, page)):
+        if os.path.isdir(path):
+            raise UserError(f"--output {output}: found a folder {path}; expected the name of a file; name another")
+    if not os.path.basename(output) or output == page:
+        raise UserError(f"--output {output}: found no name for a CSV; expected one such as predictions.csv")
 
 
 def make_row(labels, min_probability, checkpoint, picture, probability, error):
     """One row of the CSV, from the probabilities [labels] or from the error of a picture that could not be read."""
     if error:
-        return [picture, "", "", error] + [""] * (len(GUESSES) + 1 + len(labels))
+        return [as_written(picture), "", "", error] + [""] * (len(GUESSES) + 1 + len(labels))
     (name, best), *others = sorted(zip(labels, probability, strict=True), key=lambda pair: -pair[1])
     guesses = [cell for pair in [*others, ("", ""), ("", "")][:2] for cell in pair]  # there may be one label only
-    return [picture, name if best >= min_probability else "unsure", best, "", *guesses, checkpoint, *probability]
+    return [
+        as_written(picture),
+        name if best >= min_probability else "unsure",
+        best,
+        "",
+        *guesses,
+        checkpoint,
+        *probability,
+    ]
 
 
 def read_finished(path, header, labels, checkpoint):
@@ -64,9 +92,10 @@ def read_finished(path, header, labels, checkpoint):
 
     Raises UserError if the columns or the checkpoint are others: one CSV holds the answers of one model.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    first, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [header]
+    lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    first, *rows = [[from_cell(cell) for cell in row] for row in lines] or [header]
     if first != header:
         found = f"found the columns {','.join(first)} in {path}; expected {','.join(header)}"
         raise UserError(f"--resume: {found}; remove it, or name another --output")
@@ -83,9 +112,8 @@ def name_pictures(args, config, pictures):
     """Loads the model, then returns an iterator over batches: [(picture, probabilities [labels], error or None)]."""
     from accelerate import PartialState
 
-    on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
-    PartialState(cpu=on_cpu)  # the first call decides where this process computes
-    scorer, model = load_scorer(args.model_name_or_path, config, dtype)
+    PartialState(cpu=args.use_cpu)  # the first call decides where this process computes
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
     places, size = range(len(pictures)), args.per_device_eval_batch_size
     batches = [places[i : i + size] for i in places[::size]]
     scored = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
@@ -109,31 +137,32 @@ def main():
     require_checkpoint(model)
     config = settings_for(settings.config_from(args), model)
     pictures = find_pictures(args.paths or [os.path.join(config.input_dir, "test_data")])
-    folder = os.path.dirname(output) or "."
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"--output {output}: {folder} is not a folder that can be written to")
+    page = f"{os.path.splitext(output)[0]}.html" if args.html else None
+    require_output(output, page)
     header = ["image", "prediction", "probability", "error", *GUESSES, "checkpoint", *config.labels]
+    args.use_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     checkpoint = checkpoint_id(model, args.dtype, config)
     finished = []
     if args.resume and os.path.exists(output):
         finished = read_finished(output, header, config.labels, checkpoint)
-        known = {picture for picture, _, _ in finished}
-        print(f"going on: {output} has {len(known)} pictures already", file=sys.stderr)
-        pictures = [picture for picture in pictures if picture not in known]
+        print(f"going on: {output} has {len({row[0] for row in finished})} pictures already", file=sys.stderr)
+    known = {row[0] for row in finished}
+    asked = [picture for picture in pictures if as_written(picture) not in known]
 
-    unreadable, batches = 0, name_pictures(args, config, pictures) if pictures else ()
+    unreadable, batches = 0, name_pictures(args, config, asked) if asked else ()
     with replacing(output, newline="") as file:
-        csv.writer(file).writerows([header, *(make_row(config.labels, limit, checkpoint, *done) for done in finished)])
+        write_csv_rows(file, [header, *(make_row(config.labels, limit, checkpoint, *done) for done in finished)])
     with open(output, "a", newline="", encoding="utf-8") as file:
         for batch in batches:
-            csv.writer(file).writerows(make_row(config.labels, limit, checkpoint, *done) for done in batch)
+            write_csv_rows(file, [make_row(config.labels, limit, checkpoint, *done) for done in batch])
             file.flush()
             unreadable += sum(error is not None for _, _, error in batch)
-    print(f"{len(pictures)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)
-    if args.html:
-        with open(output, newline="", encoding="utf-8") as file:
-            rows, page = list(csv.DictReader(file)), f"{os.path.splitext(output)[0]}.html"
-        with replacing(page) as file:
+    print(f"{len(asked)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)
+    if page:
+        paths = {as_written(picture): picture for picture in pictures}  # links lead to the real names
+        rows = [row | {"image": paths.get(row["image"], row["image"])} for row in read_csv(output)[1]]
+        folder = os.path.dirname(output) or "."
+        with replacing(page, errors="backslashreplace") as file:
             file.write(contact_sheet(rows, config.labels, model, folder, config.language, limit))
         print(f"contact sheet in {page}", file=sys.stderr)
 

@@ -7,11 +7,11 @@ in --logging_dir TensorBoard's events.
 """
 
 import argparse
-import ctypes
 import difflib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -19,16 +19,16 @@ import config as settings
 from animals.checkpoint import steps
 from animals.checkpoint.load import load_for_training, zero3_is_on
 from animals.checkpoint.task import changed_task_flags, settings_for
-from animals.command import UserError, run
+from animals.command import Findings, UserError, run
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
-from animals.ranks import barrier, check_connection, choose_arithmetic, main_process, say
+from animals.ranks import barrier, check_connection, choose_arithmetic, end_with_parent, main_process, say
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import RATES, freeze, read_parts
-from animals.training.preflight import check_run
+from animals.training.preflight import check_flags, check_run
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -42,16 +42,24 @@ def make_parser():
         def error(self, message):
             raise UserError(f"{message}; `python train.py --help` lists every flag")
 
-    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, description=__doc__.partition("\n")[0])
+    about = {"description": __doc__.partition("\n")[0], "conflict_handler": "resolve"}
+    parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, **about)
     settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts", *RATES))
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
+    parser.add_argument("--report_to", nargs="+", help="trackers, e.g. tensorboard,wandb; or none")  # instead of TRL's
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, and end there")
     text = "measure a few steps and a checkpoint, and keep nothing; `all`: find the fastest recipe first (train.sh)"
     parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"], help=text)
     parser.set_defaults(**settings.TRAINING_DEFAULTS, dataloader_num_workers=None)
     return parser
+
+
+def nearest(flag, known) -> list[str]:
+    """The known flag that `flag` was likely meant to be, if there is one: rather one with the same first word."""
+    related = [name for name in known if name.split("_")[0] == flag.split("_")[0]]
+    return difflib.get_close_matches(flag, related, 1, 0.8) or difflib.get_close_matches(flag, known, 1, 0.8)
 
 
 def parse(argv):
@@ -61,14 +69,15 @@ def parse(argv):
     that ZeRO-3 is on (integrations/deepspeed.py). Without that, every rank loads all 15 GB.
     """
     parser = make_parser()
-    flags, unknown = parser.parse_known_args(argv)
+    flags, unknown = parser.parse_known_args(settings.with_underscores(argv))
     if unknown:
         names = [word for word in unknown if word.startswith("-")] or unknown
-        known = re.findall(r"--\w+", parser.format_usage())
-        near = difflib.get_close_matches(names[0].split("=")[0], known, n=1, cutoff=0.8)
+        near = nearest(names[0].split("=")[0], re.findall(r"--\w+", parser.format_usage()))
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
-    if problems := settings.range_problems(vars(flags)):
-        raise UserError("\n".join(problems))
+    flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
+    findings = Findings(settings.range_problems(vars(flags)))
+    findings.attempt(check_flags, flags, parser.get_default)
+    findings.report()
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()
@@ -90,20 +99,27 @@ def end_rank(code):
     os._exit(code)
 
 
-def find_start(args, record):
-    """The checkpoint to resume from, or None. Says which newer ones are incomplete."""
-    newest, incomplete = steps.newest_complete(args.output_dir)
-    for line in incomplete:
-        say(line)
-    if newest and not args.resume_from_checkpoint:
-        steps.check_resume(record, newest)
-    return args.resume_from_checkpoint or newest
+def follow_launcher():
+    """A rank of torchrun dies with it, or it would go on writing. A lone rank, which has none, says how it ends.
+
+    Until training begins there is nothing to save: a signal ends the run, the launcher's ranks without a word.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return end_with_parent()
+
+    def end(number, frame):
+        say(f"\n{signal.Signals(number).name}: ended before training began; there was nothing to save")
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
 
 
-def publish_if_finished(args, checkpoint, pictures) -> bool:
+def publish_if_finished(args, checkpoint, last_step) -> bool:
     """Whether `checkpoint` is the last step: then copy its model to output_dir. Trainer would take one more step."""
     state = read_json(os.path.join(checkpoint, steps.STATE))
-    finished = state["global_step"] >= count_steps(args, pictures)[1]
+    finished = state["global_step"] >= last_step
     if finished and main_process():
         best = args.load_best_model_at_end and state["best_model_checkpoint"]
         steps.copy_model_to_output(best or checkpoint, args.output_dir)
@@ -112,9 +128,7 @@ def publish_if_finished(args, checkpoint, pictures) -> bool:
 
 
 def main():
-    # Kill this rank if torchrun dies, or it would go on writing. A rank without torchrun (nohup) may outlive its shell.
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
+    follow_launcher()
 
     # Settings: the flags, and the checkpoint's own task.
     given, args, model_args, flags = parse(sys.argv[1:])
@@ -129,26 +143,27 @@ def main():
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)
-    checkpoint = None if flags.rehearse else find_start(args, record)
+    last_step = count_steps(args, summaries["train"]["n"])[1]
+    if not flags.dry_run:
+        steps.lock_output(args.output_dir, flags.rehearse)
+    checkpoint = None if flags.rehearse else steps.find_start(args, record, last_step)
 
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
-    train_data, held_out = load_split(config, "train"), load_split(config, "validation")
+    train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
     say(describe(args, model_args, train_data, collator, len(held_out)))
-    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, len(train_data)):
+    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step):
         return
 
     check_connection(args.device)
 
     # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
-    from animals.training.trainer import AnimalTrainer, StopOnSignal
-
-    stop = None if flags.rehearse else StopOnSignal()
-    make_trainer = functools.partial(AnimalTrainer, callbacks=[stop])
     if flags.rehearse:
-        from animals.training.rehearsal import RehearsalTrainer, start_ram_meter
+        from animals.training.rehearsal import HostRam, RehearsalTrainer
 
-        make_trainer = functools.partial(RehearsalTrainer, ram=start_ram_meter(args))
+        make_trainer = functools.partial(RehearsalTrainer, ram=HostRam(args.use_cpu))
+    else:
+        from animals.training.trainer import AnimalTrainer as make_trainer
     model = load_for_training(model_args, args)
     if not model_args.use_peft:  # peft freezes the base itself
         freeze(model, read_parts(config.train_parts), float32=not zero3_is_on(args))
@@ -171,27 +186,32 @@ def main():
         rates={part: getattr(config, name) for name, part in RATES.items()},
     )
     say(f"trains          {describe_trainable(trainer.model)}")
-    if flags.rehearse:
-        trainer.rehearse(logs, record["versions"])
-    else:
-        train(trainer, checkpoint, stop)
+    code = trainer.rehearse(logs, record["versions"]) if flags.rehearse else train(trainer, checkpoint)
     trainer.accelerator.end_training()
-    end_rank(128 + stop.agreed if stop and stop.agreed else 0)
+    end_rank(code or 0)
 
 
-def train(trainer, checkpoint, stop):
-    """Train from `checkpoint`, or from the first step, and save the model, unless a signal ends the run before."""
+def train(trainer, checkpoint):
+    """Train from `checkpoint`, or from the first step, and save the model. -> exit code: a signal ends it before."""
+    from animals.training.trainer import StopOnSignal
+
+    trainer.add_callback(stop := StopOnSignal())
     out = trainer.args.output_dir
     if main_process():
-        os.makedirs(out, exist_ok=True)
         write_json(os.path.join(out, "run.json"), trainer.record)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed:
-        say(f"stopped after step {trainer.state.global_step}; `sh train.sh` again continues from there")
-    else:
-        trainer.save_final()
-        say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {out}")
+        again = "`sh train.sh` again continues from there"
+        if trainer.args.save_only_model:
+            again = "no run can continue from there, because --save_only_model leaves out the optimizer's states"
+        say(f"stopped after step {trainer.state.global_step}; {again}")
+        return 128 + stop.agreed
+    trainer.save_final()
+    say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(out)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except SystemExit as ended:  # of a mistake or a signal
+        end_rank(ended.code or 0)

@@ -6,6 +6,7 @@
 #   sh train.sh --train_parts projector --learning_rate 1e-3 --config_file scripts/ddp.yaml    the projector alone; training/parts.py
 #   sh train.sh --rehearse                   measure memory, disk and hours on this machine first, in minutes
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two processes on the CPU)
+# Relative paths are this folder's, wherever it is started from.
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh
 

@@ -9,7 +9,7 @@ checkpoint's step in <logging_dir>/<run>/validation. Prints a table, and as the 
 Nothing is generated: one forward pass per batch scores all labels, and the answer is always one of them.
 """
 
-import csv
+import contextlib
 import os
 import time
 from datetime import timedelta
@@ -17,16 +17,57 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
-from animals.checkpoint.task import settings_for
+from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
-from animals.pictures.cache import load_split
+from animals.files import require_writable
+from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
+from animals.pictures.moves import read_moves
 from animals.pictures.prepare import check_inputs
+from animals.pictures.read import PictureError, load_picture
 from animals.ranks import check_connection, choose_arithmetic, main_process
-from animals.scoring.metrics import compare, measure, paired, without_duplicates
+from animals.scoring.metrics import compare, design_effect, measure, paired, wilson_interval, without_duplicates
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_pictures, stratified_sample
+
+
+def quarantined_pictures(config):
+    """{path: label} of the held-out pictures in quarantine; the label is None where a picture cannot be scored."""
+    found = {}
+    for step in read_moves(config.input_dir, "quarantine")["steps"]:
+        for place, target in step["moves"]:
+            split, folder, *_ = place.split("/")
+            if split == "validation_data":
+                path = os.path.join(config.input_dir, target)
+                found[path] = None
+                with contextlib.suppress(PictureError, KeyError):  # no longer there; a class that the table has not
+                    load_picture(path)
+                    found[path] = config.folder_to_label[folder]
+    return found
+
+
+def with_quarantined(right, groups, right_there, n):
+    """`quarantined` of report.json: the accuracy with the held-out pictures in quarantine; None if there are none.
+
+    right, groups: per picture of the report. right_there: the same as `right`, of those of the n that were scored too.
+    """
+    both, apart = right + right_there, [object() for _ in right_there]  # each is a group of its own
+    interval = wilson_interval(sum(both), len(both), design_effect([*groups, *apart]))
+    values = {"n": n, "accuracy_with": sum(both) / len(both), "accuracy_with_ci95": interval, "n_with": len(both)}
+    return values if n else None
+
+
+def against(where, other, rows, other_rows):
+    """`comparison` of report.json: this run's rows against those of the report `other` in the folder `where`."""
+    changed = [
+        {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
+        for row, before in zip(rows, other_rows, strict=True)
+        if row["prediction"] != before["prediction"]
+    ]
+    right, other_right = ([row["correct"] for row in some] for some in (rows, other_rows))
+    groups = [row["group"] for row in rows]
+    return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
 def validate(args, config):
@@ -38,7 +79,9 @@ def validate(args, config):
     """
     from accelerate import PartialState
 
-    data = load_split(config, "validation")
+    with lock(config):  # one state of the cache
+        data, known = load_split(config, "validation"), known_duplicates(config)
+        excluded = checked_entry(config, "validation")["excluded"]
     held_out = len(data)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
@@ -47,46 +90,41 @@ def validate(args, config):
         other, other_rows = read_report(args.compare_with)
         ours = list(zip(pictures, sha256, data["label"], strict=True))
         other_rows = paired(ours, other_rows, f"--compare_with {args.compare_with}")
-    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype)
+    quarantined = quarantined_pictures(config)
+    again = [] if args.on_eval_pictures else [path for path, label in quarantined.items() if label]
+    scorer, model = load_scorer(args.model_name_or_path, config, args.dtype, end=not args.without_end)
     labels, started = scorer.labels, time.perf_counter()
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
+    said = score_pictures(model, scorer, again, batch_size, [0] * len(again), workers).argmax(1).tolist()
     probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
     truth = [labels.index(label) for label in data["label"]]
+    groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
     rows = [
         {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
-        | {"sha256": sha, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
-        for picture, t, p, sha, row in zip(pictures, truth, predicted, sha256, probability, strict=True)
+        | {"sha256": sha, "group": group, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
+        for picture, t, p, sha, group, row in zip(pictures, truth, predicted, sha256, groups, probability, strict=True)
     ]
-    right, known = [row["correct"] for row in rows], known_duplicates(config)
-    groups = [known["group"][picture] for picture in pictures] if known else None
-    with open(os.path.join(config.temp_dir, "excluded.csv"), newline="", encoding="utf-8") as file:
-        excluded = [row for row in csv.DictReader(file) if row["split"] == "validation"]
+    right = [row["correct"] for row in rows]
+    right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
+        "quarantined": with_quarantined(right, groups, right_there, len(quarantined)),
         "model": args.model_name_or_path,
+        "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "step": global_step(args.model_name_or_path),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "images_per_second": len(pictures) / seconds,
-        "dtype": args.dtype,
-        "per_device_eval_batch_size": batch_size,
+        **{key: vars(args)[key] for key in ("dtype", "without_end", "per_device_eval_batch_size")},
         "processes": PartialState().num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "excluded": [{key: row[key] for key in ("image", "reason")} for row in excluded],
-        "comparison": None,
+        "excluded": [{"image": image, "reason": reason} for image, reason in excluded],
+        "comparison": against(args.compare_with, other, rows, other_rows) if args.compare_with else None,
     }
-    if args.compare_with:
-        changed = [
-            {"image": row["image"], "prediction": row["prediction"], "other_prediction": before["prediction"]}
-            for row, before in zip(rows, other_rows, strict=True)
-            if row["prediction"] != before["prediction"]
-        ]
-        about = {"model": other["model"], "where": args.compare_with, "changed": changed}
-        report["comparison"] = compare(right, [row["correct"] for row in other_rows]) | about
     return report, rows
 
 
@@ -95,9 +133,14 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], fields)
     add_inference_flags(parser)
     parser.add_argument("--on_eval_pictures", action="store_true", help="only those that training measures itself on")
+    parser.add_argument("--without_end", action="store_true", help="leave </s> out: for a model that is not fine-tuned")
     parser.add_argument("--report_dir", default="logs/validation", help="each checkpoint's report gets a folder in it")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
     args = parser.parse_args()
+    folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))
+    events = os.path.join(args.logging_dir, run_name(args.model_name_or_path), "validation")
+    for flag, place in (("--report_dir", args.report_dir), ("--report_dir", folder), ("--logging_dir", events)):
+        require_writable(flag, place)  # before the work, not after it
     config = settings_for(settings.config_from(args), args.model_name_or_path)
     check_inputs(config, args.model_name_or_path, ("validation",))
     from accelerate import PartialState
@@ -108,9 +151,8 @@ def main():
     check_connection(PartialState().device)
     report, rows = validate(args, config)
     if main_process():
-        folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))
         write_report(report, rows, folder, config.language)
-        log_tensorboard(report, os.path.join(config.logging_dir, run_name(args.model_name_or_path), "validation"))
+        log_tensorboard(report, events)
         print_report(report, folder)
     PartialState().destroy_process_group()
 

@@ -3,6 +3,7 @@
 #   sh validation.sh                                       the model that train.sh saved
 #   sh validation.sh --model_name_or_path model            the untuned model
 #   NUM_PROCESSES=2 sh validation.sh                       two GPUs (without a GPU: two processes on the CPU)
+# Relative paths are this folder's, wherever it is started from.
 cd "$(dirname "$0")" || exit 1
 . scripts/environment.sh
 

@@ -27,6 +27,38 @@ class Findings(list):
             raise UserError("\n".join(self))
 
 
+# What `pip install -r requirements.txt` brings, by the names that are imported.
+PACKAGES = "torch transformers trl accelerate deepspeed bitsandbytes datasets PIL tensorboard tokenizers numpy peft "
+PACKAGES += "sklearn matplotlib sentencepiece google jinja2 scipy imagehash cleanlab joblib werkzeug filelock psutil "
+PACKAGES += "safetensors huggingface_hub yaml tqdm packaging"
+
+
+def python_problem(version=sys.version_info) -> str:
+    """A line if there is no release for this Python of what requirements.txt pins, else an empty text."""
+    found = f"found Python {version[0]}.{version[1]} ({sys.executable}); expected 3.11 to 3.14, as the packages of "
+    how = "requirements.txt need; make an environment: python3.11 -m venv .venv, and install them into it"
+    return "" if (3, 11) <= version < (3, 15) else found + how
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """A line if the module that was not found comes with requirements.txt, else an empty text."""
+    name = str(error.name).split(".")[0]
+    found = f"found no Python package {name}; expected it; pip install -r requirements.txt"
+    return found if name in PACKAGES.split() and error.name == name else ""
+
+
+def explain(kind, error, trace):
+    """In place of a traceback a line and exit code 2, if the environment is not what requirements.txt asks for."""
+    line = python_problem() or (missing_package(error) if isinstance(error, ModuleNotFoundError) else "")
+    if not line:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+sys.excepthook = explain  # from here on, because modules import packages before run() is called
+
+
 def run(main):
     """Call main(). A UserError is printed on stderr, one line per problem, and ends the process with exit code 2.
 
@@ -37,7 +69,7 @@ def run(main):
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
     for flag, name in (("--push_to_hub", "HF_HUB_OFFLINE"), ("--torch_compile", "TORCHDYNAMO_DISABLE")):
-        if not any(word.startswith(flag) for word in sys.argv):
+        if not any(word.replace("-", "_").startswith(flag.replace("-", "_")) for word in sys.argv):
             os.environ.setdefault(name, "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -46,6 +78,8 @@ def run(main):
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the data workers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if problem := python_problem():
+            raise UserError(problem)
         main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,10 @@ import fcntl
 import io
 import json
 import os
+import stat
+import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from animals.command import UserError
@@ -28,12 +31,37 @@ def replacing(path, mode="w", **options):
         part.unlink(missing_ok=True)
 
 
-def read_json(file):
+MAX_JSON = 64_000_000  # bytes; the largest tokenizer.json of a known model has 33,000,000
+
+
+def open_regular(file):
+    """open(file, "rb"), if it is a regular file: a pipe or a device might never end.
+
+    Raises FileNotFoundError, or UserError if it is anything else or may not be read.
+    """
     try:
-        with open(file, encoding="utf-8") as opened:
-            return json.load(opened)
-    except ValueError as error:
-        raise UserError(f"{file}: found {error}; expected JSON; restore the file") from None
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return open(file, "rb")
+        reason = "a folder, a pipe or a device"
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror
+    raise UserError(f"{file}: cannot be read: found {reason}; expected a file; restore it, or change its rights")
+
+
+def read_json(file, kind=dict):
+    """The content of a JSON file, which must be a `kind`. Raises FileNotFoundError, or UserError for anything else."""
+    with open_regular(file) as opened:
+        try:
+            if (size := os.fstat(opened.fileno()).st_size) > MAX_JSON:
+                raise ValueError(f"{size:,} bytes, more than {MAX_JSON:,}")
+            if isinstance(content := json.loads(opened.read().decode()), kind):
+                return content
+            reason = f"a {type(content).__name__} in place of a {kind.__name__}"
+        except (ValueError, RecursionError) as error:
+            reason = error
+    raise UserError(f"{file}: found {reason}; expected JSON; restore the file")
 
 
 def write_json(file, content):
@@ -56,7 +84,12 @@ def from_cell(text: str) -> str:
 
 def write_csv_rows(file, rows) -> None:
     """Append rows (lists) to an open CSV file; their text goes through to_cell()."""
-    csv.writer(file, lineterminator="\n").writerows([[to_cell(value) for value in row] for row in rows])
+    for row in rows:
+        cells = [to_cell(value) for value in row]
+        quoting = (
+            csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+        )  # it ends a line, too
+        csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
@@ -76,6 +109,11 @@ def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{path}: found {error}; expected a CSV file in UTF-8; save it as `CSV UTF-8`") from None
     columns, *rows = lines or [[]]
     return columns, [dict(zip(columns, row, strict=False)) for row in rows if row]
+
+
+def looked_up(path) -> str:
+    """`path` for a message that it is not there: a relative one with the place where it was looked up."""
+    return str(path) if os.path.isabs(path) else f"{path} (looked up as {os.path.abspath(path)})"
 
 
 def nearest_existing(path) -> Path:
@@ -104,16 +142,20 @@ def require_writable(flag: str, folder) -> None:
 def folder_lock(folder, shared=False, busy: str | None = None):
     """with folder_lock(folder): no other process holds it; with shared=True, none holds it unshared. Leaves no file.
 
-    busy: the text of the UserError that is raised if another process holds it; None: wait. The system releases the
-    lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is locked.
+    busy: the text of the UserError that is raised if another process holds it; None: say so and wait. The system
+    releases the lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is
+    locked.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
-        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if busy is None else fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(opened, kind)
+            fcntl.flock(opened, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(busy) from None
+            if busy is not None:
+                raise UserError(busy) from None
+            print(f"waiting: another command uses {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(opened, kind)
         except OSError:
             pass
         yield
@@ -121,7 +163,29 @@ def folder_lock(folder, shared=False, busy: str | None = None):
         os.close(opened)
 
 
+# Folders that file managers, archives, NAS and disks make for themselves.
+SYSTEM = {"@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's."""
+    return name.startswith(".") or name in SYSTEM
+
+
 def subfolders(path) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
     with os.scandir(path) as found:
-        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in found if entry.is_dir() and not is_hidden(entry.name))
+
+
+def deeper(input_dir: str) -> str:
+    """For a message: where train_data is, if it is one folder deeper than in input_dir; else ""."""
+    places = [os.path.join(input_dir, name) for name in subfolders(input_dir)] if os.path.isdir(input_dir) else []
+    found = [place for place in places if os.path.isdir(os.path.join(place, "train_data"))]
+    return f"; train_data is in {found[0]}: give --input_dir {found[0]}" if found else ""
+
+
+def printable(name: str) -> str:
+    """A name with control characters, line ends and what is no UTF-8 as backslash escapes: for messages and lists."""
+    unsafe = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in name)

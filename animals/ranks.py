@@ -1,13 +1,17 @@
 """Which rank is the main process, and on which device and in which type all ranks compute. Imports torch late."""
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 from animals.command import UserError
+
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # the signals that end a run
 
 
 def main_process() -> bool:
@@ -57,6 +61,11 @@ def end_without_connection(seconds):
         "NCCL_P2P_DISABLE=1, make /dev/shm larger (docker run --shm-size=8g), and see what NCCL_DEBUG=INFO prints"
     )
     os._exit(2)
+
+
+def end_with_parent():
+    """From now on the system kills this process when the thread that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG
 
 
 def say(message):

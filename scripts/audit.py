@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
-from animals.files import replacing
-from animals.pictures.cache import SPLITS, csv_file, load_split
+from animals.files import replacing, require_writable
+from animals.pictures.cache import SPLITS, csv_file, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.prepare import check_inputs
 from animals.scoring.features import STRENGTHS, features, load_tower, regression
@@ -105,19 +105,22 @@ def main():
     parser = settings.parser(__doc__.splitlines()[0], (*settings.DATA_FIELDS, "language"))
     parser.add_argument("--model_name_or_path", default="model", help="the checkpoint whose vision tower is used")
     args = parser.parse_args()
+    require_writable("--temp_dir", args.temp_dir)
     model = args.model_name_or_path
     config = settings_for(settings.config_from(args), model, training=True)
     config.allow_leaks = True  # identical pictures that were found are no reason not to look further
     check_inputs(config, model, SPLITS)
+    with lock(config):  # one state of the cache
+        parts, known = {split: load_split(config, split) for split in SPLITS}, known_duplicates(config)
     rows = [
         {"image": row["images"][0], "split": split, "label": row["label"], "sha256": row["sha256"]}
-        for split in SPLITS
-        for row in load_split(config, split)
+        for split, part in parts.items()
+        for row in part
     ]
     if len(rows) < FEWEST:
         raise UserError(f"{config.input_dir}: found {len(rows)} pictures; expected at least {FEWEST}; add pictures")
     pictures, sha256 = ([row[key] for row in rows] for key in ("image", "sha256"))
-    group = (known_duplicates(config) or {"group": dict(zip(pictures, sha256, strict=True))})["group"]
+    group = (known or {"group": dict(zip(pictures, sha256, strict=True))})["group"]
     known = features(load_tower(model), pictures, sha256, config)
     suspects = find_suspects(known, rows, [group[picture] for picture in pictures])
     with csv_file(config, "audit.csv", COLUMNS) as out:

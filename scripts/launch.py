@@ -7,9 +7,10 @@ One process per visible GPU, or one; NUM_PROCESSES=n overrides (without a GPU: n
 must correct is reported within a second or two, before torch is imported. The exit code is the script's own.
 """
 
-import argparse
+import contextlib
 import importlib.util
 import logging
+import math
 import os
 import runpy
 import signal
@@ -18,35 +19,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
+from animals.checkpoint.steps import delete_old_rehearsal, newest_complete, states_file
 from animals.checkpoint.task import settings_for
 from animals.command import Findings, UserError, run
+from animals.files import looked_up, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.ranks import count_gpus
+from animals.ranks import STOPPING, count_gpus
 from animals.training.preflight import check_output_dir
 
 
 def split_words(words):
     """-> (the script, --config_file of accelerate, the script's flags)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = settings.Parser(add_help=False)
     parser.add_argument("script", choices=["train.py", "validation.py"])
     parser.add_argument("--config_file", default="scripts/deepspeed_zero3.yaml")
     chosen, flags = parser.parse_known_args(words)
     if not os.path.isfile(chosen.config_file):
         known = "scripts/deepspeed_zero3.yaml, scripts/ddp.yaml or another one of accelerate's"
-        raise UserError(f"--config_file {chosen.config_file}: not found; expected {known}")
+        raise UserError(f"--config_file {looked_up(chosen.config_file)}: not found; expected {known}")
     return chosen.script, chosen.config_file, flags
 
 
 def read_flags(training, flags):
     """Those flags of the script that the launcher reads, as a namespace; the script itself refuses unknown ones."""
-    parser = settings.parser("", settings.DATA_FIELDS)
+    parser = settings.parser("", (*settings.DATA_FIELDS, "logging_dir"))
     model = "model_name_or_path" if training else "output_dir"
     parser.add_argument("--model_name_or_path", default=settings.TRAINING_DEFAULTS[model])
     parser.add_argument("--output_dir", default=settings.TRAINING_DEFAULTS["output_dir"])
     parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
-    for name in settings.RANGES.keys() - {*settings.DATA_FIELDS}:  # checked before a rank starts
-        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--dry_run", action="store_true")
+    for name, (lowest, _) in settings.RANGES.items():  # checked before a rank starts
+        if name not in settings.DATA_FIELDS:
+            parser.add_argument(f"--{name}", type=type(lowest))
     return parser.parse_known_args(flags)[0]
 
 
@@ -78,18 +83,19 @@ def pass_signals_on():
     def pass_on(number, frame):
         ranks = psutil.Process().children()
         for rank in ranks:
-            rank.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                rank.send_signal(number)
         if not ranks:
             sys.exit(128 + number)
 
     # torchrun's --signals-to-handle: it would kill the ranks after 30 s, less than a checkpoint of the 7B takes.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, pass_on)
 
 
-def start_ranks(training, config_file, processes, script, flags):
+def start_ranks(args, training, config_file, processes, script, flags, deepspeed):
     """Start the ranks and wait for them. If one fails, end with its exit code, or 128 + the signal that killed it."""
     import torch.distributed.run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -106,9 +112,19 @@ def start_ranks(training, config_file, processes, script, flags):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # of a killed one: -signal
-        if code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
+        if args.rehearse:
+            with contextlib.suppress(UserError):  # another rehearsal's
+                delete_old_rehearsal(args.output_dir)
+        if -code in STOPPING:  # while training, a rank ends by itself
+            print(f"{signal.Signals(-code).name}: the run has ended; there was nothing to save", file=sys.stderr)
+        elif code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            again = "; `sh train.sh` again continues from the last complete checkpoint" if training else ""
+            found = (
+                training
+                and not (args.dry_run or args.rehearse)
+                and newest_complete(args.output_dir, states_file(deepspeed), math.inf)
+            )
+            again = f"; `sh train.sh` with the same flags continues from {found[0]}" if found and found[0] else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
         sys.exit(code if code >= 0 else 128 - code)
 
@@ -128,9 +144,11 @@ def main():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     config, findings = settings_for(settings.config_from(args), args.model_name_or_path, training), Findings()
     splits = ("train", "validation") if training else ("validation",)
+    require_writable("--temp_dir", config.temp_dir)  # the caches are built in it
     summaries = findings.attempt(check_inputs, config, args.model_name_or_path, splits)
     if training:
         findings.attempt(check_output_dir, args.output_dir)
+    findings.attempt(require_writable, "--logging_dir", config.logging_dir)
     findings.report()
     if args.rehearse == "all":
         from animals.training.recipes import rehearse_all
@@ -146,7 +164,7 @@ def main():
     pass_signals_on()
     # Its long message about a failed rank says less than our line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    start_ranks(training, config_file, processes, script, flags)
+    start_ranks(args, training, config_file, processes, script, flags, deepspeed)
 
 
 if __name__ == "__main__":

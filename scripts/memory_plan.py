@@ -8,7 +8,6 @@ holds what is resident against train.py on CPU ranks (2 %), the activations agai
 Each formula names the library function that it follows, as requirements.txt pins it. GiB: 2**30 bytes, GB: 10**9.
 """
 
-import argparse
 import json
 import math
 import re
@@ -17,10 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from animals.checkpoint.family import family_problem, model_class, model_config
+import config as settings
+from animals.checkpoint.family import model_class, model_config
 from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError, run
-from animals.files import read_json
+from animals.files import looked_up, read_json
 from animals.training.lora import LORA_TARGETS
 from animals.training.parts import PARTS, read_parts, trains
 
@@ -49,9 +49,9 @@ def load_config(path):
     """The transformers config of a checkpoint folder or of a config.json file."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(f"{file}: found no such file; expected the model's config.json; get it as model/README.md says")
-    if problem := family_problem(read_json(file), file.parent):
-        raise UserError(problem)
+        raise UserError(
+            f"{looked_up(file)}: found no such file; expected the model's config.json; get it as model/README.md says"
+        )
     return model_config(file)
 
 
@@ -205,7 +205,7 @@ def table(plans) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model_name_or_path", default="model", help="folder with config.json, or such a file (default: model)")
     add("--num_gpus", type=int, help="one rank each (default: 1, 4 and 8; 1 for the methods without ZeRO-3)")
@@ -217,8 +217,6 @@ def main():
     chosen = read_parts(args.train_parts) if args.train_parts else None
     if chosen and "lora" in (args.method or "") or args.method == "ddp" and chosen == list(PARTS):
         raise UserError(f"--train_parts: found it with --method {args.method}; expected full, or fewer parts with ddp")
-    if min(args.num_gpus or 1, args.micro_batch or 1) < 1:
-        raise UserError("--num_gpus, --micro_batch: found a number below 1; expected at least 1; give one")
     config = load_config(args.model_name_or_path)
     shapes, zero3 = parameters(config), read_json(ROOT / "scripts" / "zero3.json")
     plans = [

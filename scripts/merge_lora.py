@@ -3,12 +3,13 @@
 python scripts/merge_lora.py sft-llava-1.6-7b --merge merged
 """
 
-import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config as settings
 from animals.checkpoint.check import adapter_config, require_checkpoint
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.save import SHARD_SIZE, add_other_files
@@ -29,13 +30,13 @@ def merge(adapter, out, dtype="bfloat16"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="folder that `sh train.sh --use_peft` left, or a checkpoint-N in it")
     parser.add_argument("--merge", metavar="OUT", required=True, help="new folder for the plain checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the merged weights")
     args = parser.parse_args()
     merge(args.adapter, args.merge, args.dtype)
-    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {args.merge}")
+    print(f"wrote {args.merge}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(args.merge)}")
 
 
 if __name__ == "__main__":

@@ -5,35 +5,47 @@
     curl --data-binary @cat.jpg http://127.0.0.1:7860/name
 
 The last line prints JSON: prediction, probabilities (the most probable label first), seconds, width and height; or
-error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused.
+error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused, and so is
+a Host that is not a name or address of this server with its port. Status 503 asks to come back: see the limits below.
 """
 
-import ipaddress
+import contextlib
+import io
 import json
-import logging
+import math
 import os
+import re
+import shutil
 import signal
 import socket
+import socketserver
 import sys
 import threading
 import time
+import traceback
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from werkzeug import Request, Response
-from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.serving import make_server
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
 from animals.checkpoint.check import require_checkpoint
 from animals.checkpoint.task import settings_for
 from animals.command import UserError, run
-from animals.pictures.read import PictureError, list_pictures, load_picture
+from animals.pictures.read import FORMATS, PictureError, list_pictures, load_picture
 from animals.ranks import choose_arithmetic
 from animals.scoring.page import Texts, data_uri, render, show
 from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities
 
 MAX_UPLOAD = 64_000_000  # bytes; a 50-megapixel JPEG of a phone has 25,000,000
+UPLOADS = 4  # uploads of MAX_UPLOAD bytes, or more and smaller ones, that memory holds at once; others get status 503
+CONNECTIONS = 64  # at once; for one more, the one that has had the longest time to send its request is closed
+READ_S = 10  # seconds that a connection may send nothing; and that the line and the headers of a request may take
+SLOWEST = 500_000  # bytes per second; an upload that is slower by more than READ_S is closed
+SMALL, LARGE = 4, 1  # pictures decoded at once: of up to SMALL_PIXELS, and larger ones; that takes 3 GB at most
+SMALL_PIXELS = 16_000_000  # so that a picture of MAX_PIXELS, which takes seconds, delays no usual one
+TURN_S = 30  # seconds that a request waits for its turn to be decoded and named, before it gets status 503
 EXAMPLES = 12  # pictures to try on the page
 SHOWN = 800  # pixels of the longest side of the picture that is sent back: as the model saw it, upright
 HEADERS = {
@@ -45,77 +57,211 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
+    "Connection": "close",
 }
 
 
-class Server:
-    """The WSGI application around a scorer and its model. args: what main() parsed. examples: paths of pictures."""
+class Busy(Exception):
+    """Too much is asked at once: status 503."""
 
-    def __init__(self, scorer, model, args, language, examples):
+
+class Server(socketserver.ThreadingTCPServer):
+    """A model that a Handler per connection, in a thread of its own, asks. listening: a socket. examples: paths."""
+
+    daemon_threads = True
+
+    def __init__(self, listening, scorer, model, args, language, examples):
+        super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
         self.scorer, self.model, self.args, self.examples = scorer, model, args, examples[:EXAMPLES]
-        self.language, self.texts, self.lock = language, Texts(language), threading.Lock()
+        self.language, self.texts = language, Texts(language)
+        self.model_lock, self.held_lock, self.held = threading.Lock(), threading.Lock(), 0  # bytes of uploads
+        self.small, self.large = threading.Semaphore(SMALL), threading.Semaphore(LARGE)
+        self.deadlines = {}  # connection: the time when it is closed; infinity while nothing is awaited from it
+        name = f"[{args.host}]" if ":" in args.host else args.host
+        self.url = f"http://{name}:{self.server_address[1]}/"
 
-    def __call__(self, environ, start_response):
-        request = Request(environ)
-        request.max_content_length = MAX_UPLOAD
-        body, status = self.answer(request)
-        kind = {dict: "application/json", str: "text/html", bytes: "application/octet-stream"}[type(body)]
-        content = json.dumps(body, ensure_ascii=False) if isinstance(body, dict) else body
-        return Response(content, status, HEADERS, mimetype=kind)(environ, start_response)
+    def process_request(self, request, client_address):
+        deadlines = self.deadlines.copy()
+        self.deadlines[request] = time.monotonic() + READ_S
+        if len(deadlines) >= CONNECTIONS:
+            first = min(deadlines, key=deadlines.get)
+            self.cut(first if deadlines[first] < math.inf else request)
+        super().process_request(request, client_address)
 
-    def answer(self, request):
-        """(a dict for JSON, the page or the bytes of a file; the HTTP status) for a request."""
-        if not self.is_ours(request):
-            return {"error": self.texts("serve_elsewhere", url=f"http://{self.args.host}")}, 403
-        match request.method, request.path.split("/")[1:]:
-            case "GET", [""]:
-                values = {"args": self.args, "examples": self.examples, "most": MAX_UPLOAD}
-                return render("serve.html", ".", self.language, **values), 200
-            case "GET", ["example", number] if number.isdecimal() and int(number) < len(self.examples):
-                return Path(self.examples[int(number)]).read_bytes(), 200
-            case "POST", ["name"]:
-                return self.name(request)
+    def service_actions(self):
+        """Called every half second, and after every new connection."""
+        for connection, deadline in self.deadlines.copy().items():
+            if deadline < time.monotonic():
+                self.cut(connection)
+
+    def cut(self, connection):
+        """End a connection: its thread reads the end of the request, and leaves."""
+        self.deadlines.pop(connection, None)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def close_request(self, request):
+        self.deadlines.pop(request, None)
+        super().close_request(request)
+
+    def handle_error(self, request, client_address):
+        """Print the traceback of an error of ours; a connection that the other side ended is none."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    @contextlib.contextmanager
+    def room_for(self, size):
+        """with room_for(size): memory for an upload of `size` bytes. Raises Busy if there is none."""
+        with self.held_lock:
+            if self.held + size > UPLOADS * MAX_UPLOAD:
+                raise Busy
+            self.held += size
+        try:
+            yield
+        finally:
+            with self.held_lock:
+                self.held -= size
+
+    @contextlib.contextmanager
+    def turn_of(self, content):
+        """with turn_of(content): the picture may be decoded, and held until it is named. Raises Busy after TURN_S."""
+        turn = self.small
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            turn = self.large if math.prod(picture.size) > SMALL_PIXELS else turn  # no pixel is decoded for this
+        if not turn.acquire(timeout=TURN_S):
+            raise Busy
+        try:
+            yield
+        finally:
+            turn.release()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request; the connection is closed after it."""
+
+    protocol_version, default_request_version, timeout = "HTTP/1.1", "HTTP/1.0", READ_S
+
+    def do_GET(self):
+        self.reply(*self.answer())
+
+    do_POST = do_GET
+
+    def answer(self):
+        """(a dict for JSON, the page, or the path of a file; the HTTP status) for a request."""
+        server, path = self.server, self.path.partition("?")[0]
+        if not self.is_ours():
+            return self.error(403, "serve_elsewhere", url=server.url)
+        example = {f"/example/{i}": Path(file) for i, file in enumerate(server.examples)}.get(path)
+        if (self.command, path) == ("GET", "/"):
+            values = {"args": server.args, "examples": server.examples, "most": MAX_UPLOAD}
+            return render("serve.html", ".", server.language, **values), 200
+        if self.command == "GET" and example and example.is_file():
+            return example, 200
+        if (self.command, path) == ("POST", "/name"):
+            return self.name()
         return {"error": "404"}, 404
 
-    def is_ours(self, request):
-        """Whether Host is an address of this server, and the request comes from its page or from no page at all."""
-        host = request.headers.get("Host", "")
-        name = host.rsplit(":", 1)[0].strip("[]") if not host.endswith("]") else host.strip("[]")
-        try:
-            known = bool(ipaddress.ip_address(name))  # a number leads nowhere else; a name may be bound to any machine
-        except ValueError:
-            known = name in ("localhost", self.args.host, socket.gethostname())
-        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
-        link = request.headers.get("Sec-Fetch-Mode") == "navigate" and request.method == "GET"  # a link to the page
-        return known and origin in (None, f"http://{host}") and (site in ("none", "same-origin") or link)
+    def is_ours(self):
+        """Whether Host is this server, and the request comes from its page or from no page at all."""
+        hosts, port = self.headers.get_all("Host", []), self.server.server_address[1]
+        names = "localhost", "127.0.0.1", "::1", self.server.args.host, socket.gethostname()
+        names = {f"[{name}]" if ":" in name else name.lower() for name in (*names, self.connection.getsockname()[0])}
+        own = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        link = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.command == "GET"  # a link to the page
+        known = len(hosts) == 1 and hosts[0].lower() in own
+        return known and origin in (None, f"http://{hosts[0]}") and (site in ("none", "same-origin") or link)
 
-    def name(self, request):
+    def name(self):
         """As answer(), for a request that sends the bytes of a picture file."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if len(lengths) != 1 or not re.fullmatch("[0-9]+", lengths[0]) or "Transfer-Encoding" in self.headers:
+            return self.error(400, "serve_length")
+        if len(lengths[0]) > 18 or int(lengths[0]) > MAX_UPLOAD:
+            return self.error(413, "serve_too_large", most=MAX_UPLOAD // 1_000_000)
         try:
-            content, started = request.get_data(), time.perf_counter()
-            with self.lock:  # the decoding too: many large pictures at once would not fit into memory
-                picture = load_picture(content)
-                log_p = self.scorer.score(self.model, self.scorer.collate([picture]))
-        except RequestEntityTooLarge:
-            return {"error": self.texts("serve_too_large", most=MAX_UPLOAD // 1_000_000)}, 413
+            with self.server.room_for(int(lengths[0])):
+                self.expect(int(lengths[0]))
+                content = self.rfile.read(int(lengths[0]))
+                if len(content) < int(lengths[0]):
+                    return self.error(400, "serve_length")
+                self.server.deadlines[self.connection] = math.inf
+                with self.server.turn_of(content):
+                    return self.named(content)
+        except Busy:
+            return self.error(503, "serve_busy", seconds=READ_S)
+
+    def named(self, content):
+        """As answer(), for the bytes of a picture file, when it is their turn."""
+        started, scorer = time.perf_counter(), self.server.scorer
+        try:
+            picture = load_picture(content)
+            with self.server.model_lock:
+                log_p = scorer.score(self.server.model, scorer.collate([picture]))
+            return self.described(picture, log_p, started), 200
         except PictureError as error:
-            return {"error": self.texts("serve_bad", reason=self.texts.reason(str(error)))}, 400
+            return self.error(400, "serve_bad", reason=self.server.texts.reason(str(error)))
+        except UserError as error:
+            return self.error(500, "serve_failed", reason=error)
         except Exception as error:  # whatever fails for this picture may work for the next one
-            return {"error": self.texts("serve_failed", reason=f"{type(error).__name__}: {error}")}, 500
+            traceback.print_exc()
+            return self.error(500, "serve_failed", reason=f"{type(error).__name__}: {error}")
+
+    def error(self, status, key, **values):
+        """As answer(): a sentence of texts.json as plain text."""
+        return {"error": self.server.texts(key, **values).unescape()}, status
+
+    def described(self, picture, log_p, started):
+        """The answer about a picture, as a dict."""
         [row] = probabilities(log_p)
-        seconds, (width, height) = time.perf_counter() - started, picture.size
-        ranked = sorted(zip(self.scorer.labels, row, strict=True), key=lambda pair: -pair[1])
-        best = ranked[0][0] if ranked[0][1] >= self.args.min_probability else "unsure"
+        seconds, (width, height), texts = time.perf_counter() - started, picture.size, self.server.texts
+        ranked = sorted(zip(self.server.scorer.labels, row, strict=True), key=lambda pair: -pair[1])
+        best = ranked[0][0] if ranked[0][1] >= self.server.args.min_probability else "unsure"
         return {
-            "prediction": best, "name": self.texts.label(best),
+            "prediction": best, "name": texts.label(best),
             "probabilities": [
-                {"label": label, "name": self.texts.label(label), "probability": p, "shown": show(p, "sure")}
+                {"label": label, "name": texts.label(label), "probability": p, "shown": show(p, "sure")}
                 for label, p in ranked
             ],
             "seconds": seconds, "width": width, "height": height,
-            "about": self.texts("serve_took", width=width, height=height, seconds=show(seconds, "ratio")),
+            "about": texts("serve_took", width=width, height=height, seconds=show(seconds, "ratio")),
             "picture": data_uri(picture, SHOWN, 85),
-        }, 200  # fmt: skip
+        }  # fmt: skip
+
+    def expect(self, size):
+        """From now on the other side has READ_S, and the time that `size` bytes take, until the connection is cut."""
+        self.server.deadlines[self.connection] = time.monotonic() + READ_S + size / SLOWEST
+
+    def reply(self, body, status):
+        """Send an answer(), and end the connection."""
+        kind = {dict: "application/json", str: "text/html; charset=utf-8"}.get(type(body), "application/octet-stream")
+        text = json.dumps(body, ensure_ascii=False) if isinstance(body, dict) else body
+        with open(body, "rb") if isinstance(body, Path) else io.BytesIO(text.encode(errors="backslashreplace")) as file:
+            size = file.seek(0, os.SEEK_END)
+            self.send_response(status)
+            for key, value in (HEADERS | {"Content-Type": kind, "Content-Length": size}).items():
+                self.send_header(key, value)
+            if status == 503:
+                self.send_header("Retry-After", READ_S)
+            self.end_headers()
+            self.expect(size)
+            file.seek(0)
+            shutil.copyfileobj(file, self.wfile)
+        # What is still being sent is read and dropped: a connection with unread bytes is reset, and the answer lost.
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.expect(MAX_UPLOAD)
+        while self.rfile.read1(1 << 16):
+            pass
+
+    def send_error(self, code, message=None, explain=None):
+        """The answer to what is no request, in the form of all other answers."""
+        self.reply({"error": f"{int(code)}: {message or code}"}, code)
+
+    def log_message(self, format, *values):
+        """No line for each request."""
 
 
 def main():
@@ -141,13 +287,11 @@ def main():
 
     on_cpu, dtype = choose_arithmetic(args.use_cpu, args.dtype)
     PartialState(cpu=on_cpu)  # the first call decides where this process computes
-    application = Server(*load_scorer(args.model_name_or_path, config, dtype), args, config.language, examples)
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # no line for each request
-    host, port = listening.getsockname()[:2]
-    server = make_server(host, port, application, threaded=True, fd=listening.fileno())
+    server = Server(listening, *load_scorer(args.model_name_or_path, config, dtype), args, config.language, examples)
     # It ends at once, even while a thread computes and in a container: no file is open.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C ends it)", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
+    print(f"{server.url}  (Ctrl-C ends it)", flush=True)
     server.serve_forever()
 
 

@@ -7,15 +7,16 @@ whatever its shape. The whole view alone is LLaVA's own architecture, with the s
 Only the weight file that holds `image_newline` is written again; the others are hard links where the disk allows it.
 """
 
-import argparse
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config as settings
 from animals.checkpoint.check import adapter_config, check_weights, require_checkpoint
-from animals.checkpoint.family import PROCESSORS
+from animals.checkpoint.family import PROCESSORS, read_settings
 from animals.checkpoint.load import load_processor
 from animals.checkpoint.save import add_other_files
 from animals.checkpoint.task import read_task
@@ -28,7 +29,7 @@ def write_whole_view(source: Path, out: Path):
     require_checkpoint(source)
     if adapter_config(source) is not None:
         raise UserError(f"{source}: found an adapter; expected a checkpoint; merge it first: scripts/merge_lora.py")
-    config = read_json(source / "config.json")
+    config = read_settings(source, "config.json")
     if config["model_type"] == "llava":
         raise UserError(
             f"{source}: found a plain LLaVA, which sees the whole view already; expected LLaVA-NeXT; use it as it is"
@@ -40,8 +41,8 @@ def write_whole_view(source: Path, out: Path):
     out.mkdir(parents=True, exist_ok=True)
     write_weights(source, out)
     add_other_files(out, source, load_processor(source), read_task(source))
-    processor, kind = read_json(out / "processor_config.json"), {"processor_class": PROCESSORS["llava"]}
-    pixels = processor.pop("image_processor", None) or read_json(out / "preprocessor_config.json")
+    processor, kind = read_settings(out, "processor_config.json"), {"processor_class": PROCESSORS["llava"]}
+    pixels = processor.pop("image_processor", None) or read_settings(out, "preprocessor_config.json")
     write_json(out / "preprocessor_config.json", whole_view_pixels(pixels) | kind)
     write_json(out / "processor_config.json", processor | kind)
     write_json(out / "tokenizer_config.json", read_json(out / "tokenizer_config.json") | kind)
@@ -80,7 +81,7 @@ def whole_view_config(config: dict) -> dict:
 
 def whole_view_pixels(pixels: dict) -> dict:
     """preprocessor_config.json of LLaVA-NeXT -> CLIP's that makes the same whole view: squeezed, not cropped."""
-    size = pixels["size"]
+    size = pixels.get("size") or 224  # CLIP's default
     side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
     square = {"height": side, "width": side}
     kept = ("do_convert_rgb", "do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor")
@@ -94,12 +95,12 @@ def whole_view_pixels(pixels: dict) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of a LLaVA-NeXT checkpoint, of the hub's or a trained one")
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()
     write_whole_view(args.source, args.out)
-    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {args.out}")
+    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

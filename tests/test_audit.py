@@ -92,3 +92,9 @@ def test_too_few_pictures(run, demo, tmp_path):
     flags = f"--input_dir {tmp_path} --temp_dir {tmp_path}/temp --model_name_or_path {demo.model}"
     done = run(f"python scripts/audit.py {flags}")
     assert done.code == 2 and f"error: {tmp_path}: found 4 pictures; expected at least 20" in done.output
+
+
+def test_a_place_that_cannot_be_written_to_is_tried_first(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(f"python scripts/audit.py --temp_dir {tmp_path}/file --model_name_or_path {tmp_path}/nowhere", code=2)
+    assert done.output.startswith(f"error: --temp_dir {tmp_path}/file: found ") and len(done.output.splitlines()) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from animals.checkpoint.image_tokens import image_token_count, read_geometry
+from animals.command import UserError
 from animals.pictures import cache, inspection, read
 from animals.pictures import prepare as data
 from animals.pictures.cache import load_split
@@ -92,6 +93,21 @@ def test_rows(tree):
         columns = ("images", "label", "width", "height", "image_tokens", "sha256")
         assert set(row) == {*columns, "messages"}  # what duplicates are found by does not reach the training
         assert all(row[column] == line[column] for column in columns)
+
+
+@pytest.mark.parametrize("name", ["t_[exp1]", "[!a]*", "a?b", "hf:", "x{1,2}", "a%20b#c", "a::b"])
+def test_a_temp_dir_with_any_name(name, tree, tmp_path):
+    """`datasets` takes paths for patterns and URLs."""
+    tree.temp_dir = str(tmp_path / name / "temp")
+    if "::" in name:
+        with pytest.raises(UserError, match="found :: in its path"):
+            data.prepare(tree)
+        return
+    data.prepare(tree)
+    before = [row["label"] for row in load_split(tree, "train")]
+    shutil.copy(train(tree, "cat", "0.jpg"), train(tree, "cat", "new.jpg"))
+    data.prepare(tree)
+    assert [row["label"] for row in load_split(tree, "train")] == ["cat", *before]
 
 
 def test_nothing_is_written_outside_temp(tree, tmp_path):
@@ -217,7 +233,7 @@ def test_a_picture_excluded_for_its_format_is_looked_at_again_when_the_formats_c
     with monkeypatch.context() as patch:
         patch.setattr(inspection, "inspect_all", lambda paths, _: map(inspection.inspect, paths))  # in this process
         patch.setattr(read, "FORMATS", older)
-        assert data.prepare(tree)["train"]["excluded"] == {"not a picture": 1}
+        assert data.prepare(tree)["train"]["excluded"] == {"AVIF": 1}
     assert data.prepare(tree)["train"]["excluded"] == {} and "train_data/cat/new.avif" in images(tree)
 
 

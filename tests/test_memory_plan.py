@@ -209,7 +209,7 @@ def test_help_imports_no_torch():
         ("--model_name_or_path nowhere", "found no such file; expected the model's config.json"),
         ("--model_name_or_path scripts/zero3.json", "expected 'llava_next'"),
         ("--method lora --train_parts vision", "found it with --method lora; expected full, or fewer parts with ddp"),
-        ("--num_gpus -1", "found a number below 1"),
+        ("--num_gpus -1", "--num_gpus: found -1; expected a number from 1 to 4096"),
     ],
 )
 def test_mistakes_get_one_line(flags, message):

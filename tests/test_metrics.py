@@ -1,16 +1,18 @@
 """Every number against scikit-learn, scipy or statsmodels, on tables that include zeros."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 from scipy.stats import norm
 from sklearn.calibration import calibration_curve
-from statsmodels.stats.contingency_tables import mcnemar
+from sklearn.metrics import f1_score
 from statsmodels.stats.proportion import proportion_confint
 
 from animals.command import UserError
 from animals.scoring import metrics
+from animals.scoring.page import show
 from animals.scoring.report import read_report
 from config import Config
 
@@ -30,8 +32,6 @@ def test_comparison(counts):
     other = [True] * both_right + [False] * only_this + [True] * only_other + [False] * both_wrong
     c = metrics.compare(right, other)
     assert [c["both_right"], c["only_this"], c["only_other"], c["both_wrong"]] == list(counts)
-    table = [[both_right, only_this], [only_other, both_wrong]]
-    assert c["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-12)
     per_picture = np.array(right, dtype=float) - np.array(other, dtype=float)
     assert c["difference"] == pytest.approx(per_picture.mean(), abs=1e-12)
     padded = np.append(per_picture, [1, -1])  # Bonett and Price: one picture of each change more
@@ -48,6 +48,101 @@ def test_the_paired_interval_covers():
             low, high = metrics.compare((change > 0).tolist(), (change < 0).tolist())["difference_ci95"]
             held += low <= up - down <= high
         assert held / 600 > 0.93, (n, up, down, held / 600)
+
+
+def changes(gained, lost, groups=None, n=300):
+    """compare() of two models that differ in gained + lost of n pictures."""
+    same = [False] * (n - gained - lost)
+    return metrics.compare([True] * gained + [False] * lost + same, [False] * gained + [True] * lost + same, groups)
+
+
+def test_the_printed_interval_decides_the_verdict():
+    """All tables of 300 pictures; the two ends as the page prints them, with their signs."""
+    signs = {}
+    for gained in range(301):
+        for lost in range(301 - gained):
+            c = changes(gained, lost)
+            signs.setdefault(c["verdict"], set()).add("".join(show(end, "points")[0] for end in c["difference_ci95"]))
+    assert signs == {"better": {"++"}, "worse": {"--"}, "not_established": {"-+"}}
+    assert [changes(*pair)["verdict"] for pair in ((11, 3), (3, 11), (3, 3))] == ["better", "worse", "not_established"]
+
+
+GROUPS = {  # design effect: the group numbers of 300 pictures
+    1: np.arange(300),
+    1.5: np.concatenate([np.arange(150), 150 + np.repeat(np.arange(75), 2)]),
+    3.7: np.repeat(np.arange(100), np.arange(100) % 5 + 1),
+}
+
+
+@pytest.mark.parametrize("effect", GROUPS)
+def test_intervals_and_verdicts_hold_among_near_duplicates(effect):
+    """4,000 pairs of equally good models that name all pictures of a group alike, at accuracies of 0.8 to 0.97."""
+    random, groups = np.random.default_rng(0), GROUPS[effect].tolist()
+    assert metrics.design_effect(groups) == pytest.approx(effect, abs=0.04)
+    part = np.r_[:15, 150:165] if effect == 1.5 else np.r_[:30]  # the pictures of one class
+    of_class = metrics.design_effect([groups[i] for i in part])
+    wilson, compare = functools.cache(metrics.wilson_interval), functools.cache(lambda *pair: changes(*pair, groups))
+    held = []  # [accuracies][4000][accuracy, one class, difference]
+    for accuracy in (0.8, 0.85, 0.9, 0.95, 0.97):
+        this, other = (random.random((2, 4000, groups[-1] + 1)) < accuracy)[:, :, groups]
+        counts = np.stack([this.sum(1), this[:, part].sum(1), (this & ~other).sum(1), (other & ~this).sum(1)], 1)
+        held.append([])
+        for correct, in_class, gained, lost in counts.tolist():
+            ends = wilson(correct, 300, metrics.design_effect(groups)), wilson(in_class, 30, of_class)
+            held[-1].append([low <= accuracy <= high for low, high in ends])
+            held[-1][-1].append(compare(gained, lost)["verdict"] == "not_established")
+    coverage = np.mean(held, axis=1)
+    assert (coverage >= [0.93, 0.9, 0.94]).all() and (coverage[:, 0] <= 0.985).all(), coverage
+    assert coverage[:, 2].mean() <= 0.985, "wide, where few pictures change, but not needlessly"
+
+
+@pytest.mark.parametrize("effect", GROUPS)
+def test_calibrated_models_are_called_calibrated_among_near_duplicates(effect):
+    """400 calibrated models whose near-duplicates are right or wrong together. Each bin holds its true accuracy."""
+    random, groups, called, held = np.random.default_rng(0), GROUPS[effect], 0, []
+    for i in range(400):
+        mean = (0.8, 0.85, 0.9, 0.95, 0.97)[i % 5]
+        confidence = random.beta(10 * mean, 10 * (1 - mean), groups[-1] + 1)[groups] ** random.uniform(0.98, 1.02, 300)
+        found = metrics.calibration(confidence, random.random(groups[-1] + 1)[groups] < confidence, groups.tolist())
+        called += found["verdict"] != "calibrated"
+        held += [row["accuracy_ci95"][0] <= row["confidence"] <= row["accuracy_ci95"][1] for row in found["bins"]]
+    assert called <= 0.03 * 400 and np.mean(held) >= 0.9, (called, np.mean(held))
+
+
+def test_one_mistake_is_no_verdict():
+    """Of 300 answers at 99.999 % one is wrong: the label may be. Two groups of pictures are enough for a verdict."""
+    for wrong, groups, verdict in (([7], None, "calibrated"), ([7, 8], None, "over-confident")):
+        right = [i not in wrong for i in range(300)]
+        found = metrics.calibration([0.99999] * 300, right, groups)
+        assert (found["verdict"], found["one_mistake"]) == (verdict, verdict == "calibrated")
+        assert found["ece"] > found["ece_if_calibrated"]["percentile_99"]
+    near = metrics.calibration([0.99999] * 300, right, [7 if i == 8 else i for i in range(300)])
+    assert (near["verdict"], near["one_mistake"]) == ("calibrated", True), "one picture and its near-duplicate"
+    assert metrics.calibration([0.9] * 300, [True] * 300)["verdict"] == "under-confident"
+
+
+def test_every_part_of_a_report_is_widened_by_its_own_groups():
+    """Class a: 10 pictures of one film. Class b: 10 films."""
+    groups, truth, said = [0] * 10 + [*range(1, 11)], [0] * 10 + [1] * 10, [0] * 9 + [1] * 11
+    report = metrics.measure(["a", "b"], truth, said, [[0.8, 0.2] if k == 0 else [0.1, 0.9] for k in said], groups)
+    a, b = (report["per_class"][label]["recall_ci95"] for label in "ab")
+    assert a == pytest.approx(metrics.wilson_interval(9, 10, 10)) and b == pytest.approx(
+        proportion_confint(10, 10, method="wilson")
+    )
+    rows = {row["min_probability"]: row["accuracy_ci95"] for row in report["answered"]}
+    assert rows[0] == report["accuracy_ci95"] == metrics.wilson_interval(19, 20, 110 / 20)
+    assert rows[0.85] == metrics.wilson_interval(10, 11)
+    assert [row["accuracy_ci95"] for row in report["calibration"]["bins"]] == [
+        metrics.wilson_interval(9, 9, 9), metrics.wilson_interval(10, 11),
+    ]  # fmt: skip
+
+
+def test_macro_f1_is_over_the_labels_that_have_pictures():
+    """One stray answer `c`, of which there is no picture."""
+    truth, said = [0] * 5 + [1] * 5, [0] * 5 + [1] * 4 + [2]
+    report = metrics.measure(["a", "b", "c"], truth, said)
+    assert report["macro_f1"] == pytest.approx(f1_score(truth, said, labels=[0, 1], average="macro"))
+    assert report["macro_f1"] > 0.9
 
 
 def test_calibration_is_scikit_learns():

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from animals.files import read_csv
 from animals.pictures.read import list_pictures, load_picture
 from config import Config
+from tests.helpers import pictures as helpers
 
 LABELS = Config().labels
 
@@ -71,8 +74,9 @@ def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
     output.write_bytes(kept[:-7])
     done = run(f"python test.py {flags} --output {output} --resume --html --min_probability 0.5", code=0)
     before = output.read_bytes()
-    said = run(f"python test.py {flags.replace('float32', 'bfloat16')} --output {output} --resume", code=2).output
-    assert said.count("\n") == 1 and "found answers of another checkpoint, dtype or prompt" in said
+    other = f"python test.py {flags.replace('float32', 'bfloat16')} --output {output} --resume"
+    said = run(other, BF16_ON_CPU=1, code=2).output.splitlines()  # without it a CPU computes in float32, as before
+    assert len(said) == 2 and "found answers of another checkpoint, dtype or prompt" in said[1]
     assert output.read_bytes() == before
     going_on = re.search(r"going on: .* has (\d+) pictures already", done.output)
     assert int(going_on[1]) == kept[:-7].count(b"\n") - 1
@@ -89,11 +93,61 @@ def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):
     assert sheet.count("<img") == len(rows) - 1 + min(60, len(rows) - 1)
 
 
+ODD = (b"caf\xe9.jpg", b"=1+1.jpg", b"-x.jpg", b"@x.jpg", b"'=x.jpg", b"two\nlines.jpg", b"red\x1b[31m.jpg", b"<b>.jpg")
+
+
+def test_odd_names_odd_files_and_odd_labels(demo, pictures, tmp_path):
+    """Every picture has a row, whatever its name; a spreadsheet runs none of them; --resume knows all of them."""
+    checkpoint, place = tmp_path / "checkpoint", tmp_path / "pictures"
+    checkpoint.mkdir()
+    for path in demo.checkpoint.iterdir():
+        (checkpoint / path.name).symlink_to(path)
+    task = (checkpoint / "task.json").read_text(encoding="utf-8").replace('"cat": "cat"', '"cat": "=cat"')
+    (checkpoint / "task.json").unlink()
+    (checkpoint / "task.json").write_text(task, encoding="utf-8")
+    (place / "folder").mkdir(parents=True)
+    content = Path(list_pictures(str(pictures))[1]).read_bytes()
+    for name in (*ODD, b"folder/no extension"):
+        (place / os.fsdecode(name)).write_bytes(content)
+    for name in ("phone.heic", "folder/phone", "folder/phone.HEIC"):
+        (place / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for name in ("notes.txt", "LICENSE", "odd.\x1b[31m"):
+        (place / "folder" / name).write_text("x")
+
+    flags = ["--model_name_or_path", checkpoint, "--output", "names.csv", "--html", "--resume"]
+    command = [sys.executable, Path("test.py").absolute(), *flags, "--", *ODD, "phone.heic", "folder"]
+    said = helpers.run(command, cwd=place)
+    assert said.returncode == 0 and "12 pictures, 3 unreadable" in said.stderr and "\x1b" not in said.stderr, said
+    assert "no rows for files that are not pictures: .txt 1, no extension 1, others 1" in said.stderr
+    columns, rows = read_csv(place / "names.csv")
+    assert columns[-10:] == ["butterfly", "=cat", *LABELS[2:]]
+    inside = ["folder/no extension", "folder/phone", "folder/phone.HEIC"]
+    names = [name.decode(errors="backslashreplace").replace("\\xe9", "\\udce9") for name in ODD]
+    assert [row["image"] for row in rows] == [*names, "phone.heic", *inside]
+    assert {row["error"] for row in rows} == {"", "HEIC is not read: convert it to JPEG"}
+    cells = {cell for row in read(place / "names.csv") for pair in row.items() for cell in pair}
+    assert not [cell for cell in cells if cell[:1] in set("=+-@")]
+    sheet = (place / "names.html").read_text(encoding="utf-8")
+    assert "two\\nlines" in sheet and "red\\x1b[31m" in sheet and "caf\\udce9" in sheet and "&lt;b&gt;" in sheet
+    assert 'href="caf%E9.jpg"' in sheet and "\x1b" not in sheet and sheet.count("<img") == 2 * 9
+    before = (place / "names.csv").read_bytes()
+    said = helpers.run(command, cwd=place)
+    assert said.returncode == 0 and "has 12 pictures already\n" in said.stderr and "\n0 pictures, " in said.stderr, said
+    assert (place / "names.csv").read_bytes() == before
+
+
 MISTAKES = {  # flags -> what is said
     "{pictures} --min_probability 1.5": "--min_probability: found 1.5; expected a number from 0 to 1",
     "{pictures} --output {old} --resume": "--resume: found the columns image,prediction in {old}; expected image,",
-    "{pictures} --output {old}/new.csv": "--output {old}/new.csv: {old} is not a folder that can be",
-    "no/such/folder": "no/such/folder: not found; expected a picture or a folder of pictures",
+    "{pictures} --output {old}/new.csv": "--output {old}/new.csv: {old} is not a folder that exists",
+    "{pictures} --output no/such/folder/new.csv": "--output no/such/folder/new.csv: no/such/folder is not a folder",
+    "{pictures} --output {folder}": "--output {folder}: found a folder {folder}; expected the name of a file",
+    "{pictures} --output {folder}.csv --html": "--output {folder}.csv: found a folder {folder}.html; expected",
+    "{pictures} --output {folder}/": "--output {folder}/: found a folder",
+    "{pictures} --output new.html --html": "--output new.html: found no name for a CSV",
+    "{pictures} --output /proc/new.csv": "--output /proc: found /proc, where no file can be written",
+    "{text}": "{text}: found no picture (.txt 1)",
+    "no/such/folder": "no/such/folder (looked up as {here}/no/such/folder): not found; expected a picture or a folder",
 }
 
 
@@ -101,7 +155,17 @@ MISTAKES = {  # flags -> what is said
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
-    flags, message = flags.format(old=old, pictures=pictures), message.format(old=old)
+    places = {
+        "old": old,
+        "pictures": pictures,
+        "folder": tmp_path / "folder",
+        "text": tmp_path / "text",
+        "here": os.getcwd(),
+    }
+    for name in ("folder", "folder.html", "text"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("x")
+    flags, message = flags.format(**places), message.format(**places)
     done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
     assert (done.code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(f"error: {message}")

@@ -87,7 +87,7 @@ def test_a_tokenizer_that_cannot_be_used(demo, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="where no file can be written"):
         check_output_dir(str(tmp_path / "file" / "sft"))
 
 
@@ -354,6 +354,12 @@ def test_attention_that_the_scorer_cannot_use():
     for bad in ("eager", "flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
         with pytest.raises(UserError, match=f"found {bad}; expected sdpa"):
             preflight.check_attention(SimpleNamespace(attn_implementation=bad))
+
+
+def test_nothing_is_offloaded_from_a_cpu():
+    preflight.check_gpus(SimpleNamespace(use_cpu=True, activation_offloading=False))
+    with pytest.raises(UserError, match="^--activation_offloading: found it without a GPU"):
+        preflight.check_gpus(SimpleNamespace(use_cpu=True, activation_offloading=True))
 
 
 def test_the_commit_is_this_repositorys(monkeypatch, tmp_path):

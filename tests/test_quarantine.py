@@ -4,6 +4,7 @@
 import csv
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -29,22 +30,68 @@ def quarantined(tree) -> list[str]:
     return held_out(tree, "quarantine")
 
 
+def hold_out(tree, folder, n, seed):
+    (tree / "validation_data" / folder).mkdir(parents=True)
+    for i in range(n):
+        drawn(seed + i).save(tree / "validation_data" / folder / f"{i:02}.jpg")
+
+
 def test_the_list_of_duplicates_as_it_is(tree):
-    """The held-out picture and the later one go; the next check finds nothing; undo restores every byte."""
+    """Of copies in both splits all training pictures go, else the later one; the command of the error is enough."""
     for folder in CLASSES:
-        (tree / "validation_data" / folder).mkdir(parents=True)
-        for i in range(11):
-            drawn(7000 + 100 * ord(folder[0]) + i).save(tree / "validation_data" / folder / f"{i:02}.jpg")
-    (tree / "validation_data" / "cat" / "00.jpg").write_bytes((tree / "train_data" / "cat" / "03.jpg").read_bytes())
-    (tree / "train_data" / "ragno" / "z.jpg").write_bytes((tree / "train_data" / "dog" / "04.jpg").read_bytes())
+        hold_out(tree, folder, 11, 7000 + 100 * ord(folder[0]))
+    train, held = tree / "train_data", tree / "validation_data"
+    for name in ("00.jpg", "z.jpg"):
+        (held / "cat" / name).write_bytes((train / "cat" / "03.jpg").read_bytes())
+    (train / "cat" / "copy.jpg").write_bytes((train / "cat" / "03.jpg").read_bytes())
+    (train / "ragno" / "other label.jpg").write_bytes((train / "cat" / "03.jpg").read_bytes())
+    (train / "ragno" / "z.jpg").write_bytes((train / "dog" / "04.jpg").read_bytes())
     before = fingerprint(tree)
     found = call(tree)
-    assert found.returncode == 2 and "scripts/quarantine.py" in found.stderr
-    said = quarantine(tree, tree.parent / "temp" / "duplicates.csv")
-    assert quarantined(tree) == ["train/ragno/z.jpg", "validation/cat/00.jpg"] and "2 pictures moved" in said
+    command = re.search(r"\(python scripts/quarantine.py (--input_dir .*?)\)", found.stderr)[1].split()
+    assert found.returncode == 2 and command[1] == str(tree) and len(command) == 3
+    said = quarantine(tree, *command)
+    gone = ["train/cat/03.jpg", "train/cat/copy.jpg", "train/ragno/other label.jpg", "train/ragno/z.jpg"]
+    assert quarantined(tree) == gone and "4 pictures moved" in said
+    assert "1 held-out pictures of the list stay where they are; --held_out_too moves" in said
     assert call(tree).returncode == 0
-    assert "2 pictures are back" in quarantine(tree, "--undo")
+    assert "4 pictures are back" in quarantine(tree, "--undo")
     assert fingerprint(tree) == before
+
+
+def test_held_out_pictures_go_only_when_that_is_asked_for(tree):
+    """One held-out picture under two labels: the error names the flag; the same list may be given twice."""
+    hold_out(tree, "cat", 11, 7000)
+    hold_out(tree, "dog", 10, 8000)
+    (tree / "validation_data" / "dog" / "z.jpg").write_bytes((tree / "validation_data/cat/05.jpg").read_bytes())
+    listed = tree.parent / "temp" / "duplicates.csv"
+    assert f"{listed} --held_out_too)" in refused(tree)
+    with open(listed, "a", encoding="utf-8") as file:
+        file.write(f"one split,near,2,{tree}/train_data/cat/05.jpg,train,cat,{tree}/train_data/cat/04.jpg,train,cat\n")
+    said = quarantine(tree, listed)
+    assert "1 held-out pictures of the list stay" in said and quarantined(tree) == ["train/cat/05.jpg"]
+    said = quarantine(tree, listed)
+    assert "0 pictures moved" in said and "take it back" not in said
+    said = quarantine(tree, listed, "--held_out_too")
+    assert "1 pictures moved" in said and "stay" not in said
+    assert quarantined(tree) == ["train/cat/05.jpg", "validation/dog/z.jpg"] and call(tree).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_list_as_a_spreadsheet_saves_it(tree, encoding, delimiter):
+    (tree / "train_data" / "dog" / "-ä=.jpg").write_bytes((tree / "train_data" / "dog" / "00.jpg").read_bytes())
+    rows = [["split", " Image ", ""], ["train", f"{tree}/train_data/dog/-ä=.jpg", "", ""], ["", "", "", ""]]
+    with open(tree.parent / "list.csv", "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assert "1 pictures moved" in quarantine(tree, tree.parent / "list.csv")
+    assert quarantined(tree) == ["train/dog/-ä=.jpg"]
+
+
+def test_an_input_folder_that_cannot_be_written_to(tree):
+    (tree.parent / "file").write_text("")
+    done = call(tree, tree.parent / "list.csv", "--input_dir", tree.parent / "file", program=program)
+    assert done.returncode == 2 and done.stderr.startswith(f"--input_dir {tree.parent}/file: found ")
 
 
 def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):
@@ -56,7 +103,12 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):
     between = fingerprint(tree)
     cut(tree)
     held = held_out(tree)[0]
-    quarantine(tree, write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]]), "--force")
+    quarantine(
+        tree,
+        write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]]),
+        "--force",
+        "--held_out_too",
+    )
     assert quarantined(tree) == ["train/cat/05.jpg", "train/cat/deep/er/1.png", f"validation/{held}"]
     said = refused(tree, "--undo_split")
     assert held in said and "scripts/quarantine.py" in said and "--undo" in said
@@ -86,8 +138,7 @@ def test_refusals_move_nothing(tree, columns, names, said):
     else:
         assert "nowhere.csv" in refused(tree, tree.parent / "nowhere.csv", program=program)
         assert "nothing to undo" in refused(tree, "--undo", program=program)
-        with pytest.raises(SystemExit):  # they exclude each other
-            call(tree, where, "--undo", program=program)
+        assert "not allowed with argument" in refused(tree, where, "--undo", program=program)
 
 
 def test_kills_at_random_moments_lose_nothing(tree, request):

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from animals.checkpoint.steps import delete_old_rehearsal
 from animals.command import UserError
 from animals.training import rehearsal
 from animals.training.batches import heaviest_micro_batch
+from animals.training.preflight import check_output_dir
 from tests.test_survive import run_until
 
 KEYS = {"seconds_per_step", "waiting_for_data", "hours", "gpus", "host_gib", "checkpoint", "versions"}
@@ -124,6 +126,8 @@ def test_killed_in_any_phase_the_next_start_is_clean(demo, run, tmp_path, reques
         assert code in (0, 128 + number, -number), output[-3000:]
         assert not out.exists() and not (code == 0 and folder.exists())
         assert kill or folder.exists(), "the next start has something to delete"
+        if code == 128 + signal.SIGTERM:
+            assert "SIGTERM: the run has ended; there was nothing to save" in output and not folder.exists()
     run(command(demo, out, "--dry_run"), code=0)
     assert not folder.exists() and not out.exists()
 
@@ -146,6 +150,19 @@ def test_only_what_a_rehearsal_leaves_is_swept(tmp_path):
             delete_old_rehearsal(str(tmp_path / "sft/"))
             assert folder.exists() == stays
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_folder_of_a_running_rehearsal_is_not_swept(tmp_path):
+    folder = tmp_path / "sft.rehearsal"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    holder = subprocess.Popen(["flock", str(folder), "sh", "-c", "echo held; read end"], stdin=-1, stdout=-1, text=True)
+    assert holder.stdout.readline() == "held\n"
+    for refused in (delete_old_rehearsal, check_output_dir):
+        with pytest.raises(UserError, match="sft.rehearsal: found another run that writes to it"):
+            refused(str(tmp_path / "sft"))
+    holder.communicate("")
+    delete_old_rehearsal(str(tmp_path / "sft"))
+    assert not folder.exists()
 
 
 def test_hours_by_hand():

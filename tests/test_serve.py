@@ -1,14 +1,19 @@
 """scripts/serve.py: a picture dropped, chosen, photographed, sent by a program; pages of others; and how it ends."""
 
+import contextlib
 import csv
 import http.client
+import io
 import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +22,10 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from animals.command import UserError
 from animals.pictures.read import list_pictures, load_picture
 from config import Config
-from scripts.serve import MAX_UPLOAD
+from scripts.serve import MAX_UPLOAD, Server
 from tests.helpers.browser import Browser, find_chromium
 
 LABELS = Config().labels
@@ -54,9 +60,11 @@ def served(run, demo, pictures, tmp_path_factory):
     with open(output, newline="", encoding="utf-8") as file:
         rows = {Path(row["image"]).name: row for row in csv.DictReader(file)}
     command = [sys.executable, "scripts/serve.py", *flags.split(), "--port", "0", "--language", "en"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said = output.with_name("stderr")
+    with open(said, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     url = re.match(r"http://\S+", process.stdout.readline())[0]
-    yield SimpleNamespace(process=process, url=url, port=urlsplit(url).port, rows=rows)
+    yield SimpleNamespace(process=process, url=url, port=urlsplit(url).port, rows=rows, said=said)
     process.kill()
     process.wait()
 
@@ -89,9 +97,18 @@ def test_twenty_at_once_say_what_the_csv_says(served, pictures):
 def test_only_its_own_page_may_ask(served, pictures):
     picture, port, here = (pictures / "a.png").read_bytes(), served.port, f"127.0.0.1:{served.port}"
     assert ask(port, "POST", "/name", picture, Origin=f"http://{here}")[0] == 200
-    assert ask(port, "GET", "/", Host=f"localhost:{port}")[0] == 200
+    for name in ("localhost", "LOCALHOST", "[::1]", socket.gethostname()):
+        assert ask(port, "GET", "/", Host=f"{name}:{port}")[0] == 200
     for headers in (
         {"Host": f"evil.example:{port}"},  # a foreign name that leads to 127.0.0.1
+        {"Host": f"{here}@evil.example"},
+        {"Host": f"evil.example@{here}"},
+        {"Host": f"192.0.2.1:{port}"},  # an address, but none of this server
+        {"Host": f"127.1:{port}"},
+        {"Host": f"127.0.0.1:{port + 1}"},
+        {"Host": "127.0.0.1"},
+        {"Host": f"127.0.0.1:0{port}"},
+        {"Host": f"[::1]]:{port}"},
         {"Host": here, "Origin": "http://evil.example"},
         {"Host": here, "Origin": "null"},
         {"Host": here, "Origin": f"http://localhost:{port + 1}"},
@@ -107,6 +124,121 @@ def test_only_its_own_page_may_ask(served, pictures):
         socket.create_connection(("127.0.0.2", port), 10)
     status, text = ask(port, "POST", "/name", b"", Content_Length=str(MAX_UPLOAD + 1))
     assert status == 413 and "too large: more than 64 MB" in text
+
+
+def sent(port, content, half_close=False):
+    """An open connection, on which `content` was sent."""
+    connection = socket.create_connection(("127.0.0.1", port), 60)
+    with contextlib.suppress(ConnectionError):  # the answer may come before everything is sent
+        connection.sendall(content)
+    if half_close:
+        connection.shutdown(socket.SHUT_WR)
+    return connection
+
+
+def status_of(connection):
+    """The status that the server answers; None if it ends the connection without an answer."""
+    with connection, contextlib.suppress(ConnectionError):
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        return int(answer.split()[1]) if answer else None
+
+
+def drip(connection):
+    """Send a byte every half second, until the server ends the connection."""
+    with connection, contextlib.suppress(ConnectionError):
+        while connection.send(b"x"):
+            time.sleep(0.5)
+
+
+def upload(port, length, content=b"", *headers):
+    lines = f"POST /name HTTP/1.1|Host: 127.0.0.1:{port}|Content-Length: {length}".split("|") + list(headers)
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content
+
+
+def test_held_connections_and_uploads_do_not_stop_it(served, pictures):
+    """Requests of which the end never comes: four large uploads are held, no more, and a good picture is named."""
+    good, port = (pictures / "a.png").read_bytes(), served.port
+    half_open = [sent(port, upload(port, 9)[:-2]) for _ in range(320)]
+    uploads = [sent(port, upload(port, 59_000_000, bytes(1000))) for _ in range(30)]
+    slow, started = sent(port, upload(port, 1000)), time.monotonic()
+    dripping = threading.Thread(target=drip, args=(slow,))
+    dripping.start()
+    assert ask(port, "POST", "/name", good)[0] == 200
+    assert time.monotonic() - started < 10
+    assert Counter(map(status_of, uploads)) == {503: 26, None: 4}
+    assert Counter(map(status_of, half_open)) == {None: 320}
+    dripping.join()
+    assert time.monotonic() - started < 20, "each is given 10 seconds"
+    status, text = ask(port, "POST", "/name", good)
+    assert status == 200 and "Traceback" not in served.said.read_text()
+
+
+def test_what_is_no_request_is_refused_in_one_line(served, pictures):
+    good, port = (pictures / "a.png").read_bytes(), served.port
+    host = f"Host: 127.0.0.1:{port}"
+    for status, content in [
+        (400, upload(port, 5, b"hello", "Transfer-Encoding: chunked")),
+        (400, f"POST /name HTTP/1.1\r\n{host}\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n".encode()),
+        (400, f"POST /name HTTP/1.1\r\n{host}\r\n\r\n".encode()),
+        (400, upload(port, 5, b"hello", "Content-Length: 6")),
+        *[(400, upload(port, length, b"hello")) for length in (-5, "five", "+5", "5, 5", "0x5", "\xb2", "", 50)],
+        (413, upload(port, "9" * 5000, b"hello")),
+        (404, f"GET /example/{'9' * 5000} HTTP/1.1\r\n{host}\r\n\r\n".encode()),
+        (404, f"GET /example/\N{ARABIC-INDIC DIGIT ONE} HTTP/1.1\r\n{host}\r\n\r\n".encode()),
+        (404, f"GET /example/%D9%A1 HTTP/1.1\r\n{host}\r\n\r\n".encode()),
+        (403, f"GET / HTTP/1.1\r\n{host}\r\n{host}\r\n\r\n".encode()),
+        (403, b"GET / HTTP/1.1\r\n\r\n"),
+        (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS hello \n"),
+        (400, b"GET / HTTP/x.y\r\n\r\n"),
+        (400, b"<script>\r\n\r\n"),
+        (505, b"GET / HTTP/9.0\r\n\r\n"),
+        (501, b"BREW / HTTP/1.1\r\n\r\n"),
+        (414, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n"),
+        (431, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n"),
+        (431, b"GET / HTTP/1.1\r\na: " + b"b" * 70_000 + b"\r\n\r\n"),
+        (None, b""),
+        (None, b"\r\n\r\n"),
+    ]:
+        assert status_of(sent(port, content, half_close=True)) == status, content[:200]
+    for content in (upload(port, len(good), good), upload(port, len(good), good[:9]), b"GET / HTTP/1.1\r\nHo"):
+        for _ in range(20):  # closed with a reset, while the server reads, computes or answers
+            connection = sent(port, content)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+    assert ask(port, "POST", "/name", good)[0] == 200
+    assert served.said.read_text().count("\n") == 1, "that the CPU computes"
+
+
+def test_pictures_that_cost_long_do_not_delay_others(served, pictures):
+    """A small file may have 64 million pixels: such pictures wait for one another, and others are named meanwhile."""
+    file, done = io.BytesIO(), []
+    Image.new("RGBA", (8000, 8000)).save(file, "PNG", compress_level=1)  # seconds to decode
+    with ThreadPoolExecutor(4) as threads:
+        slow = [threads.submit(ask, served.port, "POST", "/name", file.getvalue()) for _ in range(4)]
+        for one in slow:
+            one.add_done_callback(done.append)
+        time.sleep(0.5)  # they are being decoded, or wait
+        assert ask(served.port, "POST", "/name", (pictures / "a.png").read_bytes())[0] == 200
+        assert not done
+    assert {200} <= {one.result()[0] for one in slow} <= {200, 503}  # 503: it has waited for half a minute
+
+
+def test_our_own_errors_are_shown(capfd):
+    """An error of the program is printed with its traceback, and answered; a mistake of the user is answered."""
+    args, picture = SimpleNamespace(host="127.0.0.1", min_probability=0), io.BytesIO()
+    Image.new("RGB", (9, 9)).save(picture, "PNG")
+
+    def fails(error):
+        raise error
+
+    for error, reason in ((KeyError("<ours>"), "KeyError: '<ours>'"), (UserError("found nan"), "found nan")):
+        scorer = SimpleNamespace(collate=list, score=lambda model, batch, error=error: fails(error))
+        with Server(socket.create_server(("127.0.0.1", 0)), scorer, None, args, "en", []) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            status, text = ask(server.server_address[1], "POST", "/name", picture.getvalue())
+            server.shutdown()
+        assert (status, json.loads(text)) == (500, {"error": f"The model could not answer: {reason}."})
+        assert ("Traceback" in capfd.readouterr().err) == isinstance(error, KeyError)
 
 
 def test_in_chromium(served, pictures, tmp_path):

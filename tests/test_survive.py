@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from animals.checkpoint.steps import check_resume, delete_incomplete, missing_files, newest_complete
 from animals.command import UserError
 from animals.files import read_json
-from tests.conftest import start
+from tests.conftest import sh, start
 
 STEPS = 24
 
@@ -120,17 +120,73 @@ def test_killed_and_restarted_ends_with_the_same_bits(demo, uninterrupted_on, ra
     assert not (out / ".saving").exists() and newest_complete(out)[1] == []
 
 
-def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path):
+def signal_everyone(process, number):
+    """Signal every process of a run, as systemd does: launcher, ranks and data workers. -> the processes."""
+    launcher = psutil.Process(process.pid)
+    everyone = [launcher, *launcher.children(recursive=True)]
+    for one in everyone:
+        one.send_signal(number)
+    return everyone
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signals"),
+    [
+        (2, [signal.SIGTERM, signal.SIGINT]),
+        pytest.param(2, [signal.SIGTERM] * 10, marks=pytest.mark.slow),
+        pytest.param(1, [signal.SIGINT] * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_every_process_saves(demo, tmp_path, ranks, signals):
+    """Data workers, too, get it, and a rank gets it twice, because the launcher passes it on. Then the run goes on."""
+    flags = f"--dataloader_num_workers 2 --save_steps 100 --max_steps {8 + 4 * len(signals)}"
+    run, rng = command(demo, tmp_path / "sft", flags), random.Random(0)
+    for number in signals:
+        everyone = []
+
+        def end(process, number=number, everyone=everyone):
+            time.sleep(rng.uniform(0, 1))
+            everyone += signal_everyone(process, number)
+
+        code, output = run_until("{'loss'", run, end, NUM_PROCESSES=ranks)
+        assert code == 128 + number, output[-3000:]
+        newest, passed_over = newest_complete(tmp_path / "sft")
+        assert f"stopped after step {newest.rsplit('-', 1)[1]}" in output and not passed_over
+        assert len(everyone) >= 3 * ranks and psutil.wait_procs(everyone, timeout=10)[1] == []
+    code, output = run_until("nothing", run, None, NUM_PROCESSES=ranks)
+    assert code == 0 and "resuming from" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_dead_rank_ends_the_run_and_says_so(demo, tmp_path, saved):
     out = tmp_path / "sft"
 
     def kill_one(process):
+        while saved and not newest_complete(out)[0]:
+            time.sleep(0.01)
         ranks = [p for p in psutil.Process(process.pid).children() if "train.py" in " ".join(p.cmdline())]
         ranks[1].kill()
 
-    code, output = run_until("{'loss'", command(demo, out), kill_one, NUM_PROCESSES=2)
+    code, output = run_until(
+        "{'loss'", command(demo, out, "--save_steps", "1" if saved else "100"), kill_one, NUM_PROCESSES=2
+    )
     assert code == 137
     last = output.strip().splitlines()[-1]
-    assert last.startswith("error: rank 1 was killed by signal 9") and "sh train.sh" in last
+    assert last.startswith("error: rank 1 was killed by signal 9")
+    assert last.endswith(f"`sh train.sh` again continues from {newest_complete(out)[0]}") == saved
+
+
+def test_two_runs_do_not_share_an_output_folder(demo, tmp_path):
+    """The second training, rehearsal or dry run is refused; the first goes on to its end."""
+    run, refused = command(demo, tmp_path / "sft", "--config_file scripts/ddp.yaml --train_parts projector"), []
+
+    def start_again(process):
+        refused.extend(sh(f"{run} {more}", code=2).output for more in ("", "--rehearse", "--dry_run"))
+
+    code, output = run_until("{'loss'", run, start_again)
+    line = f"error: {tmp_path}/sft: found another run that writes to it; expected none; wait until it ends, or choose "
+    assert refused == [f"{line}another --output_dir\n"] * 3
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["sft", "sft-logs"], output[-3000:]
 
 
 def test_balanced_micro_batches_in_bfloat16_resume_to_the_bit(demo, run, tmp_path):
@@ -187,7 +243,7 @@ def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
             weights[name][:] = float("nan")
         save_file(weights, file, {"format": "pt"})
     bad = SimpleNamespace(model=model, input=demo.input, cache=demo.cache)
-    done = run(command(bad, tmp_path / "sft"), code=2)
+    done = run(command(bad, tmp_path / "sft", "--dataloader_num_workers 2"), NUM_PROCESSES=2, code=2)
     assert "error: step 1: the loss is nan on " in done.output and str(demo.input) in done.output
 
 

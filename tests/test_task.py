@@ -183,7 +183,7 @@ def test_every_saved_folder_says_what_it_was_trained_on(trained, run):
         assert config["id2label"] == dict(zip("012", trained.labels, strict=True))
         assert config["label2id"] == {label: i for i, label in enumerate(trained.labels)}
         assert "<s>" not in read_json(folder / "chat_template.json")["chat_template"], "the hub's"
-    rows = read_json(trained.input.parent / "cache" / "train.json")
+    rows = read_json(trained.input.parent / "cache" / "train.json", kind=list)
     assert rows[0]["messages"] == Config(**task).conversation("Quax")
     for command in ("sh validation.sh", "python validation.py", "python test.py"):
         done = run(f"{command} --prompt other --model_name_or_path {trained.out}")

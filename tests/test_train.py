@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -169,6 +170,31 @@ def test_a_lone_rank_ends_with_its_launcher(demo, tmp_path, recipe):
     process.kill()
     assert process.wait() == -9, "".join(output[-30:])
     assert psutil.wait_procs(others, timeout=10)[1] == []
+
+
+def test_a_model_without_states_is_published_or_refused_and_others_may_read_it(demo, run, tmp_path):
+    """--save_only_model: nothing continues from it and nothing is lost; a rehearsal beside it may halve the batch."""
+    out, umask = tmp_path / "sft", os.umask(0o027)
+    command = (
+        f"sh train.sh --input_dir {demo.input} --temp_dir {demo.cache} --model_name_or_path {demo.model} --output_dir "
+        f"{out} --logging_dir {tmp_path}/logs --eval_strategy no --eval_on_start False --save_only_model True "
+        "--save_steps 1 --config_file scripts/ddp.yaml --train_parts projector --gradient_accumulation_steps 1 "
+        "--max_steps"
+    )
+    try:
+        run(f"{command} 2", code=0)
+    finally:
+        os.umask(umask)
+    weights = sorted(out.rglob("*.safetensors"))
+    assert len(weights) == 5 and {file.stat().st_mode & 0o777 for file in weights} == {0o640}
+    (out / "model.safetensors").unlink()
+    done = run(f"{command} 2", code=0)
+    assert "is the last step" in done.output and (out / "model.safetensors").is_file()
+    done = run(f"{command} 3", code=2)
+    assert f"error: {out}/checkpoint-2: found a model without the optimizer's states" in done.output
+    assert f"--model_name_or_path {out}/checkpoint-2 and another --output_dir" in done.output
+    done = run(f"{command} 3 --rehearse --per_device_train_batch_size 2", code=0)
+    assert (out / "checkpoint-2" / "complete.json").is_file() and "Next: the run itself" in done.output
 
 
 def parse(*flags):

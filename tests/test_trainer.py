@@ -1,10 +1,13 @@
-"""AnimalTrainer and what it changes: no mask in training, evaluation before step 1, fillers, the signals, the args."""
+"""AnimalTrainer and what it changes: the mask, evaluation before step 1, fillers, signals, where a run starts."""
 
 import json
+import os
 import pickle
 import re
 import shutil
 import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,9 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 from animals.checkpoint.load import load_model, load_processor, load_weights
+from animals.checkpoint.steps import find_start, write_manifest
 from animals.command import UserError
+from animals.files import read_json
 from animals.scoring.scorer import Scorer, score_batches, score_in_parts
 from animals.training.batches import PictureCollator, add_fillers, fillers
 from animals.training.lora import LORA_TARGETS
@@ -159,6 +164,77 @@ def test_a_signal_saves_one_checkpoint_of_its_step(monkeypatch):
     state.global_step, control.should_save = 9, True  # the last step, which was not saved at its end
     stop.on_epoch_end(args, state, control)
     assert control.should_save
+
+
+def test_one_ctrl_c_that_arrives_twice_does_not_end_the_run(monkeypatch):
+    """From the terminal and from the launcher. A second Ctrl-C, more than a second after the first, does."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    stop = StopOnSignal()
+    for _ in range(3):
+        stop.on_signal(signal.SIGINT, None)
+    stop.interrupted -= 1.1
+    stop.on_signal(signal.SIGTERM, None)
+    with pytest.raises(SystemExit, match="130"):
+        stop.on_signal(signal.SIGINT, None)
+
+
+@pytest.fixture
+def started(demo, tmp_path):
+    """(output_dir with checkpoints of ZeRO-3 at steps 400 and 471, settings of the run that wrote them)."""
+    for name in ("checkpoint-400", "checkpoint-471"):
+        shutil.copytree(demo.checkpoint / name, tmp_path / name, copy_function=os.link)
+    return tmp_path, read_json(tmp_path / "checkpoint-471" / "run.json")
+
+
+def remove(file):
+    """As --save_only_model would have written the checkpoint."""
+    file.unlink()
+    (file.parent / "complete.json").unlink()
+    write_manifest(file.parent)
+
+
+def start_from(started, chosen=None, last_step=500, **changed):
+    args = SimpleNamespace(output_dir=str(started[0]), resume_from_checkpoint=chosen, deepspeed_plugin=True)
+    return find_start(args, {**started[1], **changed}, last_step)
+
+
+def test_which_checkpoint_a_run_starts_from(started, capsys):
+    older, newest = f"{started[0]}/checkpoint-400", f"{started[0]}/checkpoint-471"
+    assert start_from(started) == start_from(started, "True") == start_from(started, "none") == newest
+    assert start_from(started, older) == older
+    remove(Path(newest, "latest"))
+    assert start_from(started) == older and f"{newest}: without the optimizer's states" in capsys.readouterr().err
+    assert start_from(started, last_step=471) == newest, "only to be published"
+    remove(Path(older, "latest"))
+    with pytest.raises(UserError, match=f"{newest}: found a model without the optimizer's states"):
+        start_from(started)
+    shutil.rmtree(older)
+    shutil.rmtree(newest)
+    assert start_from(started) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("gone", "gone: found it incomplete .complete.json missing"),
+        ("{}", "found it incomplete .complete.json missing"),  # the run's own folder
+        ("{}/checkpoint-400", "checkpoint-400: found it without the optimizer's states"),
+        ("False", "found False; expected a checkpoint-N or True"),
+        ("true", "world_size was 1, is 2"),
+        ("{}/checkpoint-471", "world_size was 1, is 2"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(started, chosen, message):
+    remove(started[0] / "checkpoint-400" / "latest")
+    with pytest.raises(UserError, match=message) as error:
+        start_from(started, chosen.format(started[0]), world_size=2)
+    assert "\n" not in str(error.value)
+
+
+def test_no_newest_checkpoint_to_resume_from(tmp_path):
+    with pytest.raises(UserError, match="True: found no complete checkpoint-N"):
+        start_from((tmp_path, {}), "True")
 
 
 FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_device_train_batch_size 2 "

@@ -5,18 +5,31 @@ links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of
 """
 
 import json
+import operator
 import os
+import stat
 
-from animals.checkpoint.family import family_problem, fetch, model_class, model_config
-from animals.command import UserError
+from animals.checkpoint import family
+from animals.checkpoint.family import family_problem, fetch, in_one_line, model_class, model_config, read_settings
+from animals.command import Findings, UserError
 from animals.compat import unpartitioned_models
-from animals.files import read_json
+from animals.files import MAX_JSON, looked_up, open_regular
+
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+# Of an adapter's settings: what may be other than empty. Others of peft's would import modules (megatron_core), copy
+# layers (layer_replication) or run patterns on the parameters' names (rank_pattern).
+LORA_KEYS = (
+    *("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
+    *("qalora_group_size", "r", "revision", "target_modules", "target_parameters", "task_type", "use_dora"),
+    "use_rslora",
+)
 
 
 def adapter_config(path):
     """The content of adapter_config.json if `path` is the folder of a LoRA adapter, else None."""
-    file = os.path.join(path, "adapter_config.json")
-    return read_json(file) if os.path.isfile(file) else None
+    return read_settings(path, "adapter_config.json")
 
 
 def base_of(path):
@@ -38,42 +51,90 @@ def require_checkpoint(path):
 
 def check_files(path):
     """-> a list of problems: files that are missing, cut short or of another model. One second for 15 GB, no torch."""
-    if adapter_config(path) is not None:
-        base = base_of(path)
-        if not os.path.isfile(os.path.join(base, "config.json")):
-            return [
-                f"{path}: found an adapter to the base model {base!r}, which is not there; expected that folder; put "
-                f"it there, or write its new place into base_model_name_or_path of {path}/adapter_config.json"
-            ]
-        return read_shards(path, "adapter_model")[1] + check_files(base)
-    if not os.path.isfile(os.path.join(path, "config.json")):
+    findings = Findings()
+    return findings.attempt(find_problems, path) or findings
+
+
+def find_problems(path):
+    """As check_files(); raises UserError instead where a settings file cannot be understood."""
+    if problems := unreadable_files(path):
+        return problems
+    if (adapter := adapter_config(path)) is not None:
+        return adapter_problems(path, adapter, base_of(path))
+    config = read_settings(path, "config.json")
+    if config is None:
         return [
-            f"--model_name_or_path {path}: found no config.json there; expected a checkpoint. Train one: "
+            f"--model_name_or_path {looked_up(path)}: found no config.json there; expected a checkpoint. Train one: "
             f"`sh train.sh`; or fetch the base model: {fetch('model')}"
         ]
-    try:
-        if problem := family_problem(read_json(os.path.join(path, "config.json")), path):
-            return [problem]
-    except UserError as error:
-        return [str(error)]
+    if problem := family_problem(config, path):
+        return [problem]
     needed = ["tokenizer_config.json", "tokenizer.json"]  # tokenizer.model alone is read differently
-    settings = os.path.join(path, "processor_config.json")
-    if not (os.path.isfile(settings) and "image_processor" in read_json(settings)):
+    others = ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json", "processor_config.json")
+    *_, pixels, processor = (read_settings(path, name) for name in others)
+    if (pixels := (processor or {}).get("image_processor", pixels)) is None:
         needed.append("preprocessor_config.json")
-    absent = [name for name in needed if not os.path.exists(os.path.join(path, name))]
+    size, side = (pixels or {}).get("size"), config["vision_config"].get("image_size")
+    if side and {*(size.values() if isinstance(size, dict) else [size])} - {side, None}:
+        return [f"{path}: found pictures of size {size}; expected image_size {side} of config.json: {fetch(path)}"]
+    absent = [name for name in needed if not os.path.isfile(os.path.join(path, name))]
     return read_shards(path)[1] + [f"{path}: {name} is missing: {fetch(path, name)}" for name in absent]
+
+
+def unreadable_files(path):
+    """A line for each pipe or device in the folder, and each JSON file that is too large: the libraries read them."""
+    problems = []
+    for entry in os.scandir(path) if os.path.isdir(path) else ():
+        try:
+            found = entry.stat()
+        except FileNotFoundError:  # a link whose target is missing: missed later, if it is needed
+            continue
+        except OSError as error:
+            problems.append(
+                f"{entry.path}: cannot be read ({error.strerror}); expected a file; {fetch(path, entry.name)}"
+            )
+            continue
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            problems.append(f"{entry.path}: found a pipe or a device; expected a file; delete it")
+        elif found.st_size > MAX_JSON and entry.name.endswith((".json", ".jinja")):
+            problems.append(
+                f"{entry.path}: found {found.st_size:,} bytes; expected at most {MAX_JSON:,}; {fetch(path, entry.name)}"
+            )
+    return problems
+
+
+def adapter_problems(path, adapter, base):
+    """As find_problems(), for an adapter's folder with these settings, and the folder of its base."""
+    file = f"{path}/adapter_config.json"
+    if not os.path.isfile(os.path.join(base, "config.json")):
+        return [
+            f"{path}: found an adapter to the base model {base!r}, which is not there; expected that folder; put "
+            f"it there, or write its new place into base_model_name_or_path of {file}"
+        ]
+    if adapter_config(base) is not None:
+        return [
+            f"{file}: found base_model_name_or_path {base}, an adapter itself; expected a checkpoint; merge it first"
+        ]
+    if strange := [key for key, value in adapter.items() if value and key not in LORA_KEYS]:
+        return [f"{file}: found {first_names(strange)}; expected LoRA without it; train the adapter without it"]
+    shapes, problems = read_shards(path, "adapter_model")
+    rank = adapter.get("r", 8)
+    if wrong := [name for name, shape in shapes.items() if ".lora_A." in name and shape[:1] != (rank,)]:
+        problems.append(f"{file}: found r = {rank}; expected that of {first_names(wrong)}; copy it from its run again")
+    return problems + find_problems(base)
 
 
 def read_shards(path, stem="model"):
     """-> ({parameter name: shape}, problems) from the headers of the safetensors files. Reads no weights."""
     index = os.path.join(path, f"{stem}.safetensors.index.json")
-    shard_of, files = {}, [f"{stem}.safetensors"]
-    if os.path.isfile(index):
+    shard_of, files = {}, [f"{stem}.safetensors"]  # parameter name -> file
+    if os.path.exists(index):
         try:
-            shard_of = read_json(index)["weight_map"]  # parameter name -> file
-        except (UserError, KeyError, TypeError):
+            shard_of = family.check_settings(index, "model.safetensors.index.json").get("weight_map") or {}
+        except UserError as error:
+            return {}, [str(error)]
+        if not (files := sorted(set(shard_of.values()))):
             return {}, [f"{index}: found no weight_map in it; expected the list of shards; download the file again"]
-        files = sorted(set(shard_of.values()))
     shapes, problems = {}, []
     for name in files:
         file = os.path.join(path, name)
@@ -81,6 +142,8 @@ def read_shards(path, stem="model"):
             header = read_header(file)
         except FileNotFoundError:
             problems.append(f"{file}: not found; expected {len(files)} file(s) of weights: {fetch(path, name)}")
+        except UserError as error:
+            problems.append(str(error))
         except ValueError as error:
             problems.append(f"{file}: found {error}; delete it and download it again: {fetch(path, name)}")
         else:
@@ -92,22 +155,23 @@ def read_shards(path, stem="model"):
 
 def read_header(file):
     """{parameter name: shape} of a safetensors file. Raises ValueError if it is no such file or is cut short."""
-    with open(file, "rb") as opened:
-        start, size = opened.read(8), os.stat(file).st_size
+    with open_regular(file) as opened:
+        start, size = opened.read(8), os.fstat(opened.fileno()).st_size
         if start == b"version ":
             raise ValueError("a Git LFS pointer instead of the weights (`git lfs pull` fetches them)")
         length = int.from_bytes(start, "little")
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
             raise ValueError(f"{size:,} bytes that are not safetensors, or cut short")
         try:
             header = json.loads(opened.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in header.items()}
+            ends = [operator.index(entry["data_offsets"][1]) for entry in header.values()]
+        except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
             raise ValueError(f"{size:,} bytes that are not safetensors") from None
-    header.pop("__metadata__", None)
-    complete = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != complete:
+    if size != (complete := 8 + length + max(ends, default=0)):
         raise ValueError(f"{size:,} bytes although its header says {complete:,}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
 
 
 def first_names(names):
@@ -127,6 +191,40 @@ def match_names(model, shapes):
     return {new: (name, shapes[name]) for name, new in names.items()}, rules
 
 
+def within_limits(call) -> str | None:
+    """Calls it in a process of its own, as it may never end. -> None, or why it did not return.
+
+    It may take 5 s and 2 GiB of memory more than this process has, which it begins as a copy of.
+    """
+    import multiprocessing
+    import resource
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def work():
+        try:
+            with open("/proc/self/statm") as file:
+                most = int(file.read().split()[0]) * resource.getpagesize() + 2**31
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+            call()
+            theirs.send(None)
+        except Exception as error:
+            theirs.send(repr(error)[:300])
+
+    process = fork.Process(target=work, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(5) else "no end after 5 s"
+    except EOFError:
+        return "a crash"
+    finally:
+        process.kill()
+        process.join()
+
+
 def check_weights(path):
     """-> a list of problems: shards missing or cut short; parameters missing, unexpected or of another shape.
 
@@ -139,7 +237,7 @@ def check_weights(path):
     if problems:
         return problems
     config = model_config(path)
-    with unpartitioned_models(), torch.device("meta"):  # without memory
+    with in_one_line(f"{path}/config.json"), unpartitioned_models(), torch.device("meta"):  # without memory
         model = model_class(config)(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found, _ = match_names(model, shapes)

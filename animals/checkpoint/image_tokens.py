@@ -1,10 +1,9 @@
 """How many tokens a picture takes in the prompt, from a checkpoint's files alone: no picture is opened, no torch."""
 
-import os
 from typing import NamedTuple
 
 from animals.checkpoint.check import base_of
-from animals.files import read_json
+from animals.checkpoint.family import read_settings
 
 
 class Geometry(NamedTuple):
@@ -24,12 +23,9 @@ def read_geometry(path) -> Geometry:
     """A checkpoint's geometry, from its files in the order in which transformers reads them; else STOCK."""
     folder = base_of(path)  # an adapter's own folder has no config.json, which names the view
 
-    def read(name):
-        file = os.path.join(folder, name)
-        return read_json(file) if os.path.isfile(file) else {}
-
-    model, processor = read("config.json"), read("processor_config.json")
-    images = processor.get("image_processor") or read("preprocessor_config.json")
+    names = ("config.json", "processor_config.json", "preprocessor_config.json")
+    model, processor, pixels = (read_settings(folder, name) or {} for name in names)
+    images = processor.get("image_processor") or pixels
     vision, size = model.get("vision_config") or {}, images.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     side = size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0))

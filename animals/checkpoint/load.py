@@ -3,8 +3,8 @@
 import functools
 import re
 
-from animals.checkpoint.check import adapter_config, base_of, check_weights
-from animals.checkpoint.family import HUB_TEMPLATE, check_tokenizer, model_class, model_config
+from animals.checkpoint.check import adapter_config, base_of, check_weights, within_limits
+from animals.checkpoint.family import HUB_TEMPLATE, check_tokenizer, in_one_line, model_class, model_config
 from animals.checkpoint.save import SHARD_SIZE
 from animals.command import UserError
 from animals.compat import save_as_loaded
@@ -16,10 +16,12 @@ def load_processor(path):
     from transformers import AutoImageProcessor, AutoProcessor
 
     path = base_of(path)
-    processor = AutoProcessor.from_pretrained(path)
-    # With or without torchvision; backend="pil" for AutoProcessor would reach the tokenizer too.
-    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    config = model_config(path)  # old snapshots lack processor_config.json
+    config = model_config(path)
+    with in_one_line(path):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        # With or without torchvision; backend="pil" for AutoProcessor would reach the tokenizer too.
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    # Old snapshots lack processor_config.json.
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1  # CLIP's class token
@@ -52,10 +54,17 @@ def load_model(path, dtype="bfloat16"):
     device = PartialState().device  # tensor after tensor: no copy of the model in host RAM
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "device_map": {"": device}}
     model = load_weights(base_of(path), **options)
-    if adapter_config(path) is not None:
+    if (adapter := adapter_config(path)) is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path)
+        modules, pattern = [name for name, _ in model.named_modules()], adapter.get("target_modules")
+        if isinstance(pattern, str) and (problem := within_limits(lambda: [re.fullmatch(pattern, n) for n in modules])):
+            raise UserError(
+                f"{path}/adapter_config.json: found {problem} with target_modules {pattern!r}; expected a pattern of "
+                "modules' names; copy it from its run again"
+            )
+        with in_one_line(path):
+            model = PeftModel.from_pretrained(model, path)
     return model.eval().to(device)
 
 

@@ -1,5 +1,6 @@
 """Complete a saved folder: training wrote the weights, everything else comes from the folder of the original model."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -48,3 +49,13 @@ def add_other_files(folder, source, processor, task, dtype=None):
         write_json(folder / "config.json", config)
     if task is not None:
         write_task(folder, task)
+    share_weights(folder)
+
+
+def share_weights(folder):
+    """Give the weight files the rights that the umask asks for; safetensors lets their owner alone read them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in Path(folder).glob("*.safetensors"):
+        if file.stat().st_nlink == 1:  # a hard link of whole_view.py is the source's file
+            file.chmod(0o666 & ~umask)

@@ -4,6 +4,8 @@ A checkpoint is complete when its complete.json is there, and with it every file
 size. trainer.py writes that list last, so a folder that a killed run left behind is never complete. Imports no torch.
 """
 
+import atexit
+import contextlib
 import json
 import os
 import re
@@ -11,8 +13,8 @@ import shutil
 from pathlib import Path
 
 from animals.command import UserError
-from animals.files import read_json, replacing
-from animals.ranks import say
+from animals.files import folder_lock, read_json, replacing
+from animals.ranks import barrier, main_process, say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
 STATE = "trainer_state.json"  # transformers' own: global_step, best_model_checkpoint, log_history
@@ -53,13 +55,30 @@ def missing_files(folder) -> list[str]:
     return [name for name, file in found.items() if not file.is_file() or file.stat().st_size != sizes[name]]
 
 
-def newest_complete(output_dir) -> tuple[str | None, list[str]]:
-    """The newest complete checkpoint or None, and a line of text for each newer one, which is incomplete."""
+def unusable(path, states=None, last_step=None) -> str | None:
+    """Why no run can go on from the folder `path`; None if one can.
+
+    states: the file by which a checkpoint has the optimizer's states, if they are needed; after last_step they are not.
+    """
+    if lacking := missing_files(path):
+        return f"incomplete ({', '.join(lacking[:3])} missing or cut short)"
+    if states and not os.path.isfile(os.path.join(path, states)) and global_step(path) < last_step:
+        return f"without the optimizer's states ({states}): saved with --save_only_model or another --config_file"
+    return None
+
+
+def states_file(deepspeed: bool) -> str:
+    """The file of a checkpoint that shows that it has the optimizer's states, of DeepSpeed or of plain torch."""
+    return "latest" if deepspeed else "optimizer.pt"
+
+
+def newest_complete(output_dir, *needs) -> tuple[str | None, list[str]]:
+    """The newest usable checkpoint or None, and a line of text for each newer one. needs: see unusable()."""
     passed_over = []
     for path in reversed(saved_steps(output_dir).values()):
-        if not (lacking := missing_files(path)):
+        if not (why := unusable(path, *needs)):
             return path, passed_over
-        passed_over.append(f"{path}: incomplete ({', '.join(lacking[:3])} missing or cut short); it is not used")
+        passed_over.append(f"{path}: {why}; it is not used")
     return None, passed_over
 
 
@@ -77,10 +96,43 @@ def rehearsal_folder(output_dir):
 
 
 def delete_old_rehearsal(output_dir):
-    """Delete the folder that a killed rehearsal left, unless it holds anything else. Main process only."""
+    """Delete the folder that a killed rehearsal left, unless it holds anything else. Main process only.
+
+    UserError if that rehearsal is still running.
+    """
     folder = rehearsal_folder(output_dir)
     if os.path.isdir(folder) and all(re.match("README.md$|checkpoint-", name) for name in os.listdir(folder)):
-        shutil.rmtree(folder)
+        with run_lock(folder):
+            shutil.rmtree(folder)
+
+
+def run_lock(folder, shared=False):
+    """folder_lock() for the folder that a run or a rehearsal writes to; UserError if another one holds it."""
+    return folder_lock(
+        folder,
+        shared,
+        busy=f"{folder}: found another run that writes to it; expected none; wait until it ends, or choose another "
+        "--output_dir",
+    )
+
+
+def lock_output(output_dir, rehearse):
+    """Keep other runs out of output_dir, or of the rehearsal's own new folder, while this process lives. All ranks."""
+    barrier()  # all ranks have seen that no other run is there
+    if not main_process():
+        return
+    folder = rehearsal_folder(output_dir) if rehearse else output_dir
+    if rehearse and os.path.exists(folder):  # main() has deleted what another rehearsal left
+        raise UserError(
+            f"{folder}: found {', '.join(sorted(os.listdir(folder))[:3])} in it; expected no such folder, for the "
+            "rehearsal writes its checkpoint there; move it, or choose another --output_dir"
+        )
+    os.makedirs(folder, exist_ok=True)
+    lock = contextlib.ExitStack()
+    lock.enter_context(run_lock(folder))
+    atexit.register(lock.close)
+    if rehearse:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def copy_model_to_output(checkpoint, output_dir):
@@ -120,7 +172,11 @@ def global_step(path):
     """The optimizer step at which `path` was saved: by trainer_state.json, else its name, else the run's last step."""
     state = os.path.join(path, STATE)
     if os.path.isfile(state):
-        return read_json(state)["global_step"]
+        if type(step := read_json(state).get("global_step")) is not int:
+            raise UserError(
+                f"{state}: found the global_step {step!r}; expected a whole number; copy it from the run again"
+            )
+        return step
     named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
     return int(named[1]) if named else max(saved_steps(path), default=None)
 
@@ -149,7 +205,8 @@ def check_resume(record, checkpoint):
     before, changed = read_json(os.path.join(checkpoint, "run.json")), []
     for key, why in MUST_MATCH.items():
         *group, name = key.split(".")
-        was, now = ((run.get(*group, {}) if group else run).get(name) for run in (before, record))
+        parts = (run.get(*group) if group else run for run in (before, record))
+        was, now = (part.get(name) if isinstance(part, dict) else None for part in parts)
         if was != now:
             changed.append(f"{name} was {was!r}, is {now!r} ({why})")
     if changed:
@@ -157,3 +214,40 @@ def check_resume(record, checkpoint):
             f"{checkpoint} cannot be resumed with these settings: {'; '.join(changed)}; restore them, or start anew "
             "with another --output_dir"
         )
+
+
+def find_start(args, record, last_step):
+    """The checkpoint to go on from, or None: a new run. UserError if --resume_from_checkpoint names no usable one.
+
+    It needs the optimizer's states, unless it is of the last step. Says which newer ones are passed over.
+    """
+    chosen, needs = args.resume_from_checkpoint, (states_file(bool(args.deepspeed_plugin)), last_step)
+    word = str(chosen).lower()
+    if word == "false":
+        raise UserError(
+            f"--resume_from_checkpoint: found {chosen}; expected a checkpoint-N or True, the newest one, which is also "
+            "what happens without the flag; to start anew, choose another --output_dir"
+        )
+    if word not in ("none", "true"):
+        if why := unusable(chosen, *needs):
+            raise UserError(
+                f"--resume_from_checkpoint {chosen}: found it {why}; expected a complete checkpoint-N; there are "
+                f"{', '.join(saved_steps(args.output_dir).values()) or 'none'} in {args.output_dir}"
+            )
+    else:
+        chosen, passed_over = newest_complete(args.output_dir, *needs)
+        for line in passed_over:
+            say(line)
+        if not chosen and (model := newest_complete(args.output_dir)[0]):
+            raise UserError(
+                f"{model}: found a model without the optimizer's states; expected them, to continue; train this model "
+                f"further with --model_name_or_path {model} and another --output_dir, or start anew in another one"
+            )
+        if not chosen and word == "true":
+            raise UserError(
+                f"--resume_from_checkpoint True: found no complete checkpoint-N in {args.output_dir}; expected one; "
+                "without the flag a new run starts"
+            )
+    if chosen:
+        check_resume(record, chosen)
+    return chosen

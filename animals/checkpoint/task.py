@@ -1,14 +1,16 @@
 """What a checkpoint says about its own task, in task.json: labels, question, wording of the answer, chat format."""
 
 import copy
+import hashlib
 import json
 import os
 
-from animals.checkpoint.check import base_of, holds_model
+from animals.checkpoint.check import base_of, holds_model, within_limits
+from animals.checkpoint.family import mistakes, read_settings
 from animals.checkpoint.steps import saved_steps
 from animals.command import UserError
 from animals.files import read_json, write_json
-from config import TASK_FIELDS, Config
+from config import CHAT_TEMPLATE, MAX_TEXT, TASK_FIELDS, Config, task_problems
 
 KEYS = (*TASK_FIELDS, "chat_template")  # of task.json; all but the last are flags too
 
@@ -25,23 +27,40 @@ def write_task(folder, task: dict):
 def read_task(path) -> dict | None:
     """The task.json of a checkpoint, else of an adapter's base, else of a run's newest checkpoint-N, or None."""
     places = [path, base_of(path)] + ([] if holds_model(path) else [*saved_steps(path).values()][::-1])
-    files = [file for file in (os.path.join(place, "task.json") for place in places) if os.path.isfile(file)]
+    files = [file for file in (os.path.join(place, "task.json") for place in places) if os.path.exists(file)]
     if not files:
         return None
     task = read_json(files[0])
-    if missing := [name for name in KEYS if not isinstance(task, dict) or name not in task]:
-        raise UserError(
-            f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote; copy it from the run again"
-        )
+    again = "; copy it from the run again"
+    if missing := [name for name in KEYS if name not in task]:
+        raise UserError(f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote{again}")
+    problems = task_problems(*(task[name] for name in TASK_FIELDS))
+    problems += mistakes(task["chat_template"], (str, 1, 10 * MAX_TEXT), "chat_template: found")
+    if problems:
+        raise UserError("\n".join(f"{files[0]}: {line}{again}" for line in problems))
     folder = os.path.dirname(files[0])
-    model = os.path.join(base_of(folder), "config.json")
-    if task.get("image_view") == "whole" and os.path.isfile(model) and read_json(model).get("model_type") != "llava":
+    base = base_of(folder)
+    model = read_settings(base, "config.json") or {}
+    if task.get("image_view") == "whole" and model.get("model_type", "llava") != "llava":
         raise UserError(
-            f"{files[0]}: found the image_view 'whole', which an older version wrote, and tiles in {model}; expected "
-            f"a base of model_type 'llava'; make it, `python scripts/whole_view.py {base_of(folder)} OUT`, and write "
+            f"{files[0]}: found the image_view 'whole', which an older version wrote, and tiles in {base}/config.json; "
+            f"expected a base of model_type 'llava'; make it, `python scripts/whole_view.py {base} OUT`, and write "
             f"OUT into base_model_name_or_path of {folder}/adapter_config.json"
         )
     return {name: task[name] for name in KEYS}  # older versions had more
+
+
+def checkpoint_id(path, dtype, config: Config) -> str:
+    """Twelve digits that change with the checkpoint's files (name, size, time), its base's, dtype and question.
+
+    dtype: the type in which the model computes, as choose_arithmetic() returns it. config: resolved by settings_for().
+    """
+    files = []
+    for folder in dict.fromkeys([path, base_of(path)]):
+        with os.scandir(folder) as entries:
+            files += sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
+    asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
+    return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
 
 
 def settings_for(config: Config, path, training=False) -> Config:
@@ -52,6 +71,23 @@ def settings_for(config: Config, path, training=False) -> Config:
     for name in task.keys() - config.given:
         setattr(result, name, task[name])
     return result
+
+
+def check_template(config: Config, render):
+    """Raises UserError unless the chat format, if it is not ours, gives texts of bounded length in bounded time.
+
+    render(label) -> the conversation with this label as text, or with None the question alone.
+    """
+
+    def render_all():
+        if (n := max(len(render(label)) for label in (None, *config.labels))) > 100 * MAX_TEXT:
+            raise ValueError(f"a text of {n:,} characters")
+
+    if config.chat_template != CHAT_TEMPLATE and (problem := within_limits(render_all)):
+        raise UserError(
+            f"chat_template of task.json: found {problem}; expected a Jinja template that writes the conversation; "
+            "copy task.json from the run again"
+        )
 
 
 def changed_task_flags(config: Config, path) -> list[str]:

@@ -4,7 +4,7 @@
 cache.json     for each split what its JSON was built from, its summary and the unusable pictures; the duplicates
                (duplicates.py). It is written last, so a half-built cache counts as no cache
 <split>.rows/  the memory-mapped copy of the JSON, made by Hugging Face datasets, removed with every new JSON
-excluded.csv   the unusable pictures of both splits
+excluded.csv   the unusable pictures of both splits, their names as printable() gives them
 
 Every file is written under another name and renamed. Pillow is imported late: launch.py runs before `pip install`.
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -22,10 +23,10 @@ from pathlib import Path
 import config as settings
 from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import UserError
-from animals.files import replacing, subfolders, write_csv_rows
+from animals.files import folder_lock, printable, replacing, require_writable, subfolders, write_csv_rows
 from config import Config
 
-FORMAT = 5  # of everything in temp_dir; a cache of another format is rebuilt
+FORMAT = 7  # of everything in temp_dir; a cache of another format is rebuilt
 SPLITS = ("train", "validation")
 HASHES = ("pixels", "phash", "mirrored", "thumbnail")  # columns of the JSON by which duplicates are found
 COLUMNS = ("images", "messages", "label", "width", "height", "image_tokens", "sha256", *HASHES)
@@ -41,21 +42,42 @@ def temp_path(config: Config, name: str) -> Path:
 
 @contextmanager
 def csv_file(config: Config, name: str, columns: list[str]):
-    """A function that writes rows to a CSV of temp_dir; a name that is not UTF-8 is written with backslashes."""
-    with replacing(temp_path(config, name), errors="backslashreplace", newline="") as file:
+    """A function that writes rows to a CSV of temp_dir."""
+    with replacing(temp_path(config, name), newline="") as file:
         write_csv_rows(file, [columns])
         yield functools.partial(write_csv_rows, file)
 
 
-def lock(config: Config):
-    """with lock(config): one process at a time builds caches or moves pictures."""
-    from filelock import FileLock
+@contextmanager
+def lock(config: Config, moving: bool = False):
+    """with lock(config): no other process uses temp_dir meanwhile, and none moves pictures of input_dir.
 
+    moving: this process moves pictures; then no other one builds or reads a cache of input_dir, whatever its temp_dir.
+    The lock of input_dir comes first, always, so that no two processes wait for each other. May be nested, but not with
+    `moving`. Raises UserError if input_dir cannot be listed, or temp_dir (with `moving` also input_dir) not written to.
+    """
+    from filelock import FileLock, Timeout
+
+    if moving:
+        require_writable("--input_dir", config.input_dir)
+    require_writable("--temp_dir", config.temp_dir)
+    if "::" in os.path.abspath(config.temp_dir):
+        raise UserError(f"--temp_dir {config.temp_dir}: found :: in its path; expected none; name another folder")
     try:
-        os.makedirs(config.temp_dir, exist_ok=True)
+        os.listdir(config.input_dir)
     except OSError as error:
-        raise UserError(f"--temp_dir {config.temp_dir}: found {error.strerror}; expected a writable place") from None
-    return FileLock(temp_path(config, ".lock"))
+        raise UserError(cannot_list(error, config.input_dir)) from None
+    with folder_lock(config.input_dir, shared=not moving):
+        os.makedirs(config.temp_dir, exist_ok=True)
+        file = FileLock(temp_path(config, ".lock"), is_singleton=True)
+        try:
+            held = file.acquire(blocking=False)
+        except Timeout:
+            if "RANK" not in os.environ:  # the ranks of one run take turns, which is no news
+                print(f"waiting: another command uses {config.temp_dir}", file=sys.stderr, flush=True)
+            held = file.acquire()
+        with held:
+            yield
 
 
 def listing(config: Config, split: str) -> tuple[list[str], Counter, str]:
@@ -79,7 +101,8 @@ def listing(config: Config, split: str) -> tuple[list[str], Counter, str]:
 
 
 def cannot_list(error: OSError, root: str) -> str:
-    return f"{error.filename or root}: found {error.strerror}; expected a folder that can be listed; change its rights"
+    place = printable(error.filename or root)
+    return f"{place}: found {error.strerror}; expected a folder that can be listed; change its rights, or name another"
 
 
 def rules() -> str:
@@ -91,9 +114,11 @@ def rules() -> str:
     return json.dumps([FORMAT, PIL.__version__, FORMATS, settings.MAX_PIXELS, settings.MAX_BYTES, settings.MIN_SIDE])
 
 
-def row_settings(config: Config, geometry: Geometry) -> str:
-    """What the rows depend on beside the files and the rules."""
-    return json.dumps([config.question, config.answer, list(config.folder_to_label.items()), geometry])
+def row_settings(config: Config, split: str, geometry: Geometry) -> dict:
+    """What the rows depend on beside the files and the rules, as JSON gives it back."""
+    values = {"pictures": split_folder(config, split), "question": config.question, "answer": config.answer}
+    values |= {"folder_to_label": list(config.folder_to_label.items()), "geometry": geometry}
+    return json.loads(json.dumps(values))
 
 
 def size_and_time(path: Path) -> list | None:
@@ -112,7 +137,7 @@ def read_cache(config: Config) -> dict:
 
 def write_cache(config: Config, content: dict) -> None:
     with replacing(temp_path(config, "cache.json")) as file:
-        json.dump(content, file, indent=1)  # in ASCII: the name of an unusable file may be no UTF-8
+        json.dump(content, file, indent=1)
 
 
 def fresh_entries(config: Config, cache: dict) -> dict[str, dict]:
@@ -120,6 +145,29 @@ def fresh_entries(config: Config, cache: dict) -> dict[str, dict]:
     there = [split for split in SPLITS if split in cache and os.path.isdir(split_folder(config, split))]
     same = [split for split in there if cache[split]["json"] == size_and_time(temp_path(config, f"{split}.json"))]
     return {split: cache[split] for split in same if cache[split]["stamp"] == listing(config, split)[2]}
+
+
+def checked_entry(config: Config, split: str, summary: dict | None = None) -> dict:
+    """The entry of a split whose JSON is to be read. Call it under lock().
+
+    summary: what prepare() has returned for the split, if that is to be the same still. Raises UserError if the cache
+    is not that of today's pictures and of this run's settings, because another command has the same temp_dir.
+    """
+    entry, path = read_cache(config).get(split), temp_path(config, f"{split}.json")
+    if not entry or entry["json"] != size_and_time(path):
+        raise UserError(f"{path}: found no complete cache of {split}; expected one; run python data_process_utils.py")
+    there, own = entry["settings"], row_settings(config, split, entry["settings"]["geometry"])
+    found = next(([f"the {k} {v!r}", f"{own[k]!r}"] for k, v in there.items() if v != own[k]), None)
+    if not found and entry["stamp"] != listing(config, split)[2]:
+        found = "other files", f"those of today in {own['pictures']}"
+    if not found and summary and entry["json"] != summary["json"]:
+        found = "a cache that was built after this command's check", "the one that was checked"
+    if found:
+        raise UserError(
+            f"{path}: found {found[0]}; expected {found[1]}; another command has the same --temp_dir, or pictures were "
+            "changed meanwhile: give each --input_dir a --temp_dir of its own, and start again"
+        )
+    return entry
 
 
 def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
@@ -131,7 +179,7 @@ def refresh(config: Config, splits, geometry: Geometry) -> dict[str, dict]:
     entries = fresh_entries(config, cache)
     for split in splits:
         entry, listed = entries.get(split), temp_path(config, "excluded.csv").exists()
-        if entry and entry["wording"] == row_settings(config, geometry) and listed:
+        if entry and entry["settings"] == row_settings(config, split, geometry) and listed:
             continue
         cache[split] = build(config, split, geometry, entry)
         with csv_file(config, "excluded.csv", ["image", "split", "reason"]) as out:
@@ -154,8 +202,8 @@ def build(config: Config, split: str, geometry: Geometry, entry: dict | None) ->
     missing = [folder for folder in config.folder_to_label if folder not in summary["folders"]]
     line = f"{split_folder(config, split)}: no folder for {', '.join(missing)}; the prompt still offers all labels"
     summary |= {"warnings": [line] if missing else [], "seconds": round(time.perf_counter() - start, 2)}
-    words, written = row_settings(config, geometry), size_and_time(temp_path(config, f"{split}.json"))
-    return entry | {"summary": summary, "wording": words, "json": written}
+    values, written = row_settings(config, split, geometry), size_and_time(temp_path(config, f"{split}.json"))
+    return entry | {"summary": summary, "settings": values, "json": written}
 
 
 def decode(config: Config, split: str) -> tuple[list[dict], dict]:
@@ -170,7 +218,7 @@ def decode(config: Config, split: str) -> tuple[list[dict], dict]:
     bar = tqdm(facts, f"decoding {split}_data (once, until a file changes)", len(paths), unit=" pictures", disable=None)
     for path, found in zip(paths, bar, strict=True):
         if found.reason:
-            excluded.append((path, found.reason))
+            excluded.append((printable(path), found.reason))
         else:
             rows.append({"images": [path], **found._asdict()})
     return rows, {"stamp": stamp, "ignored": ignored, "excluded": excluded, "decoded": len(paths)}
@@ -210,20 +258,22 @@ def write_rows(config: Config, split: str, geometry: Geometry, rows) -> dict:
     return counted | {"fingerprint": digest.hexdigest()[:32]}
 
 
-def load_split(config: Config, split: str):
-    """The cached split as a datasets.Dataset, memory-mapped. Call prepare() first.
+def load_split(config: Config, split: str, summary: dict | None = None):
+    """The cached split as a datasets.Dataset, memory-mapped. Call prepare() first; summary and errors: checked_entry().
 
     Columns: images [path], messages [{role, content: [{type, text}]}], label, width, height, image_tokens, sha256.
     """
-    path, copy = temp_path(config, f"{split}.json"), os.path.abspath(temp_path(config, f"{split}.rows"))
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected the cache of {split}; run python data_process_utils.py")
+    path, copy = (os.path.abspath(temp_path(config, f"{split}.{end}")) for end in ("json", "rows"))
     os.environ.setdefault("HF_DATASETS_CACHE", copy)
-    from datasets import Features, List, Value, load_dataset
+    from datasets import Dataset, Features, List, Value
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     part = {"type": Value("string"), "text": Value("string")}  # one type for all parts: the picture's has the text None
     types = dict.fromkeys(COLUMNS, Value("string")) | dict.fromkeys(("width", "height", "image_tokens"), Value("int32"))
     types["images"] = List(Value("string"))
     types["messages"] = List({"role": Value("string"), "content": List(part)})
-    rows = load_dataset("json", data_files=str(path), split="train", features=Features(types), cache_dir=copy)
+    with lock(config):
+        known = tuple(map(str, checked_entry(config, split, summary)["json"]))  # by which `copy` is made anew
+        files = DataFilesDict({split: DataFilesList([path], [known])})  # a plain path would be taken for a pattern
+        rows = Dataset.from_json(files, split=split, features=Features(types), cache_dir=copy)
     return rows.remove_columns(list(HASHES))

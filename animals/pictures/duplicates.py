@@ -6,9 +6,9 @@ and where one picture is mirrored, their 32x32 thumbnails must correlate too: dr
 chance. A flat picture has no hash and is compared by its pixels only. Measured: benchmarks/results/near_duplicates.md.
 
 duplicates.csv: problem (both splits | two labels | one split), match (same pixels | near), distance (bits), image,
-split, label, other_image, other_split, other_label. Of each pair `image` is the one to remove: the held-out
-picture, or within one split the later one. Identical pictures in both splits or under two labels stop the command
-unless config.allow_leaks; the others are a warning.
+split, label, other_image, other_split, other_label. Of each pair `image` is the held-out picture, or within one split
+the later one. Identical pictures in both splits or under two labels stop the command unless config.allow_leaks; the
+others are a warning.
 """
 
 import base64
@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from animals.pictures.cache import SPLITS, csv_file, fresh_entries, read_cache, read_rows, temp_path, write_cache
+from animals.pictures.cache import SPLITS, csv_file, fresh_entries, lock, read_cache, read_rows, temp_path, write_cache
+from animals.pictures.prepare import commands
 from config import Config
 
 SURE = 4  # bits: up to that a pair is near whatever the thumbnails say, unless one picture is mirrored
@@ -188,13 +189,14 @@ def known_duplicates(config: Config) -> dict | None:
     and no identical one. group: {picture: number} of all usable pictures of both splits; pictures that are equal or
     near, directly or through others, share a number. Pictures are paths, as in `images` of the JSON files.
     """
-    entries = fresh_entries(config, read_cache(config))
-    found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
-    if not found or not found["compared"]:
-        return None
+    with lock(config):
+        entries = fresh_entries(config, read_cache(config))
+        found = read_duplicates(config, entries) if len(entries) == len(SPLITS) else None
+        if not found or not found["compared"]:
+            return None
+        usable = [row["images"][0] for split in SPLITS for row in read_rows(config, split)]
     across = [(pair["match"], pair["image"]) for pair in found["pairs"] if pair["problem"] == "both splits"]
     several, numbers = {path: images[0] for images in found["groups"] for path in images}, {}
-    usable = [row["images"][0] for split in SPLITS for row in read_rows(config, split)]
     return {
         "identical": {image for match, image in across if match == "same pixels"},
         "near_duplicates": {image for match, image in across if match == "near"},
@@ -208,11 +210,14 @@ def identical_problems(config: Config, duplicates: dict, splits) -> list[str]:
     same = [pair for pair in same if {pair["split"], pair["other_split"]} <= set(splits)]
     if not same:
         return []
+    command = f"{commands(config.input_dir, 'quarantine')[0]} {temp_path(config, 'duplicates.csv')}"
+    if any(pair["split"] == pair["other_split"] == "validation" for pair in same):
+        command += " --held_out_too"
     said = "; ".join(f"{n:,} same pixels, {problem}" for problem, n in Counter(p["problem"] for p in same).items())
     return [
         f"{config.input_dir}: found identical pictures ({said}), e.g. {same[0]['image']} = {same[0]['other_image']}; "
-        "expected none, because they make the accuracy a wrong number; take one of each pair away "
-        f"(python scripts/quarantine.py {temp_path(config, 'duplicates.csv')}), or go on with --allow_leaks"
+        f"expected none, because they make the accuracy a wrong number; take one of each pair away ({command}), or go "
+        "on with --allow_leaks"
     ]
 
 

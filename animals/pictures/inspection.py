@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, ImageStat
 
+from animals.files import printable
 from animals.pictures.read import PictureError, read_picture
 
 BATCH = 32  # pictures per task of the process pool
@@ -32,6 +33,8 @@ def inspect(path) -> Facts:
 
     try:
         os.fspath(path).encode()  # no JSON can hold another name
+        if printable(os.fspath(path)) != os.fspath(path):
+            return Facts("name has control characters")
         picture, content = read_picture(path)
     except UnicodeEncodeError:
         return Facts("name is not UTF-8")

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from animals.command import Findings, UserError
-from animals.files import replacing
+from animals.files import nearest_existing, replacing, require_writable
 from animals.pictures.prepare import MOVES, commands, interrupted, manifest
 
 
@@ -67,6 +67,7 @@ def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) 
             f"{taken[0]}: found {len(taken):,} files with names that pictures would be moved to; expected none; rename "
             "or remove them"
         )
+    require_places(root, moves)
     created = set()
     for folder in {Path(target).parent for _, target in moves}:
         while not (root / folder).is_dir():
@@ -83,9 +84,16 @@ def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) 
     finish(input_dir, kind)
 
 
+def require_places(root: Path, moves) -> None:
+    """Raises UserError unless files can be made in all folders of `moves`, a list of (source, target)."""
+    for folder in sorted({nearest_existing((root / name).parent) for pair in moves for name in pair}):
+        require_writable("--input_dir", folder)
+
+
 def finish(input_dir: str, kind: str) -> str:
     """Do what is left of the newest step; return what it says of itself."""
     steps = read_moves(input_dir, kind)["steps"]
+    require_places(Path(input_dir), steps[-1]["moves"])
     for folder in steps[-1]["created"]:
         os.makedirs(Path(input_dir, folder), exist_ok=True)
     for source, target in steps[-1]["moves"]:
@@ -110,6 +118,7 @@ def undo(input_dir: str, kind: str) -> list[str]:
             f"{path}: found {len(gone):,} pictures that a later {other} has moved on, e.g. {gone[0]}; expected them "
             f"where the {kind} has put them; put them back first: {back}"
         )
+    require_places(root, step["moves"])
     moves = [(root / source, root / target) for source, target in step["moves"]]
     for source, target in moves:
         if os.path.lexists(source) and os.path.lexists(target):

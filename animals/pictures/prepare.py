@@ -5,14 +5,16 @@ neither torch nor Pillow before it needs it.
 """
 
 import os
+import shlex
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 from animals.checkpoint.check import base_of, require_checkpoint
 from animals.checkpoint.image_tokens import read_geometry
-from animals.command import Findings
-from animals.files import subfolders
+from animals.command import Findings, missing_package
+from animals.files import deeper, is_hidden, looked_up, printable, subfolders
 from animals.pictures.cache import SPLITS, cannot_list, lock, refresh, split_folder, temp_path
 from config import Config
 
@@ -33,7 +35,9 @@ def check_inputs(config: Config, model_path: str, splits=SPLITS) -> dict[str, di
     try:
         summaries = findings.attempt(prepare, config, splits, base_of(model_path))
     except ModuleNotFoundError as error:  # before `pip install`
-        findings.append(f"found no Python package {error.name}; expected it; pip install -r requirements.txt")
+        if not (line := missing_package(error)):
+            raise
+        findings.append(line)
         findings += missing_folders(config, splits)
     findings.report()
     return summaries
@@ -43,16 +47,21 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
     """Build the caches of `splits` that are missing or out of date; return a summary per split.
 
     Summary: n, classes {label: n}, folders {class folder: n}, excluded {reason: n}, ignored {kind of file: n},
-    image_tokens {min, mean, max}, fingerprint (of contents and words, the same on every machine), built (by this
-    call), decoded (pictures), seconds, warnings (lines). Raises one UserError with a line for each problem of all the
-    splits. Several processes may call it at once: one builds, the others wait. Imports no torch.
+    image_tokens {min, mean, max}, fingerprint (of contents and words, the same on every machine), json (size and time
+    of the JSON), built (by this call), decoded (pictures), seconds, warnings (lines). Raises one UserError with a line
+    for each problem of all the splits. Several processes may call it at once: one builds, the others wait. Imports no
+    torch.
     """
     from animals.pictures import duplicates  # first of all, because it needs what `pip install` brings
 
     Findings(folder_problems(config, splits)).report()
     with lock(config):
+        Findings(
+            folder_problems(config, splits)
+        ).report()  # again: a command that moves pictures may have ended just now
         entries = refresh(config, splits, read_geometry(model_path))
-        summaries = {split: entries[split]["summary"] | {"built": "built" in entries[split]} for split in splits}
+        parts = {split: entries[split] for split in splits}
+        summaries = {k: e["summary"] | {"json": e["json"], "built": "built" in e} for k, e in parts.items()}
         problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
         if not problems:
             found = duplicates.read_duplicates(config, entries) or duplicates.search_duplicates(config, entries)
@@ -92,7 +101,7 @@ def folder_problems(config: Config, splits) -> list[str]:
         _, again, back = commands(config.input_dir, kind)
         path = manifest(config.input_dir, kind)
         problems.append(f"{path}: found a {kind} that was interrupted; finish it: {again}; or take it back: {back}")
-    for split in splits:
+    for split in () if problems else splits:  # half-moved folders say nothing more
         problems += missing_folders(config, [split]) or class_problems(config, split_folder(config, split))
     return problems
 
@@ -100,10 +109,11 @@ def folder_problems(config: Config, splits) -> list[str]:
 def missing_folders(config: Config, splits) -> list[str]:
     """A line for each split without a folder: what was found instead, and what to do."""
     try:
-        there = sorted(name for name in os.listdir(config.input_dir) if not name.startswith("."))
+        there = sorted(printable(name) for name in os.listdir(config.input_dir) if not is_hidden(name))
         found = f"{config.input_dir} holds {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''}"
+        found += deeper(config.input_dir)
     except OSError:
-        found = f"{config.input_dir} does not exist either"
+        found = f"{looked_up(config.input_dir)} does not exist either"
     _, cut, _ = commands(config.input_dir, "cut")
     ways = {
         "train": f"expected one folder of pictures per class: {', '.join(config.folder_to_label)}; put the training "
@@ -123,11 +133,8 @@ def class_problems(config: Config, root: str) -> list[str]:
     try:
         for folder in subfolders(root):
             path, strays = os.path.join(root, folder), Counter()
-            if folder not in config.folder_to_label:
-                problems.append(
-                    f"{path}: a class folder that is not in the label table; expected one of {table}; rename it, move "
-                    "it away, or add it to FOLDER_TO_LABEL in config.py"
-                )
+            if folder not in config.folder_to_label or printable(folder) != folder:
+                problems.append(unknown_class(config, root, folder))
                 continue
             known.append(folder)
             if next(walk(path, strays), None) is None:
@@ -137,12 +144,41 @@ def class_problems(config: Config, root: str) -> list[str]:
                 )
     except OSError as error:
         return [*problems, cannot_list(error, root)]
-    if len(known) < 2:
+    if len(known) < 2 and known == subfolders(root):
         problems.append(
             f"{root}: found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
             "; put the pictures there, one folder per class"
         )
     return problems
+
+
+def unknown_class(config: Config, root: str, folder: str) -> str:
+    """What is wrong with a folder that is no class, and the way out."""
+    path, table = os.path.join(root, folder), config.folder_to_label
+    if printable(folder) != folder:
+        return f"{root}: found a class folder {folder!r}; expected a name without control characters; rename it"
+    inside, names = subfolders(path), {unicodedata.normalize("NFC", name): name for name in table}
+    if table.keys() & {*inside}:
+        return (
+            f"{path}: found the class folders {', '.join(map(printable, inside[:4]))} in it; expected them in {root} "
+            "itself; move them there, and remove the empty folder"
+        )
+    if name := names.get(unicodedata.normalize("NFC", folder)):
+        right = shlex.quote(os.path.join(root, name))
+        return (
+            f"{path}: found a class folder whose name has other bytes for the same letters than in the label table (a "
+            f"Mac takes accents apart: Unicode NFD and NFC); expected the same ones; mv {shlex.quote(path)} {right}"
+        )
+    if root == split_folder(config, "validation") and all(name == label for name, label in table.items()):
+        there = os.path.join(split_folder(config, "train"), folder)
+        return (
+            f"{path}: found a class that training does not have; expected one of {', '.join(table)}; rename it, move "
+            f"it away, or put pictures of it in {there} too"
+        )
+    return (
+        f"{path}: a class folder that is not in the label table; expected one of {', '.join(table)}; rename it, move "
+        "it away, or add it to FOLDER_TO_LABEL in config.py"
+    )
 
 
 def split_problems(config: Config, split: str, summary: dict) -> list[str]:

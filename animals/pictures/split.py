@@ -31,3 +31,23 @@ def choose(pictures, fraction: float, seed: int) -> list[str]:
             taken += cost
             chosen += [name for _, name, _ in groups[group]]
     return sorted(chosen)
+
+
+def describe_undivided(pictures, chosen: list[str]) -> str:
+    """The classes that would have no held-out picture, or no other one, after moving `chosen`; "" if there are none.
+
+    pictures: as choose() takes them.
+    """
+    groups, held, moved = defaultdict(Counter), set(), Counter(name.split("/")[0] for name in chosen)
+    for name, _, group, is_held in pictures:
+        folder = name.split("/")[0]
+        if is_held:
+            held.add(folder)
+        else:
+            groups[folder][group] += 1
+    return ", ".join(
+        f"{folder} (pictures {sizes.total():,}, groups of near-duplicates {len(sizes):,}, the smallest of them "
+        f"{min(sizes.values()):,})"
+        for folder, sizes in groups.items()
+        if moved[folder] == sizes.total() or not moved[folder] and folder not in held
+    )

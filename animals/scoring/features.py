@@ -1,8 +1,8 @@
 """The features that an encoder computes for pictures, and the regression on them: for audit and baselines alone.
 
-Of a LLaVA checkpoint only the vision tower is read (0.6 of 15 GB). The features are kept in <temp_dir>/features/, in
-one folder per encoder, by the sha256 of each picture's file: an interrupted run does not compute them again, nor does
-a run in which a picture was moved or stands twice.
+load_tower() reads only the vision tower of a LLaVA checkpoint (0.6 of 15 GB). The features are kept in
+<temp_dir>/features/, in one folder per encoder, by the sha256 of each picture's file: an interrupted run does not
+compute them again, nor does a run in which a picture was moved or stands twice.
 """
 
 import os
@@ -10,10 +10,13 @@ from glob import escape, glob
 from typing import Any, NamedTuple
 
 from animals.checkpoint.check import base_of, read_shards
+from animals.checkpoint.family import model_config
+from animals.checkpoint.task import checkpoint_id
 from animals.command import UserError
 from animals.files import read_json, replacing
 from animals.pictures.inspection import cores
 from animals.pictures.read import PictureError, load_picture
+from animals.scoring.scorer import load_scorer
 
 BLOCK = 4096  # pictures per file
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # values to try for C of regression(); smaller regularises more
@@ -24,8 +27,8 @@ class Encoder(NamedTuple):
 
     name: str  # of the folder that keeps its features
     module: Any
-    prepare: Any  # (pictures) -> tensor on the CPU
-    encode: Any  # (module, that tensor) -> float32 [pictures, features] on the module's device
+    prepare: Any  # (pictures) -> tensor or BatchFeature on the CPU
+    encode: Any  # (module, what prepare() gave, on its device) -> float32 [pictures, features] on the module's device
 
 
 def load_tower(path) -> Encoder:
@@ -36,7 +39,7 @@ def load_tower(path) -> Encoder:
     """
     import torch
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
+    from transformers import AutoImageProcessor, CLIPVisionModel
 
     path, prefix = base_of(path), "vision_tower."
     if problems := read_shards(path)[1]:
@@ -48,7 +51,7 @@ def load_tower(path) -> Encoder:
         with safe_open(os.path.join(path, file), "pt") as shard:
             names = [key for key in shard.keys() if prefix in key]  # noqa: SIM118 (not a dict)
             weights |= {key.rpartition(prefix)[2]: shard.get_tensor(key) for key in names}
-    config = AutoConfig.from_pretrained(path)
+    config = model_config(path)
     module, info = CLIPVisionModel.from_pretrained(
         None, config=config.vision_config, state_dict=dict(weights), dtype=precision(), output_loading_info=True
     )
@@ -71,6 +74,23 @@ def load_tower(path) -> Encoder:
         return torch.cat([out.pooler_output.float(), out.hidden_states[layer][:, 1:].float().mean(1)], dim=1)
 
     return Encoder(encoder_name(weights, images), module.eval(), prepare, encode)
+
+
+def load_hidden(path, config) -> Encoder:
+    """A checkpoint as Scorer asks it. Its features are the last hidden state from which the answer is predicted.
+
+    That is output_hidden_states[-1] at the prompt's last token [hidden]. config: resolved for this checkpoint. The
+    model computes in precision(). Raises UserError for a checkpoint that cannot be read.
+    """
+    dtype = str(precision()).removeprefix("torch.")
+    scorer, model = load_scorer(path, config, dtype)
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def encode(module, batch):
+        place = -1 - len(scorer.fed_ids)  # of the prompt's last token: the answers follow it
+        return module(**batch, use_cache=False).last_hidden_state[:, place].float()
+
+    return Encoder(f"hidden-{checkpoint_id(path, dtype, config)}", plain.model, scorer.collate, encode)
 
 
 def precision():
@@ -151,3 +171,15 @@ def regression(strength=1.0):
     from sklearn.preprocessing import StandardScaler
 
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+
+
+def fit(train, labels, held_out):
+    """(a label per row of `held_out`, the C that is best on a tenth of `train`). Features are float32 [n, features]."""
+    from sklearn.model_selection import GridSearchCV, ShuffleSplit
+    from threadpoolctl import threadpool_limits
+
+    tenth = ShuffleSplit(1, test_size=0.1, random_state=0)
+    search = GridSearchCV(regression(), {"logisticregression__C": STRENGTHS}, cv=tenth)
+    with threadpool_limits(1):  # in such small products threads wait for each other longer than they work
+        search.fit(train, labels)
+    return search.predict(held_out).tolist(), search.best_params_["logisticregression__C"]

@@ -42,16 +42,17 @@ def measure(labels, truth, predicted, probability=None, groups=None):
     """The metrics of two equally long lists of class numbers, as a dict. A label that is never predicted scores 0.
 
     probability [pictures][labels] adds log_loss, ece, calibration and answered. groups: one number per picture, equal
-    for near-duplicates. Macro averages are over the labels that occur in truth or predicted, as in scikit-learn.
+    for near-duplicates; every interval is widened by the groups of the pictures that it is about. Macro averages are
+    over the labels that have pictures: one stray answer of another label would count like a class.
     """
     from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
-    n, classes = len(truth), list(range(len(labels)))
+    n, classes, groups = len(truth), list(range(len(labels))), groups or range(len(truth))
     confusion = confusion_matrix(truth, predicted, labels=classes)
     *found, support = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
     scores = dict(zip(("precision", "recall", "f1"), found, strict=True))  # each [labels]
-    occurring = support + confusion.sum(axis=0) > 0
-    correct, effect = int(confusion.trace()), design_effect(groups or range(n))
+    correct, effect = int(confusion.trace()), design_effect(groups)
+    effects = [design_effect([group for group, t in zip(groups, truth, strict=True) if t == k]) for k in classes]
     report = {
         "n": n,
         "correct": correct,
@@ -61,10 +62,10 @@ def measure(labels, truth, predicted, probability=None, groups=None):
         "chance": 1 / len(labels),
         "majority": int(support.max()) / n,  # the accuracy of always answering the most frequent label
         "majority_label": labels[int(support.argmax())],
-        **{f"macro_{name}": float(values[occurring].mean()) for name, values in scores.items()},
+        **{f"macro_{name}": float(values[support > 0].mean()) for name, values in scores.items()},
         "per_class": {
             label: {name: float(values[k]) for name, values in scores.items()}
-            | {"n": int(support[k]), "recall_ci95": wilson_interval(int(confusion[k, k]), int(support[k]))}
+            | {"n": int(support[k]), "recall_ci95": wilson_interval(int(confusion[k, k]), int(support[k]), effects[k])}
             for k, label in enumerate(labels)
         },
         "confusion_matrix": confusion.tolist(),  # [truth][prediction]
@@ -74,60 +75,78 @@ def measure(labels, truth, predicted, probability=None, groups=None):
         confidence = [row[p] for row, p in zip(probability, predicted, strict=True)]
         right = [t == p for t, p in zip(truth, predicted, strict=True)]
         report["log_loss"] = float(log_loss(truth, probability, labels=classes))
-        report |= {"calibration": calibration(confidence, right), "answered": answered(confidence, right)}
+        report["calibration"] = calibration(confidence, right, groups)
+        report["answered"] = answered(confidence, right, groups)
         report["ece"] = report["calibration"]["ece"]
     return report
 
 
-def calibration(confidence, right):
+def calibration(confidence, right, groups=None):
     """Is the model right as often as its probabilities say?
 
-    confidence: the probability of each answer that was given; right: whether that answer was correct. The dict holds
+    confidence: the probability of each answer that was given; right: whether it was correct; groups: as in measure().
+    The dict holds
     ece: expected calibration error, the sum over bins of n / N x |accuracy - confidence| (Guo et al. 2017,
     arXiv:1706.04599). The bins hold equally many pictures (Nguyen and O'Connor 2015, arXiv:1508.05154): most
     probabilities are close to 1, and bins of equal width would put them all into one. Equal probabilities share a bin.
     ece_if_calibrated: median and 99th percentile of the same error for a model that is right with exactly the
-    probability that it gives. verdict: calibrated, unless ece is above that percentile; then over-confident or
-    under-confident if mean confidence - accuracy is outside 99 % of the simulated values, else miscalibrated.
+    probability that it gives, where near-duplicates are right or wrong together (one random number per group).
+    verdict: calibrated, unless ece is above that percentile; then over-confident or under-confident if mean
+    confidence - accuracy is outside 99 % of the simulated values, else miscalibrated. one_mistake: ece is above the
+    percentile only because of the most confident mistake (with its near-duplicates); one wrong label would explain
+    that, so the verdict is calibrated.
     """
     import numpy as np
 
     confidence, right, n = np.asarray(confidence, np.float64), np.asarray(right, np.float64), len(right)
+    _, group = np.unique(range(n) if groups is None else groups, return_inverse=True)
     edges = np.percentile(confidence, np.linspace(0, 100, CALIBRATION_BINS + 1))[1:-1]
     _, bin_of = np.unique(np.searchsorted(edges, confidence), return_inverse=True)  # empty bins have no number
+    inside = np.eye(bin_of.max() + 1)[bin_of]  # [pictures, bins], 1 where a picture is in the bin
 
     def errors(outcome):
-        """ECE and the mean of confidence - accuracy, for whether each picture's answer is right."""
-        differences = np.bincount(bin_of, confidence - outcome)  # [bins], the sum over the pictures of each
-        return np.abs(differences).sum() / n, differences.sum() / n
+        """ECE and the mean of confidence - accuracy: [..., 2] for `outcome` [..., pictures], 1 for a right answer."""
+        differences = (confidence - outcome) @ inside  # [..., bins], the sum over the pictures of each
+        return np.stack([np.abs(differences).sum(-1), differences.sum(-1)], -1) / n
 
     random, (ece, difference) = np.random.default_rng(0), errors(right)
-    simulated = np.array([errors(random.random(n) < confidence) for _ in range(SIMULATIONS)])
+    draws = (random.random((100, group.max() + 1))[:, group] for _ in range(SIMULATIONS // 100))  # each [100, pictures]
+    simulated = np.concatenate([errors(draw < confidence) for draw in draws])
     median, most = np.quantile(simulated[:, 0], [0.5, 0.99])
+    most += 1e-12  # sums of the same numbers in another order differ by less
     low, high = np.quantile(simulated[:, 1], [0.005, 0.995])
     verdict = "over-confident" if difference > high else "under-confident" if difference < low else "miscalibrated"
+    worst = group[np.where(right > 0, -1, confidence).argmax()]  # the group of the most confident mistake
+    one_mistake = bool(ece > most >= errors(np.where(group == worst, 1, right))[0])
     table, low = [], float(confidence.min())
     for b in range(bin_of.max() + 1):
-        inside, correct = confidence[bin_of == b], int(right[bin_of == b].sum())
-        row = {"low": low, "high": float(inside.max()), "n": len(inside), "confidence": float(inside.mean())}
-        table.append(row | {"accuracy": correct / len(inside), "accuracy_ci95": wilson_interval(correct, len(inside))})
+        here, correct = confidence[bin_of == b], int(right[bin_of == b].sum())
+        row = {"low": low, "high": float(here.max()), "n": len(here), "confidence": float(here.mean())}
+        interval = wilson_interval(correct, len(here), design_effect(group[bin_of == b].tolist()))
+        table.append(row | {"accuracy": correct / len(here), "accuracy_ci95": interval})
         low = row["high"]
     return {
         "ece": float(ece),
         "ece_if_calibrated": {"median": float(median), "percentile_99": float(most)},
-        "verdict": verdict if ece > most else "calibrated",
+        "verdict": verdict if ece > most and not one_mistake else "calibrated",
+        "one_mistake": one_mistake,
         "mean_confidence": float(confidence.mean()),
         "bins": table,
     }
 
 
-def answered(confidence, right):
-    """[{min_probability, share that test.py still answers with it, accuracy on that share; None where that is 0}]."""
-    rows = []
+def answered(confidence, right, groups=None):
+    """[{min_probability, share that test.py still answers with it, accuracy on that share and accuracy_ci95}].
+
+    accuracy is None where the share is 0. Whoever takes the best row has chosen it on these very pictures.
+    """
+    rows, pictures = [], list(zip(confidence, right, groups or range(len(right)), strict=True))
     for least in (k / 100 for k in range(100)):
-        kept = [ok for p, ok in zip(confidence, right, strict=True) if p >= least]
-        accuracy = sum(kept) / len(kept) if kept else None
-        rows.append({"min_probability": least, "share": len(kept) / len(right), "accuracy": accuracy})
+        kept = [(ok, group) for p, ok, group in pictures if p >= least]
+        correct, n = sum(ok for ok, _ in kept), len(kept)
+        interval = wilson_interval(correct, n, design_effect([group for _, group in kept]))
+        row = {"min_probability": least, "share": n / len(right), "accuracy": correct / n if n else None}
+        rows.append(row | {"accuracy_ci95": interval})
     return rows
 
 
@@ -152,31 +171,35 @@ def without_duplicates(pictures, right, known):
     return {"checked": True} | dict(zip(keys, values, strict=True))
 
 
-def compare(right, other_right):
-    """Is `right` better than `other_right`? Two lists of booleans about the same pictures in the same order.
+def compare(right, other_right, groups=None):
+    """Is `right` better than `other_right`? Two lists of booleans about the same pictures; groups: as in measure().
 
     difference: accuracy - other_accuracy. difference_ci95: its 95 % interval (Bonett and Price 2012), which is the
     normal interval of the mean difference per picture (-1, 0 or 1) after one gained and one lost picture are added. The
-    addition keeps it correct where few pictures change, or all in one direction. mcnemar_p: McNemar's exact test of
-    only_this against only_other.
+    addition keeps it correct where few pictures change, or all in one direction. Near-duplicates count as
+    n / design_effect pictures. verdict: better or worse where the interval excludes zero, else not_established; no
+    test decides it, because a test (McNemar's, say) contradicts the interval in some tables.
     """
-    from scipy.stats import binomtest, norm
+    from scipy.stats import norm
 
     n, pairs = len(right), list(zip(right, other_right, strict=True))
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = float(norm.ppf(0.975)) * sqrt((up + down - (up - down) ** 2) / (n + 2))
+    effect = design_effect(groups or range(n))
+    size = n / effect + 2
+    up, down = (gained / effect + 1) / size, (lost / effect + 1) / size
+    half = float(norm.ppf(0.975)) * sqrt((up + down - (up - down) ** 2) / size)
+    low, high = max(-1.0, up - down - half), min(1.0, up - down + half)
     return {
         "n": n,
         "accuracy": sum(right) / n,
         "other_accuracy": sum(other_right) / n,
         "difference": (gained - lost) / n,
-        "difference_ci95": [max(-1.0, up - down - half), min(1.0, up - down + half)],
+        "difference_ci95": [low, high],
+        "verdict": "better" if low > 0 else "worse" if high < 0 else "not_established",
         "both_right": pairs.count((True, True)),
         "only_this": gained,
         "only_other": lost,
         "both_wrong": pairs.count((False, False)),
-        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     }
 
 
@@ -208,3 +231,16 @@ def paired(pictures, other_rows, where):
             "same; run validation.sh for both checkpoints with the same label table"
         )
     return [other[i] for i in range(len(pictures))]
+
+
+def one_sided(report):
+    """(most, never), which look like a failed training: a label or None, and a list of labels.
+
+    most: more than 90 % of the answers are this label, though fewer than half of the pictures show it. never: classes
+    of ten pictures or more that are never the answer. Fewer than ten pictures say nothing.
+    """
+    n, labels = report["n"], report["labels"]
+    answers = dict(zip(labels, map(sum, zip(*report["confusion_matrix"], strict=True)), strict=True))
+    pictures = {label: row["n"] for label, row in report["per_class"].items()}
+    most = [label for label in labels if n >= 10 and answers[label] > 0.9 * n and pictures[label] < n / 2]
+    return next(iter(most), None), [label for label in labels if pictures[label] >= 10 and not answers[label]]

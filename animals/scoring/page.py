@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import re
 from math import ceil, floor
 from pathlib import Path
 from urllib.parse import quote
@@ -16,11 +17,13 @@ from urllib.parse import quote
 from animals.checkpoint.steps import run_name
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
+from animals.scoring.metrics import one_sided
 
 PAGES = Path(__file__).parent / "pages"
 TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
 EMBEDDED = 13_000_000  # bytes of base64 per page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side: of a thumbnail; of a picture in a gallery
+CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 WORST, MISTAKES, CHANGED = 8, 48, 96  # pictures at most: on the first screen; in the gallery; of a comparison
 
 
@@ -37,7 +40,7 @@ class Texts:
         from markupsafe import Markup
 
         one, _, many = TEXTS[key][self.column].partition("|")
-        return Markup(many if many and count != 1 else one).format(**values)
+        return Markup(many if many and count != 1 else one).format(**{k: visible(v) for k, v in values.items()})
 
     def label(self, label):
         """The name of a label, or of the answer `unsure`, in this language; other labels have none but themselves."""
@@ -66,6 +69,7 @@ def report_page(report, rows, folder, language):
         folder,
         language,
         report=report,
+        one_sided=one_sided(report),
         scale=scale(report["accuracy_ci95"]),
         baselines_scale=scale(report["accuracy_ci95"], *shown),
         class_scale=scale((min(row["recall_ci95"][0] for row in classes), 1)),
@@ -120,8 +124,6 @@ def at(value, ticks):
 def show(value, kind):
     """A number as the pages write it."""
     space = "\N{NO-BREAK SPACE}"
-    if kind in ("p", "p="):
-        return "< 0.0001" if value < 0.0001 else f"{kind[1:]} {value:.2g}".strip()
     if kind == "sure" and value >= 0.9995:  # a probability: 100.0 % would say too much
         return f">{space}99.9{space}%"
     return {
@@ -145,11 +147,20 @@ def render(template, folder, language, **context):
     """The HTML of a template in pages/, filled with `context`; pictures are linked relative to `folder`."""
     from jinja2 import Environment, FileSystemLoader
 
-    texts, here = Texts(language), Environment(loader=FileSystemLoader(PAGES), autoescape=True)
+    texts, here = Texts(language), Environment(loader=FileSystemLoader(PAGES), autoescape=True, finalize=visible)
     here.globals["t"] = texts
     here.filters |= {"show": show, "at": at, "top": top, "basename": os.path.basename, "named": texts.label}
-    here.filters |= {"why": texts.reason, "link": lambda path: quote(os.path.relpath(path, folder))}
+    here.filters |= {"why": texts.reason, "link": lambda path: quote(os.fsencode(os.path.relpath(path, folder)))}
     return here.get_template(template).render(small_side=SMALL, large_side=LARGE, **context)
+
+
+def visible(value):
+    """Text of a name with its control characters and its bytes that are not UTF-8 as backslashes."""
+    from markupsafe import Markup
+
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
 
 
 def embed(small, large, small_side=SMALL):

@@ -14,7 +14,8 @@ def confusion_figure(report):
     few = len(report["labels"]) <= 30  # 120 labels have 14,400 cells: drawing their numbers takes too long
     size = 2 + (0.5 if few else 0.2) * len(report["labels"])  # inches
     figure = Figure((size, size), layout="constrained")
-    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=report["labels"])
+    names = [label.replace("$", r"\$") for label in report["labels"]]  # else what is between two $ is a formula
+    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=names)
     style = {"cmap": "Blues", "colorbar": not few, "xticks_rotation": "vertical", "values_format": "d"}
     display.plot(ax=figure.subplots(), include_values=few, **style)
     display.ax_.set_title(f"accuracy {report['accuracy']:.1%}, n = {report['n']:,}")

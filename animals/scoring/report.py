@@ -1,11 +1,11 @@
 """The files of a validation run (report.json, predictions.csv, the pages that page.py makes) and what it prints."""
 
-import csv
 import json
 import os
 
 from animals.command import UserError
-from animals.files import write_json
+from animals.files import looked_up, read_csv, read_json, write_csv_rows, write_json
+from animals.scoring.metrics import one_sided
 from animals.scoring.page import report_page, write_index
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
@@ -20,9 +20,7 @@ def write_report(report, rows, folder, language="en"):
     os.makedirs(new, exist_ok=True)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(new, "predictions.csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv_rows(file, [list(rows[0]), *(row.values() for row in rows)])
     write_json(os.path.join(new, "report.json"), report)
     with open(os.path.join(new, "report.html"), "w", encoding="utf-8") as file:
         file.write(report_page(report, rows, folder, language))
@@ -36,17 +34,15 @@ def read_report(path):
     """(report, rows) as they were written, of a report's folder or a file in it. Raises UserError if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-            report = json.load(file)
-        with open(os.path.join(folder, "predictions.csv"), newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        report = read_json(os.path.join(folder, "report.json"))
+        _, rows = read_csv(os.path.join(folder, "predictions.csv"))
         for row in rows:
             row["correct"] = {"True": True, "False": False}[row["correct"]]
             row |= {key: float(row[key]) for key in ("probability", *report["labels"])}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: found no readable report ({error!r}); expected a folder with report.json and predictions.csv; "
-            "make it with validation.sh"
+            f"{looked_up(path)}: found no readable report ({error!r}); expected a folder with report.json and "
+            "predictions.csv; make it with validation.sh"
         ) from None
     return report, rows
 
@@ -64,18 +60,34 @@ def print_report(report, folder):
         f"{report['macro_f1']:.4f}"
     )
     print(f"{duplicates_line(report)}\n{calibration_line(report)}")
+    if q := report["quarantined"]:
+        some = f"; with those that can be read the accuracy is {q['accuracy_with']:.4f} "
+        some += f"({interval_of(q['accuracy_with_ci95'])}, n = {q['n_with']})"
+        print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
+    for line in one_sided_lines(report):
+        print(line)
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
             f"against {c['model']}: {c['accuracy']:.4f} - {c['other_accuracy']:.4f} = {c['difference']:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, "
-            f"{c['only_other']} only the other; McNemar's exact p = {c['mcnemar_p']:.3g}"
+            f"{c['only_other']} only the other: {c['verdict'].replace('_', ' ')}, on these pictures, in one run"
         )
     print(
         f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
         f"excluded; open {os.path.join(folder, 'report.html')}"
     )
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
+
+
+def one_sided_lines(report):
+    """Warnings, a line each, about answers that look like a failed training (metrics.one_sided)."""
+    (most, never), lines = one_sided(report), []
+    if most:
+        lines.append(f"warning: more than 90 % of the answers are {most}, the label of fewer than half of the pictures")
+    if never:
+        lines.append(f"warning: never answered, though each has ten pictures or more: {', '.join(never)}")
+    return lines
 
 
 def interval_of(bounds):
@@ -102,6 +114,7 @@ def calibration_line(report):
     """Whether the model is right as often as its probabilities say."""
     found, noise = report["calibration"], report["calibration"]["ece_if_calibrated"]
     few = f", as far as {report['n']} pictures can tell" if found["verdict"] == "calibrated" else ""
+    few = " but for one confident mistake, which one wrong label would explain" if found["one_mistake"] else few
     return (
         f"calibration: {found['verdict']}{few}; expected calibration error {found['ece']:.4f}; a perfectly calibrated "
         f"model shows {noise['median']:.4f} (median) to {noise['percentile_99']:.4f} (99th percentile)"

@@ -6,11 +6,16 @@ from collections import Counter
 
 import config as settings
 from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.task import check_template
 from animals.command import UserError
 from animals.pictures.read import PictureError, load_picture
 from animals.ranks import main_process, say
 
 LONG_PROMPT = 200  # tokens; a longer one is reported; the ten animals make 53
+
+
+class NotFinite(UserError):
+    """Log-probabilities that are not finite numbers: the weights hold NaN or Inf, or their type is too small."""
 
 
 class Scorer:
@@ -22,11 +27,16 @@ class Scorer:
     every row of a batch.
     """
 
-    def __init__(self, processor, config):
-        """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none."""
+    def __init__(self, processor, config, end=True):
+        """Tokenises the prompt and all answers. Raises UserError if two have the same tokens or one has none.
+
+        end=False leaves </s> out of the sums, for a model that nobody trained on these answers: it may expect another
+        token before </s>. Raises UserError if one answer begins another, because only </s> tells these apart.
+        """
         import torch
 
         self.processor, self.config, self.labels = processor, config, config.labels
+        check_template(config, self._text)
         prompt, self.answers = self._token_ids(), []  # answers: each label's token ids, </s> last
         for label in self.labels:
             tokens = self._token_ids(label)
@@ -35,6 +45,9 @@ class Scorer:
             self.answers.append(tokens[len(prompt) :])
         if len(set(map(tuple, self.answers))) < len(self.answers):
             raise UserError(f"labels {self.labels}: two of them have the same answer tokens; change --answer")
+        said = [answer[:-1] for answer in self.answers]
+        if not end and any(a == b[: len(a)] for a in said for b in said if a is not b):
+            raise UserError(f"--without_end: found answers that begin another one ({self.labels}); expected none")
         self.text_tokens = len(prompt) - 1 + max(map(len, self.answers))  # of the longest example, without its picture
         if len(prompt) > LONG_PROMPT:
             say(f"the question takes {len(prompt) - 1} tokens per picture; --prompt without {{labels}} makes it short")
@@ -44,7 +57,8 @@ class Scorer:
         # For each predicted token: id, label, and which of the kept logits predicts it (0: the prompt's last token's).
         predicted, row = [], 0
         for k, answer in enumerate(self.answers):
-            predicted += [(token, k, row + i if i else 0) for i, token in enumerate(answer)]
+            learned = answer if end else answer[:-1]
+            predicted += [(token, k, row + i if i else 0) for i, token in enumerate(learned)]
             row += len(answer) - 1
         self.target_ids, self.target_label, self.target_row = torch.tensor(predicted).T  # each [predicted]
 
@@ -55,6 +69,13 @@ class Scorer:
 
     def _token_ids(self, label=None):
         return self.processor.tokenizer(self._text(label), add_special_tokens=False)["input_ids"]
+
+    def prompts(self, pictures):
+        """RGB pictures -> the processor's batch for the prompt alone, padded on the left."""
+        return self.processor(
+            images=pictures, text=[self._text()] * len(pictures), return_tensors="pt",
+            padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
+        )  # fmt: skip
 
     def collate(self, pictures):
         """RGB pictures -> the model's inputs on the CPU: prompts padded on the left, answers, mask and positions.
@@ -69,10 +90,7 @@ class Scorer:
         """
         import torch
 
-        batch = self.processor(
-            images=pictures, text=[self._text()] * len(pictures), return_tensors="pt",
-            padding=True, padding_side="left", add_special_tokens=False,  # the template has BOS
-        )  # fmt: skip
+        batch = self.prompts(pictures)
         seen = batch.pop("attention_mask").bool()  # [batch, prompt]
         (size, prompt), fed = seen.shape, len(self.fed_ids)
         batch["input_ids"] = torch.cat([batch["input_ids"], self.fed_ids.expand(size, fed)], dim=1)
@@ -87,7 +105,10 @@ class Scorer:
         return batch
 
     def score(self, model, batch):
-        """Log-probabilities of the labels, float32 [batch, labels] on the CPU, not normalised over the labels."""
+        """Log-probabilities of the labels, float32 [batch, labels] on the CPU, not normalised over the labels.
+
+        Raises NotFinite if one of them is NaN or infinite.
+        """
         import torch
 
         plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
@@ -96,14 +117,21 @@ class Scorer:
         with torch.no_grad():  # weights that ZeRO-3 gathers in inference_mode cannot be trained later
             logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
+        if not log_p.isfinite().all():
+            name = f"{plain.config.name_or_path}{' with its adapter' if hasattr(plain, 'peft_config') else ''}"
+            small = ", or float16 is too small for them: --dtype bfloat16" if plain.dtype == torch.float16 else ""
+            raise NotFinite(
+                f"{name}: found log-probabilities that are not finite numbers; expected finite ones; the weights are "
+                f"damaged (NaN or Inf): fetch them again or take another checkpoint{small}"
+            )
         return torch.zeros(len(log_p), len(self.labels)).index_add_(1, self.target_label, log_p)
 
 
 def score_in_parts(scorer, model, batch, most, halve=True):
     """Scorer.score() of a batch in parts of at most `most` pictures. Returns (log_p, the number that fits from now on).
 
-    A part that does not fit into the GPU's memory is halved, with a message on stderr. halve=False raises UserError
-    instead: under ZeRO-3 all ranks must run the same forward passes.
+    A part that does not fit into the GPU's memory is halved, with a message on stderr. Raises UserError if one picture
+    does not fit, or with halve=False: under ZeRO-3 all ranks must run the same forward passes.
     """
     import torch
 
@@ -118,7 +146,10 @@ def score_in_parts(scorer, model, batch, most, halve=True):
                 found = f"out of memory in evaluation with {size} pictures at once"
                 raise UserError(f"{found}; expected them to fit; lower --per_device_eval_batch_size") from None
             if tried == 1:
-                raise
+                raise UserError(
+                    f"out of memory with one picture ({batch['input_ids'].shape[1]:,} tokens); expected it to fit on "
+                    "the GPU; end what else runs there, or take a GPU with more memory, or the CPU: --use_cpu"
+                ) from None
             most = (tried + 1) // 2
             print(f"out of memory with {tried} pictures at once: going on with {most}", file=sys.stderr)
     return torch.cat(scored), most
@@ -180,7 +211,7 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
     if same_passes and len(share) < -(-len(batches) // state.num_processes):
         share.append(batches[-1])
     done = list(score_batches(model, scorer, pictures, share, num_workers, same_passes))
-    result, lost = torch.empty(len(pictures), len(scorer.labels)), {}
+    result, lost = torch.full((len(pictures), len(scorer.labels)), float("nan")), {}
     for indices, log_p, errors in gather_object(done):
         result[indices] = log_p
         lost |= errors
@@ -190,6 +221,7 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
             f"{len(lost)} pictures became unreadable after they were checked, {pictures[first]} ({lost[first]}) among "
             "them; put them back or run again, and the check will leave them out"
         )
+    assert result.isfinite().all(), "a picture was not scored"  # a fault of this program: no accuracy is made of it
     return result
 
 
@@ -204,7 +236,7 @@ def stratified_sample(labels, n):
     return sorted(sorted(shuffled, key=place.__getitem__)[: n or len(labels)])
 
 
-def load_scorer(path, config, dtype):
+def load_scorer(path, config, dtype, end=True):
     """(scorer, model) of the checkpoint in `path`; config is already resolved (checkpoint.task.settings_for).
 
     All ranks call it. If one of them cannot read the checkpoint, every rank raises UserError.
@@ -213,7 +245,7 @@ def load_scorer(path, config, dtype):
 
     problem = scorer = model = None
     try:
-        scorer, model = Scorer(load_processor(path), config), load_model(path, dtype)
+        scorer, model = Scorer(load_processor(path), config, end), load_model(path, dtype)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # transformers, tokenizers and safetensors raise nearly anything on damaged files

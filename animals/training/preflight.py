@@ -5,6 +5,7 @@ Every rank makes all of them, because ranks on a second machine read their own d
 """
 
 import contextlib
+import glob
 import math
 import os
 import shutil
@@ -13,12 +14,45 @@ from pathlib import Path
 
 from animals.checkpoint.check import base_of, check_weights, holds_model, read_shards
 from animals.checkpoint.load import load_processor, zero3_is_on
+from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
+from animals.ranks import main_process
 from animals.training.describe import count_events
 from animals.training.parts import belongs, check_parts, read_parts
 
+# Flags of SFTConfig and ModelConfig that this trainer does not follow, and why. Only their defaults are accepted.
+REFUSED = {
+    "max_length packing packing_strategy eval_packing padding_free pad_to_multiple_of truncation_mode": "each picture "
+    "is a sequence of its own, and a cut one would lose its picture or its answer",
+    "dataset_text_field dataset_kwargs shuffle_dataset remove_unused_columns length_column_name label_names": "the "
+    "columns are those that data_process_utils.py writes; --train_sampling_strategy sets the order",
+    "dataset_num_proc": "--data_processes sets the number of processes that check the pictures",
+    "chat_template_path eos_token pad_token": "the chat format is the checkpoint's own (task.json)",
+    "completion_only_loss": "--assistant_only_loss says what is learned: the answer, or with False every token",
+    "model_init_kwargs model_revision trust_remote_code": "--model_name_or_path is a folder, and no code in it is run",
+    "router_aux_loss_coef": "the model is no mixture of experts",
+    "use_liger_kernel liger_kernel_config": "TRL's fused loss and SDPA's flash kernels are used, without Liger",
+    "fp16 fp16_full_eval bf16_full_eval": "training and evaluation compute in the type of --dtype; --bf16 is on",
+    "auto_find_batch_size accelerator_config": "--per_device_train_batch_size and --gradient_accumulation_steps are "
+    "kept as they are; `--rehearse` measures whether they fit",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+    "batch_eval_metrics": "evaluation measures accuracy, macro-F1 and loss on --eval_pictures",
+    "save_on_each_node enable_jit_checkpoint": "rank 0 saves, and SIGTERM saves a checkpoint too",
+    "dataloader_persistent_workers": "data workers always stay from epoch to epoch",
+    "fsdp fsdp_config parallelism_config": "DeepSpeed ZeRO-3 or DDP divides the work; --config_file chooses",
+    "do_train do_eval do_predict": "train.py trains, and --eval_strategy says when it measures",
+    "lora_task_type": "the task is the answer to a question",
+}
+NEEDED = {  # flags that have an effect with another one only
+    "use_peft": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+    "use_rslora use_dora",
+    "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "push_to_hub": "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
+}
+METRICS = ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
 GIB = 2**30
 RESUME_BYTES = 6.04  # in a checkpoint per trained parameter, to resume: float32 weights 4, 8-bit Adam 2.03, the rest
 RANK_GIB = 3  # host RAM of a rank for Python, CUDA, the libraries and data workers; an assumption
@@ -27,8 +61,11 @@ RANK_GIB = 3  # host RAM of a rank for Python, CUDA, the libraries and data work
 def check_run(config, args, model_args):
     """-> ({split: summary of prepare()}, Scorer), or one UserError with every problem, one per line. All ranks."""
     path, findings, scorer = model_args.model_name_or_path, Findings(), None
+    require_writable("--temp_dir", config.temp_dir)  # the caches are built in it
     summaries = findings.attempt(check_inputs, config, path, ("train", "validation"))
     findings.attempt(check_output_dir, args.output_dir)
+    if main_process():
+        findings.attempt(require_writable, "--logging_dir", config.logging_dir)
     findings.attempt(check_attention, model_args)
     findings.attempt(check_gpus, args)
     findings.attempt(check_shared_memory, args)
@@ -44,13 +81,62 @@ def check_run(config, args, model_args):
     return summaries, scorer
 
 
+def check_flags(flags, default):
+    """Raises UserError, a line for each flag of the namespace that this trainer would not follow.
+
+    default: a function of a flag's name: its value if it is not given.
+    """
+    given, findings = {name for name, value in vars(flags).items() if value != default(name)}, Findings()
+    for names, why in REFUSED.items():
+        findings += [f"--{name}: found it; expected no such flag: {why}" for name in names.split() if name in given]
+    for other, names in NEEDED.items():
+        if not getattr(flags, other):
+            how = f"found it without --{other}; expected both, or neither"
+            findings += [f"--{name}: {how}" for name in names.split() if name in given]
+    findings += tracker_problems(flags.report_to)
+    others = {*flags.report_to} - {"tensorboard", "none"}  # TensorBoard's runs have the name of --output_dir
+    trackio = "project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    for names, trackers in (("run_name", others), (trackio, others & {"trackio", "all"})):
+        how = f"found it with --report_to {' '.join(flags.report_to)}; expected a tracker that reads it"
+        findings += [f"--{name}: {how}" for name in names.split() if name in given and not trackers]
+    metric = flags.metric_for_best_model
+    if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in METRICS:
+        findings.append(f"--metric_for_best_model: found {metric}; expected {', '.join(METRICS)}; name one of them")
+    findings.report()
+
+
+def tracker_problems(names) -> list[str]:
+    """A line for each word of --report_to that is no tracker, or whose package is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if names in (["none"], ["all"]):
+        return []
+    known, there = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    lines = [f"--report_to: found {name}; expected {', '.join(known)}" for name in names if name not in known]
+    lines += [
+        f"--report_to {name}: found no Python package for it; expected it; install it with pip, or name another one"
+        for name in names
+        if name in known and name not in there
+    ]
+    return lines
+
+
 def check_output_dir(output_dir):
-    """Raises UserError unless output_dir can be written to and is absent, empty or an earlier run of train.py."""
+    """Raises UserError unless output_dir can be written to and is absent, empty or a run of train.py that has ended."""
+    for folder in filter(os.path.isdir, (output_dir, rehearsal_folder(output_dir))):
+        with run_lock(folder, shared=True):  # another check does not count
+            pass
     content = sorted(os.listdir(output_dir)) if os.path.isdir(output_dir) else []
     if content and not any(name in ("run.json", ".saving") or name.startswith("checkpoint-") for name in content):
         raise UserError(
             f"--output_dir {output_dir}: found {', '.join(content[:3])} in it; expected an empty folder or an earlier "
             "run of train.py; choose another, or empty it"
+        )
+    if glob.escape(output_dir) != output_dir:
+        raise UserError(
+            f"--output_dir {output_dir}: found *, ? or [ in its path; expected none, because DeepSpeed would look for "
+            "checkpoints by it as a pattern; name another folder"
         )
     require_writable("--output_dir", output_dir)
 
@@ -61,16 +147,7 @@ def check_checkpoint(path, config):
 
     if problems := check_weights(base_of(path)):
         raise UserError("\n".join(problems))
-    try:
-        processor = load_processor(path)
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(
-            f"{path}: its tokenizer or processor cannot be read ({(str(error).splitlines() or [''])[0]}); expected the "
-            "files of the hub's repository; download all files again except the weights"
-        ) from None
-    return Scorer(processor, config)
+    return Scorer(load_processor(path), config)
 
 
 def check_attention(model_args):
@@ -87,6 +164,8 @@ def check_gpus(args):
     import torch
 
     if args.use_cpu:
+        if args.activation_offloading:
+            raise UserError("--activation_offloading: found it without a GPU; expected one, whose memory it saves")
         return
     ranks, gpus, findings = ranks_here(), torch.cuda.device_count(), Findings()
     if ranks > gpus:

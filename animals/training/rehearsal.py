@@ -15,6 +15,7 @@ import copy
 import ctypes
 import json
 import os
+import shutil
 import socket
 import statistics
 import threading
@@ -26,7 +27,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from animals.checkpoint.steps import delete_old_rehearsal, rehearsal_folder
+from animals.checkpoint.steps import rehearsal_folder
 from animals.command import UserError
 from animals.compat import load_as_resumed
 from animals.files import write_json
@@ -41,7 +42,7 @@ STEPS, SECONDS = 3, 60  # at least so many timed steps, for at least so long, or
 
 
 class HostRam(threading.Thread):
-    """Measures `peaks`, {phase: GiB of this machine's RAM}, on the main process. All ranks construct it.
+    """Measures `peaks`, {phase: GiB of this machine's RAM}, on the main process. All ranks start it before they load.
 
     On CPU ranks: by how much the ranks' resident memory together has grown since the imports. With GPUs: the ranks'
     resident memory at the start and what the machine uses more since, because pinned memory may count for no rank.
@@ -68,17 +69,6 @@ class HostRam(threading.Thread):
             while phase := self.phase:
                 self.peaks[phase] = max(self.peaks.get(phase, 0), (self.used() - self.base) / GIB)
                 time.sleep(0.05)
-
-
-def start_ram_meter(args) -> HostRam:
-    """A running meter, to be started before the weights load. All ranks. UserError if the rehearsal's folder exists."""
-    folder = rehearsal_folder(args.output_dir)
-    if os.path.exists(folder):  # main() has deleted what another rehearsal left
-        raise UserError(
-            f"{folder}: found {', '.join(sorted(os.listdir(folder))[:3])} in it; expected no such folder, for the "
-            "rehearsal writes its checkpoint there; move it, or choose another --output_dir"
-        )
-    return HostRam(args.use_cpu)
 
 
 class RehearsalTrainer(AnimalTrainer):
@@ -179,7 +169,7 @@ class RehearsalTrainer(AnimalTrainer):
         finally:
             self.ram.phase = None
             if main_process():
-                delete_old_rehearsal(args.output_dir)
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)
         if not main_process():
             return
         timed = [(end - began, ready - began) for (began, ready), (end, _) in pairwise([*self.fetches[2:], (ended, 0)])]

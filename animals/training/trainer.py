@@ -4,10 +4,14 @@ A checkpoint is written in place. Its manifest, written last, makes it complete 
 Nothing here changes what is learned.
 """
 
+import atexit
 import contextlib
 import copy
 import json
+import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,14 +25,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from animals.checkpoint.load import zero3_is_on
-from animals.checkpoint.save import add_other_files
+from animals.checkpoint.save import add_other_files, share_weights
 from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
 from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
-from animals.ranks import barrier, main_process, say
+from animals.ranks import STOPPING, barrier, end_with_parent, main_process, say
 from animals.scoring.metrics import measure
-from animals.scoring.scorer import score_pictures, stratified_sample
+from animals.scoring.report import one_sided_lines
+from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
 from animals.training.parts import load_trained, parameter_groups, save_trained
@@ -37,19 +42,27 @@ CARD = Path(__file__).with_name("model_card.md")
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once."""
+    """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once.
+
+    One Ctrl-C can arrive twice, from the terminal and from the launcher: a second one comes a second later at least.
+    """
 
     def __init__(self):
         self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        self.interrupted = math.inf  # when the first Ctrl-C came
+        for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        if self.received == signal.SIGINT == number:
-            os._exit(128 + number)
-        self.received, name = number, signal.Signals(number).name
-        say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C twice ends at once)")
+        now, first = time.monotonic(), not self.received
+        if number == signal.SIGINT:
+            if now > self.interrupted + 1:
+                os._exit(128 + number)
+            self.interrupted = min(now, self.interrupted)
+        self.received = number
+        if first:
+            say(f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
@@ -59,6 +72,24 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.agreed and state.global_step < state.max_steps:  # the library also calls this where training stops
             control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
+
+
+def protect_data_workers():
+    """Data workers, which are forks of this rank, get none of the signals in STOPPING, and end with the rank.
+
+    systemd, Slurm or a terminal may send a signal to all processes of a run. Blocked in a worker, it has no effect,
+    although torch sets a handler there. multiprocessing would end the workers by SIGTERM, too, and then wait for them
+    without end: the rank kills them before that.
+    """
+    os.register_at_fork(after_in_child=end_with_parent)
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))
+
+    def kill_workers():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a worker is killed
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    atexit.register(kill_workers)  # after multiprocessing's own function, therefore called before it
 
 
 def without_mask(module, args, kwargs):
@@ -104,6 +135,7 @@ class AnimalTrainer(SFTTrainer):
     def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, rates, **kwargs):
         args = copy.copy(args)  # the caller's stay unchanged
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
+        protect_data_workers()
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.sampler = None  # of --train_sampling_strategy batch_rebalance
@@ -171,9 +203,22 @@ class AnimalTrainer(SFTTrainer):
         with self.autocast_smart_context_manager():  # as in training
             model = self.model_wrapped if self.is_deepspeed_enabled else self.model  # only gradients need DDP's wrapper
             size, tokens = self.args.per_device_eval_batch_size, list(data["image_tokens"])
-            log_p = score_pictures(model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled)
+            try:
+                log_p = score_pictures(
+                    model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled
+                )
+            except NotFinite:
+                if not self.state.global_step:  # the weights that the run started from
+                    raise
+                raise UserError(
+                    f"step {self.state.global_step}: evaluation found log-probabilities that are not finite numbers; "
+                    "expected finite ones; the run has diverged; checkpoints are kept; start again with a lower "
+                    "--learning_rate"
+                ) from None
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
+        for line in one_sided_lines(report):
+            say(f"step {self.state.global_step}: {line}")
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
         metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
         metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
@@ -217,9 +262,11 @@ class AnimalTrainer(SFTTrainer):
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
         folder = self.args.output_dir
         card = Template(CARD.read_text(encoding="utf-8")).render(
-            name=os.path.basename(os.path.normpath(folder)),
+            name=code_span(os.path.basename(os.path.normpath(folder))),
+            labels=code_span(", ".join(self.scorer.labels)),
+            asked=code_span(self.scorer.config.question),
             folder=repr(folder),
-            config=self.scorer.config,
+            question=repr(self.scorer.config.question),
             accuracy=accuracy,
             state=self.state,
             longest=max(map(len, self.scorer.answers)),  # tokens of an answer
@@ -240,6 +287,7 @@ class AnimalTrainer(SFTTrainer):
             if main_process():
                 if self.parts_in_float32():
                     save_trained(self.model, folder)
+                    share_weights(folder)
                 write_json(os.path.join(folder, "run.json"), self.record)
                 write_manifest(folder)
                 rotate_checkpoints(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
@@ -271,3 +319,10 @@ class AnimalTrainer(SFTTrainer):
                 f"step {step}: could not save ({error}); found {free:.1f} GiB free in {folder}; the last complete "
                 f"checkpoint is {last}; make room and start again"
             ) from error
+
+
+def code_span(text):
+    """Markdown that shows a text as it stands, on one line: HTML, templates and backticks have no meaning in it."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
