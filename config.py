@@ -10,10 +10,9 @@ import json
 import os
 import re
 import reprlib
-import sys
 from dataclasses import dataclass, field, fields
 
-from animals.command import UserError, yes_or_no
+from animals.command import Parser, UserError, range_problems, yes_or_no
 from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
@@ -71,83 +70,6 @@ TRAINING_DEFAULTS = {
     "length_column_name": "image_tokens",
     "report_to": ["tensorboard"],
 }
-
-
-# The numbers on a command line: flag -> (lowest, highest) value, of the flag's type. All others must be finite.
-RANGES = {
-    # ours
-    "eval_pictures": (0, 10**9),
-    "max_excluded": (0.0, 1.0),
-    "near_duplicate_distance": (0, 16),
-    "near_duplicate_limit": (0, 10**9),
-    "data_processes": (0, 1024),
-    "validation_fraction": (0.001, 0.999),
-    "min_probability": (0.0, 1.0),
-    "port": (0, 65535),
-    "num_gpus": (1, 4096),
-    "micro_batch": (1, 4096),
-    # transformers' and TRL's
-    "seed": (0, 2**32 - 1),
-    "data_seed": (0, 2**32 - 1),
-    "per_device_train_batch_size": (1, 4096),
-    "per_device_eval_batch_size": (1, 4096),
-    "gradient_accumulation_steps": (1, 10**6),
-    "num_train_epochs": (1e-6, 1e4),
-    "max_steps": (1, 10**9),  # or -1, the default: as many as --num_train_epochs gives
-    "learning_rate": (1e-12, 10.0),
-    "vision_learning_rate": (1e-12, 10.0),
-    "projector_learning_rate": (1e-12, 10.0),
-    "warmup_steps": (0.0, 1e9),  # below 1: a share of all steps
-    "warmup_ratio": (0.0, 1.0),
-    "weight_decay": (0.0, 10.0),
-    "adam_beta1": (0.0, 0.999999),
-    "adam_beta2": (0.0, 0.999999),
-    "adam_epsilon": (1e-20, 1.0),
-    "max_grad_norm": (0.0, 1e9),  # 0: gradients are not clipped
-    "neftune_noise_alpha": (0.0, 1e3),
-    "logging_steps": (1e-6, 1e9),  # these three: below 1 a share of all steps
-    "eval_steps": (1e-6, 1e9),
-    "save_steps": (1e-6, 1e9),
-    "eval_delay": (0.0, 1e9),
-    "save_total_limit": (0, 10**6),  # 0: all are kept
-    "torch_empty_cache_steps": (1, 10**9),
-    "dataloader_num_workers": (0, 256),
-    "dataloader_prefetch_factor": (1, 1024),
-    "ddp_timeout": (1, 10**7),  # seconds
-    "ddp_bucket_cap_mb": (1, 10**5),
-    "lora_r": (1, 10**5),
-    "lora_alpha": (1, 10**6),
-    "lora_dropout": (0.0, 0.999),
-}
-
-
-# In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
-UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-PLACES = ("_dir", "_path", "output")  # flags that end so name files or folders
-
-
-def range_problems(values: dict) -> list[str]:
-    """A line for each number in {flag: value} outside its range or not finite, each empty text, unprintable name."""
-    problems = []
-    for name, value in values.items():
-        if type(value) in (int, float):
-            low, high = RANGES.get(name, (-sys.float_info.max, sys.float_info.max))
-            expected = f"a number from {low:g} to {high:g}" if name in RANGES else "a finite number"
-            if not low <= value <= high and (name, value) != ("max_steps", -1):
-                problems.append(f"--{name}: found {value}; expected {expected}")
-        elif value in ("", [""]) and name != "prompt":
-            problems.append(f"--{name}: found an empty text; expected a value; name one, or leave the flag away")
-        elif name.endswith(PLACES) and isinstance(value, str) and UNPRINTABLE.search(value):
-            expected = "a name in UTF-8 without control characters; rename it"
-            problems.append(f"--{name}: found {ascii(value)}; expected {expected}")
-    return problems
-
-
-def with_underscores(words) -> list[str]:
-    """The words of a command line, with `--max-steps` as `--max_steps`; what follows a bare `--` stays as it is."""
-    words = list(words)
-    end = words.index("--") if "--" in words else len(words)
-    return [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words[:end]] + words[end:]
 
 
 def locale_language() -> str:
@@ -273,24 +195,6 @@ def is_label(value) -> bool:
     """Whether this can be a label. Two invisible characters, which join letters or not, are part of some scripts."""
     text = value.translate({0x200C: None, 0x200D: None}) if isinstance(value, str) else ""
     return 0 < len(text) <= 100 and text.isprintable()
-
-
-class Parser(argparse.ArgumentParser):
-    """Accepts no shortened flag. A mistake is a UserError, also a number outside its RANGES and an empty text."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        values, unknown = super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
-        if problems := range_problems(vars(values)):
-            raise UserError("\n".join(problems))
-        if files := [word for word in unknown if word[:1] == "-" and os.path.lexists(word)]:
-            raise UserError(f"{files[0]}: found the name of a file where a flag was expected; write ./{files[0]}")
-        return values, unknown
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists every flag")
 
 
 def parser(description: str, names) -> Parser:

@@ -19,7 +19,7 @@ import config as settings
 from animals.checkpoint import steps
 from animals.checkpoint.load import load_for_training, zero3_is_on
 from animals.checkpoint.task import changed_task_flags, settings_for
-from animals.command import Findings, UserError, run
+from animals.command import Findings, UserError, range_problems, run, with_underscores
 from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
@@ -69,13 +69,13 @@ def parse(argv):
     that ZeRO-3 is on (integrations/deepspeed.py). Without that, every rank loads all 15 GB.
     """
     parser = make_parser()
-    flags, unknown = parser.parse_known_args(settings.with_underscores(argv))
+    flags, unknown = parser.parse_known_args(with_underscores(argv))
     if unknown:
         names = [word for word in unknown if word.startswith("-")] or unknown
         near = nearest(names[0].split("=")[0], re.findall(r"--\w+", parser.format_usage()))
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
     flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
-    findings = Findings(settings.range_problems(vars(flags)))
+    findings = Findings(range_problems(vars(flags)))
     findings.attempt(check_flags, flags, parser.get_default)
     findings.report()
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
@@ -193,7 +193,7 @@ def main():
 
 def train(trainer, checkpoint):
     """Train from `checkpoint`, or from the first step, and save the model. -> exit code: a signal ends it before."""
-    from animals.training.trainer import StopOnSignal
+    from animals.training.signals import StopOnSignal
 
     trainer.add_callback(stop := StopOnSignal())
     out = trainer.args.output_dir

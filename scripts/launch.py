@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config as settings
 from animals.checkpoint.steps import delete_old_rehearsal, newest_complete, states_file
 from animals.checkpoint.task import settings_for
-from animals.command import Findings, UserError, run
+from animals.command import RANGES, Findings, Parser, UserError, run
 from animals.files import looked_up, require_writable
 from animals.pictures.prepare import check_inputs
 from animals.ranks import STOPPING, count_gpus
@@ -30,7 +30,7 @@ from animals.training.preflight import check_output_dir
 
 def split_words(words):
     """-> (the script, --config_file of accelerate, the script's flags)."""
-    parser = settings.Parser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument("script", choices=["train.py", "validation.py"])
     parser.add_argument("--config_file", default="scripts/deepspeed_zero3.yaml")
     chosen, flags = parser.parse_known_args(words)
@@ -49,7 +49,7 @@ def read_flags(training, flags):
     parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"])
     parser.add_argument("--use_cpu", nargs="?", const="true", default="false", type=str.lower)
     parser.add_argument("--dry_run", action="store_true")
-    for name, (lowest, _) in settings.RANGES.items():  # checked before a rank starts
+    for name, (lowest, _) in RANGES.items():  # checked before a rank starts
         if name not in settings.DATA_FIELDS:
             parser.add_argument(f"--{name}", type=type(lowest))
     return parser.parse_known_args(flags)[0]

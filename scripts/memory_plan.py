@@ -16,10 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config as settings
 from animals.checkpoint.family import model_class, model_config
 from animals.checkpoint.image_tokens import Geometry, image_token_count
-from animals.command import UserError, run
+from animals.command import Parser, UserError, run
 from animals.files import looked_up, read_json
 from animals.training.lora import LORA_TARGETS
 from animals.training.parts import PARTS, read_parts, trains
@@ -205,7 +204,7 @@ def table(plans) -> str:
 
 
 def main():
-    parser = settings.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model_name_or_path", default="model", help="folder with config.json, or such a file (default: model)")
     add("--num_gpus", type=int, help="one rank each (default: 1, 4 and 8; 1 for the methods without ZeRO-3)")

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config as settings
 from animals.checkpoint.check import adapter_config, require_checkpoint
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.save import SHARD_SIZE, add_other_files
 from animals.checkpoint.task import read_task
-from animals.command import UserError, run
+from animals.command import Parser, UserError, run
 
 
 def merge(adapter, out, dtype="bfloat16"):
@@ -30,7 +29,7 @@ def merge(adapter, out, dtype="bfloat16"):
 
 
 def main():
-    parser = settings.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="folder that `sh train.sh --use_peft` left, or a checkpoint-N in it")
     parser.add_argument("--merge", metavar="OUT", required=True, help="new folder for the plain checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the merged weights")

@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config as settings
 from animals.checkpoint.check import adapter_config, check_weights, require_checkpoint
 from animals.checkpoint.family import PROCESSORS, read_settings
 from animals.checkpoint.load import load_processor
 from animals.checkpoint.save import add_other_files
 from animals.checkpoint.task import read_task
-from animals.command import UserError, run
+from animals.command import Parser, UserError, run
 from animals.files import read_json, write_json
 
 
@@ -95,7 +94,7 @@ def whole_view_pixels(pixels: dict) -> dict:
 
 
 def main():
-    parser = settings.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of a LLaVA-NeXT checkpoint, of the hub's or a trained one")
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from animals import command
-from animals.command import UserError
-from config import RANGES, TRAINING_DEFAULTS, with_underscores
+from animals.command import RANGES, UserError, with_underscores
+from config import TRAINING_DEFAULTS
 from scripts.launch import read_flags, split_words
 from tests.conftest import ROOT
 

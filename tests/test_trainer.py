@@ -23,7 +23,8 @@ from animals.files import read_json
 from animals.scoring.scorer import Scorer, score_batches, score_in_parts
 from animals.training.batches import PictureCollator, add_fillers, fillers
 from animals.training.lora import LORA_TARGETS
-from animals.training.trainer import StopOnSignal, without_mask
+from animals.training.signals import StopOnSignal
+from animals.training.trainer import without_mask
 from config import Config
 
 

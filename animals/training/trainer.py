@@ -4,23 +4,17 @@ A checkpoint is written in place. Its manifest, written last, makes it complete 
 Nothing here changes what is learned.
 """
 
-import atexit
 import contextlib
 import copy
 import json
-import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather
 from jinja2 import Template
-from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
@@ -30,66 +24,16 @@ from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newe
 from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
-from animals.ranks import STOPPING, barrier, end_with_parent, main_process, say
+from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
 from animals.scoring.report import one_sided_lines
 from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
 from animals.training.parts import load_trained, parameter_groups, save_trained
+from animals.training.signals import protect_data_workers
 
 CARD = Path(__file__).with_name("model_card.md")
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once.
-
-    One Ctrl-C can arrive twice, from the terminal and from the launcher: a second one comes a second later at least.
-    """
-
-    def __init__(self):
-        self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
-        self.interrupted = math.inf  # when the first Ctrl-C came
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        now, first = time.monotonic(), not self.received
-        if number == signal.SIGINT:
-            if now > self.interrupted + 1:
-                os._exit(128 + number)
-            self.interrupted = min(now, self.interrupted)
-        self.received = number
-        if first:
-            say(f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
-        if self.agreed and not control.should_training_stop:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed and state.global_step < state.max_steps:  # the library also calls this where training stops
-            control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
-
-
-def protect_data_workers():
-    """Data workers, which are forks of this rank, get none of the signals in STOPPING, and end with the rank.
-
-    systemd, Slurm or a terminal may send a signal to all processes of a run. Blocked in a worker, it has no effect,
-    although torch sets a handler there. multiprocessing would end the workers by SIGTERM, too, and then wait for them
-    without end: the rank kills them before that.
-    """
-    os.register_at_fork(after_in_child=end_with_parent)
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))
-
-    def kill_workers():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a worker is killed
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-    atexit.register(kill_workers)  # after multiprocessing's own function, therefore called before it
 
 
 def without_mask(module, args, kwargs):
