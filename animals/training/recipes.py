@@ -29,19 +29,17 @@ def recipes(micro_batch: int, accumulation: int, config_file: str, gpus: int) ->
 
     Larger micro-batches gather all weights less often. Parameters and activations in host RAM make room for them.
     """
-    found, size = [], micro_batch
-    files = {config_file: ""}
+    found, files = [], {config_file: ""}
     if gpus and Path(config_file).name == ZERO3:  # CPU ranks have no other memory to move things to
         files[str(Path(config_file).with_name(ON_GPU))] = ", parameters on the GPU"
-    while (micro_batch * accumulation) % size == 0:
-        sizes = (
-            f"--per_device_train_batch_size {size} --gradient_accumulation_steps {micro_batch * accumulation // size}"
-        )
-        for file, where in files.items():
-            for flags, activations in [("", "")] + ([(f" {OFFLOAD}", ", activations in host RAM")] if gpus else []):
-                name = f"{size} x {micro_batch * accumulation // size}{where}{activations}"
+    places = {"": ""} | ({f" {OFFLOAD}": ", activations in host RAM"} if gpus else {})
+    pictures = micro_batch * accumulation
+    for size in [size for size in range(micro_batch, pictures + 1, micro_batch) if pictures % size == 0]:
+        sizes = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {pictures // size}"
+        for file, parameters in files.items():
+            for flags, activations in places.items():
+                name = f"{size} x {pictures // size}{parameters}{activations}"
                 found.append({"name": name, "flags": f"--config_file {file} {sizes}{flags}"})
-        size *= 2
     return found
 
 
@@ -50,9 +48,8 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
 
     args: what the launcher read. flags: all flags of train.py. image_tokens: per picture, on average.
     """
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    tried = recipes(*(int(getattr(args, name) or 1) for name in names), config_file, gpus)
-    pictures = int(args.per_device_train_batch_size or 1) * int(args.gradient_accumulation_steps or 1) * processes
+    sizes = args.per_device_train_batch_size or 8, args.gradient_accumulation_steps or 1  # transformers' own defaults
+    tried, pictures = recipes(*sizes, config_file, gpus), sizes[0] * sizes[1] * processes
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
