@@ -11,6 +11,7 @@ from animals.command import UserError
 from animals.training.parts import PARTS, TRAINED, read_parts, trains
 
 STEPS = "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 1 --learning_rate 1e-2"
+STEPS += " --vision_learning_rate 1e-2"
 STEPS += " --warmup_ratio 0 --max_steps 2 --dtype bfloat16 --bf16 True --eval_pictures 10 --eval_steps 2"
 IN_MEMORY = (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."))
 

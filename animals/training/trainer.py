@@ -105,9 +105,11 @@ class AnimalTrainer(SFTTrainer):
         return super().create_optimizer(model)
 
     def log(self, logs, *args, **kwargs):
-        if "learning_rate" in logs:
-            own = {part: group["lr"] for group in self.optimizer.param_groups for part in group.get("parts", ())}
-            logs |= {f"learning_rate_{part}": rate for part, rate in own.items() if self.rates[part]}
+        if "learning_rate" in logs:  # of the first group, before the scheduler's step: the others have the same share
+            groups = self.optimizer.param_groups
+            share = logs["learning_rate"] / groups[0]["initial_lr"]
+            own = {part: group["initial_lr"] * share for group in groups for part in group.get("parts", ())}
+            logs |= {f"learning_rate_{part}": rate for part, rate in own.items() if self.rates.get(part)}
         return super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

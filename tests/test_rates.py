@@ -1,0 +1,73 @@
+"""--vision_learning_rate, --projector_learning_rate: each part has its rate, in whatever way the model is trained."""
+
+import ast
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from animals.checkpoint.load import load_model
+from animals.training.parts import PARTS, belongs, freeze, parameter_groups
+from tests.test_rehearsal import command
+
+RATES = "--vision_learning_rate 1e-4 --projector_learning_rate 5e-4 --lr_scheduler_type linear --warmup_steps 0"
+SHORT = f"{RATES} --eval_strategy no --eval_on_start False"
+
+
+@pytest.mark.parametrize("parts", [list(PARTS), ["vision", "projector"], ["language"]])
+def test_every_trained_parameter_is_in_one_group(demo, parts):
+    model = load_model(demo.model, "float32")
+    freeze(model, parts, float32=False)
+    decayed = {name for name, value in model.named_parameters() if value.ndim > 1}
+    groups = parameter_groups(model, {"vision": 1e-4, "projector": 5e-4}, 1e-3, decayed, 0.01)
+    rates = {"language": 1e-3, "projector": 5e-4, "vision": 1e-4}
+    for name, value in model.named_parameters():
+        mine = [group for group in groups if any(value is other for other in group["params"])]
+        assert len(mine) == value.requires_grad
+        if mine:
+            (part,) = [part for part in PARTS if belongs(name, [part])]
+            assert (mine[0]["lr"], mine[0]["weight_decay"]) == (rates[part], 0.01 if name in decayed else 0.0)
+    assert groups[0]["lr"] == max(rates[part] for part in parts)  # the library logs the first one
+
+
+def test_without_rates_of_their_own_the_groups_are_the_librarys(demo):
+    model = load_model(demo.model, "float32")
+    assert len(parameter_groups(model, {"vision": None, "projector": 1e-3}, 1e-3, set(), 0.01)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "parts"),
+    [
+        (2, "", ["projector", "vision"]),
+        (2, "--config_file scripts/ddp.yaml --train_parts vision,projector", ["projector", "vision"]),
+        (1, "--config_file scripts/ddp.yaml --use_peft", []),
+    ],
+)
+def test_the_rates_follow_the_schedule(demo, run, tmp_path, ranks, flags, parts):
+    flags = f"{SHORT} --save_strategy no --max_steps 10 {flags}"
+    done = run(command(demo, tmp_path / "sft", flags), NUM_PROCESSES=ranks, code=0)
+    logs = [ast.literal_eval(line) for line in re.findall(r"^\{'loss'.*\}$", done.output, re.M)]
+    assert len(logs) == 10
+    for step, log in enumerate(logs):
+        left = 1 - step / 10  # linear, without warm-up
+        for part, rate in (("vision", 1e-4), ("projector", 5e-4)):
+            name = f"learning_rate_{part}"
+            assert (name in log) == (part in parts)
+            if part in parts:
+                assert float(log[name]) == pytest.approx(rate * left, rel=1e-3)
+    for part in {"vision", "projector"} - {*parts}:
+        assert f"--{part}_learning_rate" in done.output and "has no effect" in done.output
+
+
+def test_a_resumed_run_is_the_same_and_a_changed_rate_is_refused(demo, run, tmp_path):
+    flags = f"{SHORT} --save_steps 2 --max_steps 4 --save_total_limit 5"
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run(command(demo, whole, flags), NUM_PROCESSES=2, code=0)
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    refused = run(command(demo, part, flags, "--vision_learning_rate 2e-4"), NUM_PROCESSES=2, code=2)
+    assert "vision_learning_rate was 0.0001, is 0.0002" in refused.output
+    run(command(demo, part, flags), NUM_PROCESSES=2, code=0)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (whole, part))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
