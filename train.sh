@@ -4,6 +4,7 @@
 #   sh train.sh --num_train_epochs 3         the command line wins over them
 #   sh train.sh --use_peft --learning_rate 2e-4             LoRA: small adapters; see animals/training/lora.py, also for QLoRA on one GPU
 #   sh train.sh --train_parts projector --learning_rate 1e-3 --config_file scripts/ddp.yaml    the projector alone; training/parts.py
+#   sh train.sh --rehearse all               find the fastest recipe on this machine; then the next line, for that one
 #   sh train.sh --rehearse                   measure memory, disk and hours on this machine first, in minutes
 #   NUM_PROCESSES=2 sh train.sh              two GPUs (without a GPU: two processes on the CPU)
 # Relative paths are this folder's, wherever it is started from.
@@ -34,6 +35,6 @@ set -- --eval_steps 100 "$@"                            # ... whenever a checkpo
 set -- --eval_on_start "$@"                             # ... and before the first step: the untuned model
 set -- --logging_steps 10 "$@"                          # a log line every 10 steps
 set -- --logging_dir "./logs" "$@"                      # TensorBoard's events, one subfolder per run
-set -- --report_to "tensorboard" "$@"                   # the only tracker
+set -- --report_to "tensorboard" "$@"                   # also: tensorboard,wandb
 
 exec "$python" scripts/launch.py train.py --config_file ./scripts/deepspeed_zero3.yaml "$@"
