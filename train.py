@@ -52,6 +52,8 @@ def make_parser():
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, and end there")
     text = "measure a few steps and a checkpoint, and keep nothing; `all`: find the fastest recipe first (train.sh)"
     parser.add_argument("--rehearse", nargs="?", const="run", choices=["run", "all"], help=text)
+    text = "ZeRO-3 on GPUs: hold back the host in the forward pass, if --rehearse reports that memory had to be freed"
+    parser.add_argument("--wait_in_forward", action="store_true", help=text)
     parser.set_defaults(**settings.TRAINING_DEFAULTS, dataloader_num_workers=None)
     return parser
 
@@ -183,6 +185,7 @@ def main():
         eval_pictures=config.eval_pictures,
         record=record,
         dtype=model_args.dtype,
+        wait=flags.wait_in_forward,
         rates={part: getattr(config, name) for name, part in RATES.items()},
     )
     say(f"trains          {describe_trainable(trainer.model)}")

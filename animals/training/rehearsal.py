@@ -5,7 +5,7 @@ micro-batch that the run will form (memory), then further steps of the run, at l
 checkpoint to <output_dir>.rehearsal, reads it again on all ranks and deletes it. Prints what was measured, and leaves
 <logging_dir>/<run name>/rehearsal.json, nothing else:
   seconds_per_step (the median) · waiting_for_data (share of the steps' time, main process) · hours (of the complete run
-  with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib}, one per rank] · host_gib {start
+  with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib, retries}, one per rank] · host_gib {start
   (until the first step), training, resume}, null for a phase that did not happen · checkpoint {gb, seconds_to_write,
   seconds_to_read} or null · versions
 """
@@ -190,6 +190,8 @@ class RehearsalTrainer(AnimalTrainer):
         write_json(file, found)
         for name, value in json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.3g}")).items():
             print(f"{name:18}{value}")
+        if any(gpu["retries"] for gpu in gpus):
+            print("a GPU's memory was full and had to be freed (retries): --wait_in_forward may prevent it")
         print(f"median of {len(timed)} steps; {steps} steps, {events[0]} evaluations, {events[1]} checkpoints in all")
         print(f"{file} holds these figures. Next: the run itself, the same command without --rehearse", flush=True)
         if checkpoint:
@@ -197,11 +199,12 @@ class RehearsalTrainer(AnimalTrainer):
 
 
 def measure_gpus(use_cpu) -> list[dict]:
-    """{name, allocated_gib, reserved_gib} of each rank's GPU at its peak, [] on CPU ranks. All ranks."""
+    """Of each rank's GPU {name, allocated_gib, reserved_gib (at the peak), retries (allocator)}; [] on the CPU. All ranks."""
     if use_cpu:
         return []
     peaks = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
-    return gather_object([{"name": torch.cuda.get_device_name(), **{k: peak / GIB for k, peak in peaks.items()}}])
+    found = {"name": torch.cuda.get_device_name(), **{key: peak / GIB for key, peak in peaks.items()}}
+    return gather_object([found | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}])
 
 
 def hours_of_run(steps, evaluations, saves, seconds_per_step, seconds_per_evaluation, checkpoint, weights_gb):

@@ -4,6 +4,7 @@ A checkpoint is written in place. Its manifest, written last, makes it complete 
 Nothing here changes what is learned.
 """
 
+import collections
 import contextlib
 import copy
 import json
@@ -47,6 +48,23 @@ def without_mask(module, args, kwargs):
         return args, {**kwargs, "attention_mask": None, "position_ids": None}
 
 
+def wait_in_forward(layers):
+    """In the forward pass the host waits before each layer until the GPU has ended the layer two before it. CUDA only.
+
+    Otherwise it may run ahead, and ZeRO-3's gathered weights of many layers would be in memory at once: they are freed
+    when the GPU has used them, but the host does not know when that is (DeepSpeed issue 7217).
+    """
+    events = collections.deque(maxlen=2)
+
+    def wait(module, args):
+        if len(events) == events.maxlen:
+            events[0].synchronize()
+        events.append(torch.cuda.current_stream().record_event())
+
+    for layer in layers:
+        layer.register_forward_pre_hook(wait)
+
+
 def release_head_early(model, base):
     """ZeRO-3: gather the head's weight with the final norm, and release it after the norm's backward pass.
 
@@ -73,10 +91,11 @@ class AnimalTrainer(SFTTrainer):
 
     scorer: animals.scoring.scorer.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified
     sample of `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint. dtype: "bfloat16"
-    or "float32", the type of the saved weights. rates: {part: learning rate, or None for --learning_rate}.
+    or "float32", the type of the saved weights. rates: {part: learning rate, or None for --learning_rate}. wait: see
+    wait_in_forward().
     """
 
-    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, rates, **kwargs):
+    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, rates, wait=False, **kwargs):
         args = copy.copy(args)  # the caller's stay unchanged
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
         protect_data_workers()
@@ -89,6 +108,8 @@ class AnimalTrainer(SFTTrainer):
         self.rates = rates
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # not peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
+        if wait and not args.use_cpu:
+            wait_in_forward(base.model.language_model.layers)
         if zero3_is_on(args):
             release_head_early(self.model, base)
 
