@@ -199,7 +199,7 @@ class RehearsalTrainer(AnimalTrainer):
 
 
 def measure_gpus(use_cpu) -> list[dict]:
-    """Of each rank's GPU {name, allocated_gib, reserved_gib (at the peak), retries (allocator)}; [] on the CPU. All ranks."""
+    """{name, allocated_gib, reserved_gib (peaks), retries (allocator)} of each GPU, [] on CPU ranks. All ranks."""
     if use_cpu:
         return []
     peaks = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
