@@ -5,9 +5,9 @@ micro-batch that the run will form (memory), then further steps of the run, at l
 checkpoint to <output_dir>.rehearsal, reads it again on all ranks and deletes it. Prints what was measured, and leaves
 <logging_dir>/<run name>/rehearsal.json, nothing else:
   seconds_per_step (the median) · waiting_for_data (share of the steps' time, main process) · hours (of the complete run
-  with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib, retries}, one per rank] · host_gib {start
-  (until the first step), training, resume}, null for a phase that did not happen · checkpoint {gb, seconds_to_write,
-  seconds_to_read} or null · versions
+  with its evaluations and checkpoints) · gpus [{name, allocated_gib, reserved_gib, retries}, one per rank] · host_gib
+  {start (until the first step), training, resume}, null for a phase that did not happen · checkpoint {gb,
+  seconds_to_write, seconds_to_read} or null · versions
 """
 
 import contextlib
