@@ -7,6 +7,7 @@ from animals.command import UserError
 from animals.files import looked_up, read_csv, read_json, write_csv_rows, write_json
 from animals.scoring.metrics import one_sided
 from animals.scoring.page import report_page, write_index
+from animals.scoring.scorer import LOW_MASS
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
 
@@ -66,6 +67,11 @@ def print_report(report, folder):
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
     for line in one_sided_lines(report):
         print(line)
+    if (mass := report["labels_mass"]) < LOW_MASS:
+        print(
+            f"warning: the probability of all labels together is {mass:.4f} on average (labels_mass): the model would "
+            "rather answer something else; all other probabilities are shares of this"
+        )
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(

@@ -13,6 +13,7 @@ from animals.pictures.read import PictureError, load_picture
 from animals.ranks import main_process, say
 
 LONG_PROMPT = 200  # tokens; a longer one is reported; the ten animals make 53
+LOW_MASS = 0.5  # of labels_mass: below it the model would rather answer something else than a label
 
 
 class NotFinite(UserError):
@@ -181,9 +182,13 @@ def score_in_parts(scorer, model, batch, most, halve=True):
     return torch.cat(scored), most
 
 
-def probabilities(log_p) -> list[list[float]]:
-    """Scorer.score()'s log-probabilities [pictures, labels] -> probabilities that add up to 1 over the labels."""
-    return log_p.double().softmax(1).tolist()
+def probabilities(log_p) -> tuple[list[float], list[list[float]]]:
+    """Scorer.score()'s log-probabilities [pictures, labels] -> (labels_mass, probabilities that add up to 1).
+
+    labels_mass [pictures]: the probability that the answer is any of the labels, before this is made to be 1.
+    """
+    log_p = log_p.double()
+    return log_p.logsumexp(1).exp().clamp(max=1).tolist(), log_p.softmax(1).tolist()
 
 
 def score_batches(model, scorer, pictures, batches, num_workers=0, same_passes=False):
