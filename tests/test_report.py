@@ -415,6 +415,23 @@ def test_the_tables_of_the_console(made, capsys):
     assert f"{made.report['baselines'][0]['difference']:+.4f}" in probe
 
 
+def test_no_duplicate_found_is_no_promise(made, tmp_path, capsys):
+    none = made.report["duplicates"] | {"identical": 0, "near_duplicates": 0, "n_without": 50, "groups": 50}
+    print_report(made.report | {"duplicates": none}, "there")
+    said = capsys.readouterr().out
+    assert "duplicates: found, of the 50 pictures, 0 identical to a training picture and 0 near-duplicates" in said
+    assert (
+        "have a border or a banner, are not found; nobody knows which pictures CLIP and LLaVA had seen before\n" in said
+    )
+    for duplicates, found in ((none, True), (made.report["duplicates"], False)):
+        for language, texts in {
+            "en": ("was found", "It misses most", "Nobody knows"),
+            "zh": ("没有找到与", "大多找不到", "没有人知道"),
+        }.items():
+            html = report_page(made.report | {"duplicates": duplicates}, made.rows, str(tmp_path), language)
+            assert [text in html for text in texts] == [found, True, True]
+
+
 @pytest.mark.parametrize(
     "counts, most, never",
     [

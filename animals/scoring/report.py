@@ -101,11 +101,11 @@ def interval_of(bounds):
 
 
 def duplicates_line(report):
-    """How many held-out pictures training has seen too, and the accuracy without them."""
+    """How many held-out pictures were found in training, too, what is mostly missed, and the accuracy without them."""
     found, n = report["duplicates"], report["n"]
     if not found["checked"]:
         return "duplicates: not known; `python data_process_utils.py` looks for pictures that are in both splits"
-    line = f"duplicates: of the {n} pictures, {found['identical']} identical to a training picture and "
+    line = f"duplicates: found, of the {n} pictures, {found['identical']} identical to a training picture and "
     line += f"{found['near_duplicates']} near-duplicates of one"
     if 0 < found["n_without"] < n:
         line += f"; accuracy without them {found['accuracy_without']:.4f} "
@@ -113,7 +113,8 @@ def duplicates_line(report):
     if found["groups"] < n:
         line += f"; the pictures form {found['groups']} groups of near-duplicates, so the intervals are those of "
         line += f"n / {report['design_effect']:.2f} (design effect)"
-    return line
+    line += "; most copies that were cropped by 5 % on each side, or have a border or a banner, are not found"
+    return f"{line}; nobody knows which pictures CLIP and LLaVA had seen before"
 
 
 def calibration_line(report):
