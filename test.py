@@ -3,14 +3,16 @@
     python test.py                                          # every picture in input/test_data
     python test.py one.jpg some/folder --output names.csv   # pictures, folders or both
     python test.py --min_probability 0.6                    # `unsure` where the best label has less
+    python test.py --min_labels_mass 0.5                    # `unsure` where the model would answer something else
     python test.py --html                                   # also a contact sheet, the least certain pictures first
     python test.py --resume                                 # go on where an interrupted run stopped
 
 Leaves a CSV with a row per picture: image, prediction, probability, error, the second and third guess with their
-probabilities, checkpoint (it changes with the model's files, dtype and question) and the probability of each label;
-these add up to 1. A picture that cannot be read has a row with an error. Each row is written as soon as it is known.
-Files in folders that are no pictures have no row and are counted on stderr. Text that a spreadsheet would run gets a
-' before it; bytes of a name that are not UTF-8 are written with backslashes.
+probabilities, labels_mass (the probability that the model answers with any of the labels), checkpoint (it changes with
+the model's files, dtype and question) and the probability of each label; these are made to add up to 1. A picture that
+cannot be read has a row with an error. Each row is written as soon as it is known. Files in folders that are no
+pictures have no row and are counted on stderr. Text that a spreadsheet would run gets a ' before it; bytes of a name
+that are not UTF-8 are written with backslashes.
 """
 
 import csv
@@ -28,7 +30,7 @@ from animals.pictures.cache import cannot_list
 from animals.pictures.prepare import counted
 from animals.pictures.read import walk
 from animals.ranks import choose_arithmetic
-from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_batches
+from animals.scoring.scorer import LOW_MASS, add_inference_flags, load_scorer, probabilities, score_batches
 from animals.scoring.sheet import contact_sheet
 
 GUESSES = ("top2", "top2_probability", "top3", "top3_probability")
@@ -70,25 +72,26 @@ def require_output(output, page):
         raise UserError(f"--output {output}: found no name for a CSV; expected one such as predictions.csv")
 
 
-def make_row(labels, min_probability, checkpoint, picture, probability, error):
-    """One row of the CSV, from the probabilities [labels] or from the error of a picture that could not be read."""
+def make_row(labels, args, checkpoint, picture, mass, probability, error):
+    """One row of the CSV, from labels_mass and probabilities [labels], or from the error of an unreadable picture."""
     if error:
-        return [as_written(picture), "", "", error] + [""] * (len(GUESSES) + 1 + len(labels))
+        return [as_written(picture), "", "", error] + [""] * (len(GUESSES) + 2 + len(labels))
     (name, best), *others = sorted(zip(labels, probability, strict=True), key=lambda pair: -pair[1])
     guesses = [cell for pair in [*others, ("", ""), ("", "")][:2] for cell in pair]  # there may be one label only
     return [
         as_written(picture),
-        name if best >= min_probability else "unsure",
+        name if best >= args.min_probability and mass >= args.min_labels_mass else "unsure",
         best,
         "",
         *guesses,
+        mass,
         checkpoint,
         *probability,
     ]
 
 
 def read_finished(path, header, labels, checkpoint):
-    """[(picture, probabilities [labels], error)] of an interrupted run's CSV, whose last line may be cut.
+    """[(picture, labels_mass, probabilities [labels], error)] of an interrupted run's CSV, whose last line may be cut.
 
     Raises UserError if the columns or the checkpoint are others: one CSV holds the answers of one model.
     """
@@ -105,11 +108,13 @@ def read_finished(path, header, labels, checkpoint):
             f"--resume: found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))}); "
             f"expected {checkpoint}; name the same --model_name_or_path, or leave --resume away and begin again"
         )
-    return [(row[0], [float(cell or 0) for cell in row[-len(labels) :]], row[3]) for row in rows]
+    numbers = [[float(cell or "nan") for cell in row[-len(labels) :]] for row in rows]
+    masses = [float(row[header.index("labels_mass")] or "nan") for row in rows]
+    return [(row[0], mass, p, row[3]) for row, mass, p in zip(rows, masses, numbers, strict=True)]
 
 
 def name_pictures(args, config, pictures):
-    """Loads the model, then returns an iterator over batches: [(picture, probabilities [labels], error or None)]."""
+    """Loads the model, then returns an iterator over [(picture, labels_mass, probabilities [labels], error)]."""
     from accelerate import PartialState
 
     PartialState(cpu=args.use_cpu)  # the first call decides where this process computes
@@ -118,7 +123,7 @@ def name_pictures(args, config, pictures):
     batches = [places[i : i + size] for i in places[::size]]
     scored = score_batches(model, scorer, pictures, batches, args.dataloader_num_workers)
     return (
-        [(pictures[i], p, errors.get(i)) for i, p in zip(indices, probabilities(log_p), strict=True)]
+        [(pictures[i], mass, p, errors.get(i)) for i, mass, p in zip(indices, *probabilities(log_p), strict=True)]
         for indices, log_p, errors in scored
     )
 
@@ -129,17 +134,18 @@ def main():
     add("paths", nargs="*", metavar="PATH", help="pictures or folders (default: <input_dir>/test_data)")
     add("--output", default="predictions.csv", help="the CSV")
     add("--min_probability", type=float, default=0.0, help="0 to 1; below it the prediction is `unsure`")
+    add("--min_labels_mass", type=float, default=0.0, help="0 to 1; `unsure` where all labels together have less")
     add("--html", action="store_true", help="also write a contact sheet, beside the CSV")
     add("--resume", action="store_true", help="keep the rows that --output has and name the other pictures")
     add_inference_flags(parser)
     args = parser.parse_args()
-    model, output, limit = args.model_name_or_path, args.output, args.min_probability
+    model, output = args.model_name_or_path, args.output
     require_checkpoint(model)
     config = settings_for(settings.config_from(args), model)
     pictures = find_pictures(args.paths or [os.path.join(config.input_dir, "test_data")])
     page = f"{os.path.splitext(output)[0]}.html" if args.html else None
     require_output(output, page)
-    header = ["image", "prediction", "probability", "error", *GUESSES, "checkpoint", *config.labels]
+    header = ["image", "prediction", "probability", "error", *GUESSES, "labels_mass", "checkpoint", *config.labels]
     args.use_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     checkpoint = checkpoint_id(model, args.dtype, config)
     finished = []
@@ -149,21 +155,32 @@ def main():
     known = {row[0] for row in finished}
     asked = [picture for picture in pictures if as_written(picture) not in known]
 
-    unreadable, batches = 0, name_pictures(args, config, asked) if asked else ()
+    unreadable, low, batches = 0, 0, name_pictures(args, config, asked) if asked else ()
     with replacing(output, newline="") as file:
-        write_csv_rows(file, [header, *(make_row(config.labels, limit, checkpoint, *done) for done in finished)])
+        write_csv_rows(file, [header, *(make_row(config.labels, args, checkpoint, *done) for done in finished)])
     with open(output, "a", newline="", encoding="utf-8") as file:
         for batch in batches:
-            write_csv_rows(file, [make_row(config.labels, limit, checkpoint, *done) for done in batch])
+            write_csv_rows(file, [make_row(config.labels, args, checkpoint, *done) for done in batch])
             file.flush()
-            unreadable += sum(error is not None for _, _, error in batch)
+            unreadable += sum(error is not None for *_, error in batch)
+            low += sum(mass < LOW_MASS for _, mass, *_ in batch)  # NaN is not
     print(f"{len(asked)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)
+    if low:
+        print(
+            f"{low} of them have a labels_mass below {LOW_MASS}: the model would rather answer something else; "
+            f"--min_labels_mass {LOW_MASS} names them unsure",
+            file=sys.stderr,
+        )
     if page:
         paths = {as_written(picture): picture for picture in pictures}  # links lead to the real names
         rows = [row | {"image": paths.get(row["image"], row["image"])} for row in read_csv(output)[1]]
         folder = os.path.dirname(output) or "."
         with replacing(page, errors="backslashreplace") as file:
-            file.write(contact_sheet(rows, config.labels, model, folder, config.language, limit))
+            file.write(
+                contact_sheet(
+                    rows, config.labels, model, folder, config.language, args.min_probability, args.min_labels_mass
+                )
+            )
         print(f"contact sheet in {page}", file=sys.stderr)
 
 

@@ -98,13 +98,16 @@ def validate(args, config):
     log_p = score_pictures(model, scorer, pictures, batch_size, list(data["image_tokens"]), workers)
     seconds = time.perf_counter() - started
     said = score_pictures(model, scorer, again, batch_size, [0] * len(again), workers).argmax(1).tolist()
-    probability, predicted = probabilities(log_p), log_p.argmax(1).tolist()
+    (masses, probability), predicted = probabilities(log_p), log_p.argmax(1).tolist()
     truth = [labels.index(label) for label in data["label"]]
     groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
     rows = [
         {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
-        | {"sha256": sha, "group": group, **dict(zip(labels, row, strict=True))}  # sha256: by which reports are paired
-        for picture, t, p, sha, group, row in zip(pictures, truth, predicted, sha256, groups, probability, strict=True)
+        | {"sha256": sha, "group": group, "labels_mass": mass}  # sha256: by which reports are paired
+        | dict(zip(labels, row, strict=True))
+        for picture, t, p, sha, group, mass, row in zip(
+            pictures, truth, predicted, sha256, groups, masses, probability, strict=True
+        )
     ]
     right = [row["correct"] for row in rows]
     right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
@@ -114,6 +117,7 @@ def validate(args, config):
         "model": args.model_name_or_path,
         "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
+        "labels_mass": sum(masses) / len(masses),
         "step": global_step(args.model_name_or_path),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),

@@ -113,6 +113,7 @@ RANGES = {
     "data_processes": (0, 1024),
     "validation_fraction": (0.001, 0.999),
     "min_probability": (0.0, 1.0),
+    "min_labels_mass": (0.0, 1.0),
     "port": (0, 65535),
     "num_gpus": (1, 4096),
     "micro_batch": (1, 4096),

@@ -4,9 +4,9 @@
     python scripts/serve.py some/folder one.jpg         # with these pictures to try, not those of <input_dir>/test_data
     curl --data-binary @cat.jpg http://127.0.0.1:7860/name
 
-The last line prints JSON: prediction, probabilities (the most probable label first), seconds, width and height; or
-error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused, and so is
-a Host that is not a name or address of this server with its port. Status 503 asks to come back: see the limits below.
+The last line prints JSON: prediction, probabilities (the most probable label first), labels_mass, seconds, width and
+height; or error, a sentence. The answers are those of test.py. Nothing is written. Pages of other origins are refused,
+and so is a Host that is not a name or address of this server with its port. Status 503 asks to come back: see below.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from animals.command import UserError, run
 from animals.pictures.read import FORMATS, PictureError, list_pictures, load_picture
 from animals.ranks import choose_arithmetic
 from animals.scoring.page import Texts, data_uri, render, show
-from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities
+from animals.scoring.scorer import LOW_MASS, add_inference_flags, load_scorer, probabilities
 
 MAX_UPLOAD = 64_000_000  # bytes; a 50-megapixel JPEG of a phone has 25,000,000
 UPLOADS = 4  # uploads of MAX_UPLOAD bytes, or more and smaller ones, that memory holds at once; others get status 503
@@ -215,8 +215,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def described(self, picture, log_p, started):
         """The answer about a picture, as a dict."""
-        [row] = probabilities(log_p)
+        [mass], [row] = probabilities(log_p)
         seconds, (width, height), texts = time.perf_counter() - started, picture.size, self.server.texts
+        about = "serve_took_low" if mass < LOW_MASS else "serve_took"
         ranked = sorted(zip(self.server.scorer.labels, row, strict=True), key=lambda pair: -pair[1])
         best = ranked[0][0] if ranked[0][1] >= self.server.args.min_probability else "unsure"
         return {
@@ -225,8 +226,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"label": label, "name": texts.label(label), "probability": p, "shown": show(p, "sure")}
                 for label, p in ranked
             ],
-            "seconds": seconds, "width": width, "height": height,
-            "about": texts("serve_took", width=width, height=height, seconds=show(seconds, "ratio")),
+            "labels_mass": mass, "seconds": seconds, "width": width, "height": height,
+            "about": texts(about, width=width, height=height, seconds=show(seconds, "ratio")),
             "picture": data_uri(picture, SHOWN, 85),
         }  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 
 from animals.files import read_csv
 from animals.pictures.read import list_pictures, load_picture
+from animals.scoring.scorer import load_scorer
 from config import Config
 from tests.helpers import pictures as helpers
 
@@ -57,6 +58,27 @@ def test_three_guesses(named, pictures):
         given = [row["probability"], row["top2_probability"], row["top3_probability"]]
         assert given == [row[label] for label in order[:3]]
         assert sum(float(row[label]) for label in LABELS) == pytest.approx(1, abs=1e-9)
+
+
+def test_the_probability_of_all_labels_together(named, demo, run, tmp_path):
+    """Near 1 after training, and small for a model that has not learned these labels: then `unsure`, if asked for."""
+    _, rows, flags = named
+    assert all(0.5 < float(row["labels_mass"]) <= 1 for row in rows if not row["error"])
+    flags, output = flags.replace(str(demo.checkpoint), str(demo.model)), tmp_path / "names.csv"
+    done = run(f"python test.py {flags} --output {output}", code=0)
+    before, n = read(output), len(rows) - 1  # one is unreadable
+    assert f"{n} of them have a labels_mass below 0.5: the model would rather answer something else" in done.output
+    low = [float(row["labels_mass"]) for row in before if not row["error"]]
+    assert len(low) == n and 0 < min(low) <= max(low) < 0.01
+    scorer, model = load_scorer(str(demo.model), Config(), "float32")
+    one = scorer.score(model, scorer.collate([load_picture(before[1]["image"])]))
+    assert float(before[1]["labels_mass"]) == pytest.approx(one.exp().sum().item(), rel=1e-4)
+    more = f"--output {output} --resume --html --language en --min_labels_mass {low[3]}"
+    run(f"python test.py {flags} {more}", code=0)
+    for row, same in zip(read(output), before, strict=True):
+        sure = row["error"] or float(row["labels_mass"]) >= low[3]
+        assert row == same | {"prediction": same["prediction"] if sure else "unsure"}
+    assert "Where all labels together have less than 0.0" in (tmp_path / "names.html").read_text(encoding="utf-8")
 
 
 def test_interrupted_and_resumed_is_the_same(named, run, demo, tmp_path):

@@ -56,7 +56,11 @@ def made(tmp_path_factory):
             p = np.insert(random.dirichlet([0.4] * 4), 2, 0)  # label 2 is never predicted
             best = int(p.argmax())
             row = {"image": str(image), "label": LABELS[k], "prediction": LABELS[best], "probability": float(p[best])}
-            rows.append(row | {"correct": best == k, "sha256": f"{k} {i}"} | dict(zip(LABELS, p.tolist(), strict=True)))
+            rows.append(
+                row
+                | {"correct": best == k, "sha256": f"{k} {i}", "labels_mass": "0.0017"}
+                | dict(zip(LABELS, p.tolist(), strict=True))
+            )
             guess = k if random.uniform() < 0.7 else 0
             other.append({"prediction": LABELS[guess], "correct": guess == k})
     Path(rows[3]["image"]).unlink()
@@ -73,6 +77,7 @@ def made(tmp_path_factory):
     report = measure(LABELS, truth, predicted, [[row[label] for label in LABELS] for row in rows]) | {
         "model": "some/model", "step": 1200, "date": "2030-01-01 12:00", "seconds": 12.5, "images_per_second": 4.0,
         "held_out": 60, "dtype": "float32", "per_device_eval_batch_size": 8, "processes": 2, "versions": {"torch": "2"},
+        "labels_mass": 0.0017,
         "excluded": [{"image": "input/<cat>/bad.jpg", "reason": "truncated & short"}],
         "comparison": versus | {"model": "m2", "where": "there", "changed": changed},
         "baselines": [baseline], "duplicates": duplicates,
@@ -192,6 +197,8 @@ def expected_numbers(folder, report, other_right):
         "seconds": report["seconds"], "images_per_second": report["images_per_second"],
     }  # fmt: skip
     want |= {"held_out": report["held_out"]} if report["held_out"] > len(y) else {}
+    want |= {"labels_mass": report["labels_mass"]} if report["labels_mass"] < 0.5 else {}
+    assert report["labels_mass"] == pytest.approx(np.mean([float(row["labels_mass"]) for row in rows]))
     table = sk.classification_report(y, said, labels=labels, output_dict=True, zero_division=0)
     for label, row in report["per_class"].items():
         keys = {"precision": "precision", "recall": "recall", "f1": "f1-score", "n": "support"}
@@ -400,11 +407,29 @@ def test_the_tables_of_the_console(made, capsys):
     assert "of the 50 pictures, 3 identical to a training picture and 2 near-duplicates of one; accu" in "\n".join(text)
     said = "\n".join(text)
     assert json.loads(last)["report"] == "there/report.json"
+    assert "warning: the probability of all labels together is 0.0017 on average (labels_mass): the model would" in said
     assert "quarantine: 4 held-out pictures are there; with those that can be read the accuracy is 0.5000" in said
     print_baselines(made.report["baselines"])
     probe = capsys.readouterr().out.splitlines()[-1]
     assert probe.split()[:2] == ["probe", f"{sum(made.other_right) / 50:.4f}"]
     assert f"{made.report['baselines'][0]['difference']:+.4f}" in probe
+
+
+def test_no_duplicate_found_is_no_promise(made, tmp_path, capsys):
+    none = made.report["duplicates"] | {"identical": 0, "near_duplicates": 0, "n_without": 50, "groups": 50}
+    print_report(made.report | {"duplicates": none}, "there")
+    said = capsys.readouterr().out
+    assert "duplicates: found, of the 50 pictures, 0 identical to a training picture and 0 near-duplicates" in said
+    assert (
+        "have a border or a banner, are not found; nobody knows which pictures CLIP and LLaVA had seen before\n" in said
+    )
+    for duplicates, found in ((none, True), (made.report["duplicates"], False)):
+        for language, texts in {
+            "en": ("was found", "It misses most", "Nobody knows"),
+            "zh": ("没有找到与", "大多找不到", "没有人知道"),
+        }.items():
+            html = report_page(made.report | {"duplicates": duplicates}, made.rows, str(tmp_path), language)
+            assert [text in html for text in texts] == [found, True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The scorer is what teacher forcing says, one label at a time, and what generate() says where that names a label."""
 
+import contextlib
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 
 from animals.checkpoint.load import load_model, load_processor
@@ -73,6 +76,43 @@ def test_equals_teacher_forcing_one_label_at_a_time(trained, pictures, table, ca
             assert abs(alone - score) < 1e-4, (label, alone, score)
             text.append((ids != processor.image_token_id).sum().item())
     assert scorer.text_tokens == max(text)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "adapter"])
+def test_a_tie_in_bfloat16_is_broken_as_float64_does(demo, pictures, ties, way):
+    """Two heads: as trained; and one where `dog`, the second label, is better than `cat` by less than bfloat16 shows.
+
+    way: weights in bfloat16; float32 weights under autocast, as in training; an adapter, with layers in the head too.
+    """
+    model = load_model(str(demo.checkpoint), "float32" if way == "autocast" else "bfloat16")
+    scorer = Scorer(load_processor(str(demo.checkpoint)), Config(folder_to_label={"cat": "cat", "dog": "dog"}))
+    batch, n = scorer.collate(pictures[:1]), len(scorer.fed_ids) + 1
+    inputs = {**batch, "pixel_values": batch["pixel_values"].to(model.dtype)}
+    (cat, _), (dog, _) = scorer.answers
+    head, words = model.lm_head.weight.data, model.get_input_embeddings().weight.data
+    head[:] = head.bfloat16()
+    words[dog] = words[cat]  # so that </s> follows both with the same probability
+    low = torch.autocast("cpu", torch.bfloat16) if way == "autocast" else contextlib.nullcontext()
+    with torch.no_grad(), low:
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, -n:]
+        assert hidden.shape[:2] == (1, n)
+        if ties:
+            better = torch.nextafter(head[cat].bfloat16(), hidden[0, 0].bfloat16() * torch.inf).to(head)
+            gain = hidden[0, 0].double() * (better - head[cat]).double()  # of one element of the row by one step
+            place = gain.argsort()[len(gain) // 2]
+            head[dog] = head[cat]
+            head[dog, place] = better[place]
+        exact = (hidden.double() @ head.double().T).log_softmax(-1)[:, scorer.target_row, scorer.target_ids]
+        exact = torch.zeros(1, 2).double().index_add_(1, scorer.target_label, exact)
+        rounded = model(**inputs, logits_to_keep=n, use_cache=False).logits
+        assert rounded.dtype == torch.bfloat16 and (rounded[0, 0, cat] == rounded[0, 0, dog]) == ties
+        if way == "adapter":
+            model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], r=2))
+        found = scorer.score(model, batch)
+        assert torch.allclose(found.double(), exact, rtol=0, atol=1e-5)
+        assert found.argmax() == exact.argmax() and (exact.argmax() == 1 or not ties)
+        assert model(**inputs, logits_to_keep=n, use_cache=False).logits.dtype == torch.bfloat16, "as it was before"
 
 
 def test_argmax_is_what_generate_says(trained, pictures):

@@ -71,6 +71,7 @@ class SmallMemory(torch.nn.Module):
     def __init__(self, model, fits):
         super().__init__()
         self.model, self.fits, self.device, self.dtype, self.sizes = model, fits, model.device, model.dtype, []
+        self.get_output_embeddings = model.get_output_embeddings
 
     def forward(self, **inputs):
         self.sizes.append(len(inputs["input_ids"]))

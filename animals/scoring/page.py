@@ -18,6 +18,7 @@ from animals.checkpoint.steps import run_name
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
 from animals.scoring.metrics import one_sided
+from animals.scoring.scorer import LOW_MASS
 
 PAGES = Path(__file__).parent / "pages"
 TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
@@ -70,6 +71,7 @@ def report_page(report, rows, folder, language):
         language,
         report=report,
         one_sided=one_sided(report),
+        low_mass=LOW_MASS,
         scale=scale(report["accuracy_ci95"]),
         baselines_scale=scale(report["accuracy_ci95"], *shown),
         class_scale=scale((min(row["recall_ci95"][0] for row in classes), 1)),

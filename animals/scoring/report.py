@@ -7,6 +7,7 @@ from animals.command import UserError
 from animals.files import looked_up, read_csv, read_json, write_csv_rows, write_json
 from animals.scoring.metrics import one_sided
 from animals.scoring.page import report_page, write_index
+from animals.scoring.scorer import LOW_MASS
 
 BRIEF = ("accuracy", "n", "chance", "macro_f1", "ece", "images_per_second", "accuracy_ci95", "seconds", "model")
 
@@ -66,6 +67,11 @@ def print_report(report, folder):
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
     for line in one_sided_lines(report):
         print(line)
+    if (mass := report["labels_mass"]) < LOW_MASS:
+        print(
+            f"warning: the probability of all labels together is {mass:.4f} on average (labels_mass): the model would "
+            "rather answer something else; all other probabilities are shares of this"
+        )
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
@@ -95,11 +101,11 @@ def interval_of(bounds):
 
 
 def duplicates_line(report):
-    """How many held-out pictures training has seen too, and the accuracy without them."""
+    """How many held-out pictures were found in training, too, what is mostly missed, and the accuracy without them."""
     found, n = report["duplicates"], report["n"]
     if not found["checked"]:
         return "duplicates: not known; `python data_process_utils.py` looks for pictures that are in both splits"
-    line = f"duplicates: of the {n} pictures, {found['identical']} identical to a training picture and "
+    line = f"duplicates: found, of the {n} pictures, {found['identical']} identical to a training picture and "
     line += f"{found['near_duplicates']} near-duplicates of one"
     if 0 < found["n_without"] < n:
         line += f"; accuracy without them {found['accuracy_without']:.4f} "
@@ -107,7 +113,8 @@ def duplicates_line(report):
     if found["groups"] < n:
         line += f"; the pictures form {found['groups']} groups of near-duplicates, so the intervals are those of "
         line += f"n / {report['design_effect']:.2f} (design effect)"
-    return line
+    line += "; most copies that were cropped by 5 % on each side, or have a border or a banner, are not found"
+    return f"{line}; nobody knows which pictures CLIP and LLaVA had seen before"
 
 
 def calibration_line(report):

@@ -1,5 +1,6 @@
 """Log-probabilities of all labels for pictures, in one forward pass per batch. Nothing is generated."""
 
+import contextlib
 import random
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from animals.pictures.read import PictureError, load_picture
 from animals.ranks import main_process, say
 
 LONG_PROMPT = 200  # tokens; a longer one is reported; the ten animals make 53
+LOW_MASS = 0.5  # of labels_mass: below it the model would rather answer something else than a label
 
 
 class NotFinite(UserError):
@@ -114,7 +116,8 @@ class Scorer:
         plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
         inputs = {key: value.to(plain.device) for key, value in batch.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
-        with torch.no_grad():  # weights that ZeRO-3 gathers in inference_mode cannot be trained later
+        # no_grad: weights that ZeRO-3 gathers in inference_mode cannot be trained later.
+        with torch.no_grad(), float32_head(plain):
             logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
         if not log_p.isfinite().all():
@@ -125,6 +128,30 @@ class Scorer:
                 f"damaged (NaN or Inf): fetch them again or take another checkpoint{small}"
             )
         return torch.zeros(len(log_p), len(self.labels)).index_add_(1, self.target_label, log_p)
+
+
+@contextlib.contextmanager
+def float32_head(model):
+    """In this context the head computes its logits in float32, whatever the types of its weights and of autocast.
+
+    bfloat16 numbers near 16 are multiples of 0.125: labels that differ by less would tie, and the first one win.
+    An adapter may have linear layers in the head, too.
+    """
+    import torch
+
+    def in_float32(linear, inputs, output):
+        """Forward hook: the same product again, a part of the weight at a time; a copy of all takes 0.5 GB for 7B."""
+        if output.dtype == torch.float32:
+            return output
+        with torch.autocast(output.device.type, enabled=False):
+            shares = [torch.nn.functional.linear(inputs[0].float(), w.float()) for w in linear.weight.split(4096)]
+        return torch.cat(shares, -1) + (0 if linear.bias is None else linear.bias)
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.get_output_embeddings().modules():
+            if isinstance(module, torch.nn.Linear):  # prepend: ZeRO-3's own hook then releases the weight
+                hooks.enter_context(module.register_forward_hook(in_float32, prepend=True))
+        yield
 
 
 def score_in_parts(scorer, model, batch, most, halve=True):
@@ -155,9 +182,13 @@ def score_in_parts(scorer, model, batch, most, halve=True):
     return torch.cat(scored), most
 
 
-def probabilities(log_p) -> list[list[float]]:
-    """Scorer.score()'s log-probabilities [pictures, labels] -> probabilities that add up to 1 over the labels."""
-    return log_p.double().softmax(1).tolist()
+def probabilities(log_p) -> tuple[list[float], list[list[float]]]:
+    """Scorer.score()'s log-probabilities [pictures, labels] -> (labels_mass, probabilities that add up to 1).
+
+    labels_mass [pictures]: the probability that the answer is any of the labels, before this is made to be 1.
+    """
+    log_p = log_p.double()
+    return log_p.logsumexp(1).exp().clamp(max=1).tolist(), log_p.softmax(1).tolist()
 
 
 def score_batches(model, scorer, pictures, batches, num_workers=0, same_passes=False):

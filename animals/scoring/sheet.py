@@ -8,7 +8,7 @@ SIDE, SMALL_SIDE, MANY = 144, 112, 2000  # pixels of a picture's longest side; t
 FIRST = 60  # pictures at the top of the page
 
 
-def contact_sheet(rows, labels, model, folder, language, min_probability=0.0):
+def contact_sheet(rows, labels, model, folder, language, min_probability=0.0, min_labels_mass=0.0):
     """HTML for the rows of test.py's CSV (dicts), with links relative to `folder`.
 
     The least certain pictures come first, because they need a look; below them all pictures, by predicted label.
@@ -26,6 +26,7 @@ def contact_sheet(rows, labels, model, folder, language, min_probability=0.0):
         labels=labels,
         model=model,
         min_probability=min_probability,
+        min_labels_mass=min_labels_mass,
         date=time.strftime("%Y-%m-%d %H:%M"),
         first=named[:FIRST],
         groups=[(name, group) for name, group in groups if group],
