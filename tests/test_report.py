@@ -142,7 +142,7 @@ def hostile_pages(root):
     (root / "logs" / HOSTILE[0]).joinpath("report.json").write_text("{")  # a report that cannot be read
     write_report(report | {"model": HOSTILE[1]}, rows, str(root / "logs" / HOSTILE[1]), "en")
     suspect = {"split": "train", "likely_label": HOSTILE[0], "nearest": rows[0]["image"], "neighbours": rows[:4]}
-    values = {"parts": {"label": [row | suspect for row in rows], "outlier": []}, "shown": 300, "n": 9}
+    values = {"parts": {"label": [row | suspect for row in rows], "outlier": []}, "shown": 300, "n": 9, "wrong": 2}
     images = [row["image"] for row in rows]
     page = render("audit.html", str(root), "en", model=HOSTILE[0], **values, **embed(images, images))
     (root / "audit.html").write_text(page, encoding="utf-8")
