@@ -407,7 +407,7 @@ def test_the_tables_of_the_console(made, capsys):
     assert "of the 50 pictures, 3 identical to a training picture and 2 near-duplicates of one; accu" in "\n".join(text)
     said = "\n".join(text)
     assert json.loads(last)["report"] == "there/report.json"
-    assert "warning: the probability of all labels together is 0.0017 on average (labels_mass): the model would" in said
+    assert "warning: labels_mass is 0.0017 on average, the probability of all labels together: the model would" in said
     assert "quarantine: 4 held-out pictures are there; with those that can be read the accuracy is 0.5000" in said
     print_baselines(made.report["baselines"])
     probe = capsys.readouterr().out.splitlines()[-1]
