@@ -1,8 +1,10 @@
 """The audit finds what was put in (flipped labels, an outlier, a crop), and features are kept by content."""
 
 import csv
+import hashlib
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,9 +49,26 @@ def test_flipped_labels_come_first(audited):
     assert reasons == sorted(reasons, key=order.index) and len({row["image"] for row in rows}) == len(rows)
     assert all(row["likely_label"] != row["label"] for row in rows if row["reason"] == "label")
     assert f"suspects: label {reasons.count('label')}, outlier {reasons.count('outlier')}" in output
+    right = [row["image"].rpartition("/")[2] in flipped for row in rows if row["reason"] == "label"]
+    assert 0.3 < sum(right) / len(right) < 0.6, "disputed is not wrong"
+    wrong = int(re.search(r"cleanlab estimates (\d+) wrong labels among 2,800, at most", output)[1])
+    assert sum(right) < wrong < 2 * len(right)
     html = (root / "temp" / "audit.html").read_text(encoding="utf-8")
     assert "<script src" not in html and not re.search(r'(src|href)="(https?:)?//', html)
+    assert "The label is disputed" in html and f"at most about {wrong} of the 2,800 labels are wrong" in html
     assert html.count("<li>") == len(rows) and html.count("data:image/jpeg") > len(rows)
+
+
+def test_right_labels_are_disputed_too(audited, demo):
+    """What the page says of its trial: with right labels all that is disputed is the classifier's mistake."""
+    root, _, _ = audited
+    paths = list_pictures(str(demo.input / "train_data"))
+    rows = [{"image": path, "split": "train", "label": path.split("/")[-2]} for path in paths]
+    sha = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+    known = features(load_tower(demo.model), paths, sha, Config(temp_dir=str(root / "temp")))  # the audit kept them
+    suspects, wrong = find_suspects(known, rows, np.unique(sha, return_inverse=True)[1])
+    disputed = [row["reason"] for row in suspects].count("label")
+    assert 40 < disputed < 110 and 0.8 < wrong / disputed < 1.2
 
 
 def test_features_are_kept_by_content(demo, tmp_path, monkeypatch):
@@ -79,7 +98,7 @@ def test_an_outlier_and_a_crop_are_suspects():
     rows = [{"image": str(i), "split": "train", "label": "ab"[i >= 60]} for i in range(120)]
     group = np.arange(120)
     group[33] = group[44]  # the hashes know these two
-    found = {row["image"]: (row["reason"], row["nearest"]) for row in find_suspects(known, rows, group)}
+    found = {row["image"]: (row["reason"], row["nearest"]) for row in find_suspects(known, rows, group)[0]}
     assert found["90"] == ("near-duplicate", "80") and "80" not in found and not {"33", "44"} & found.keys()
     assert "label" not in {reason for reason, _ in found.values()}
 

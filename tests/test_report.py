@@ -142,7 +142,7 @@ def hostile_pages(root):
     (root / "logs" / HOSTILE[0]).joinpath("report.json").write_text("{")  # a report that cannot be read
     write_report(report | {"model": HOSTILE[1]}, rows, str(root / "logs" / HOSTILE[1]), "en")
     suspect = {"split": "train", "likely_label": HOSTILE[0], "nearest": rows[0]["image"], "neighbours": rows[:4]}
-    values = {"parts": {"label": [row | suspect for row in rows], "outlier": []}, "shown": 300, "n": 9}
+    values = {"parts": {"label": [row | suspect for row in rows], "outlier": []}, "shown": 300, "n": 9, "wrong": 2}
     images = [row["image"] for row in rows]
     page = render("audit.html", str(root), "en", model=HOSTILE[0], **values, **embed(images, images))
     (root / "audit.html").write_text(page, encoding="utf-8")
@@ -407,7 +407,7 @@ def test_the_tables_of_the_console(made, capsys):
     assert "of the 50 pictures, 3 identical to a training picture and 2 near-duplicates of one; accu" in "\n".join(text)
     said = "\n".join(text)
     assert json.loads(last)["report"] == "there/report.json"
-    assert "warning: the probability of all labels together is 0.0017 on average (labels_mass): the model would" in said
+    assert "warning: labels_mass is 0.0017 on average, the probability of all labels together: the model would" in said
     assert "quarantine: 4 held-out pictures are there; with those that can be read the accuracy is 0.5000" in said
     print_baselines(made.report["baselines"])
     probe = capsys.readouterr().out.splitlines()[-1]

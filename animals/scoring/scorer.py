@@ -116,8 +116,7 @@ class Scorer:
         plain = getattr(model, "module", model)  # DeepSpeed's engine has no dtype
         inputs = {key: value.to(plain.device) for key, value in batch.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(plain.dtype)
-        # no_grad: weights that ZeRO-3 gathers in inference_mode cannot be trained later.
-        with torch.no_grad(), float32_head(plain):
+        with torch.no_grad(), float32_head(plain):  # what ZeRO-3 gathers in inference_mode cannot be trained later
             logits = model(**inputs, logits_to_keep=len(self.fed_ids) + 1, use_cache=False).logits
         log_p = logits.float().log_softmax(-1).cpu()[:, self.target_row, self.target_ids]  # [batch, predicted]
         if not log_p.isfinite().all():
@@ -135,7 +134,6 @@ def float32_head(model):
     """In this context the head computes its logits in float32, whatever the types of its weights and of autocast.
 
     bfloat16 numbers near 16 are multiples of 0.125: labels that differ by less would tie, and the first one win.
-    An adapter may have linear layers in the head, too.
     """
     import torch
 
@@ -148,7 +146,7 @@ def float32_head(model):
         return torch.cat(shares, -1) + (0 if linear.bias is None else linear.bias)
 
     with contextlib.ExitStack() as hooks:
-        for module in model.get_output_embeddings().modules():
+        for module in model.get_output_embeddings().modules():  # several if an adapter is in the head
             if isinstance(module, torch.nn.Linear):  # prepend: ZeRO-3's own hook then releases the weight
                 hooks.enter_context(module.register_forward_hook(in_float32, prepend=True))
         yield
