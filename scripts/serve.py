@@ -181,11 +181,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(400, "serve_length")
         if len(lengths[0]) > 18 or int(lengths[0]) > MAX_UPLOAD:
             return self.error(413, "serve_too_large", most=MAX_UPLOAD // 1_000_000)
+        size = int(lengths[0])
         try:
-            with self.server.room_for(int(lengths[0])):
-                self.expect(int(lengths[0]))
-                content = self.rfile.read(int(lengths[0]))
-                if len(content) < int(lengths[0]):
+            with self.server.room_for(size):
+                self.expect(size)
+                content = self.rfile.read(size)
+                if len(content) < size:
                     return self.error(400, "serve_length")
                 self.server.deadlines[self.connection] = math.inf
                 with self.server.turn_of(content):
