@@ -35,7 +35,7 @@ MAX_JSON = 64_000_000  # bytes; the largest tokenizer.json of a known model has 
 
 
 def open_regular(file):
-    """open(file, "rb"), if it is a regular file: a pipe or a device might never end. FileNotFoundError, or UserError."""
+    """open(file, "rb") of a regular file: a pipe or a device might never end. Else FileNotFoundError or UserError."""
     try:
         if stat.S_ISREG(os.stat(file).st_mode):
             return open(file, "rb")

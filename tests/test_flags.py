@@ -14,16 +14,16 @@ from scripts.launch import read_flags, split_words
 from tests.conftest import ROOT
 
 LARGE = "1" + "0" * 30
-NOT_ZERO = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
-learning_rate adam_epsilon save_steps eval_steps logging_steps dataloader_prefetch_factor ddp_timeout lora_r lora_alpha
-torch_empty_cache_steps""".split()
+NOT_ZERO = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
+max_steps learning_rate adam_epsilon save_steps eval_steps logging_steps dataloader_prefetch_factor ddp_timeout lora_r
+lora_alpha torch_empty_cache_steps"""
 TOO_HIGH = {"learning_rate": "11", "max_excluded": "1.1", "warmup_ratio": "1.5", "near_duplicate_distance": "17"}
 TOO_HIGH |= dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), "1")
 
 
 @pytest.mark.parametrize("flag", RANGES)
 def test_the_launcher_refuses_numbers_outside_their_range(flag):
-    (low, high), outside = RANGES[flag], ["0"] * (flag in NOT_ZERO) + [TOO_HIGH.get(flag, LARGE)]
+    (low, high), outside = RANGES[flag], ["0"] * (flag in NOT_ZERO.split()) + [TOO_HIGH.get(flag, LARGE)]
     assert type(low) is type(high), "both bounds have the flag's type"
     for value in ["-2", "nan", "inf", LARGE, "abc", "1e-3" if isinstance(low, int) else "-0.1", "", *outside]:
         for words in ([f"--{flag}={value}"], [f"--{flag.replace('_', '-')}", value]):
@@ -33,7 +33,8 @@ def test_the_launcher_refuses_numbers_outside_their_range(flag):
 
 def test_what_is_right_is_accepted():
     words = "--max_steps -1 --save_steps 0.1 --eval_steps 100 --warmup-ratio 0.03 --warmup_steps 5 --save_total_limit 0"
-    args = read_flags(True, [*words.split(), *"--eval_pictures 0 --output-dir elsewhere --max_grad_norm 0".split()])
+    words += " --eval_pictures 0 --output-dir elsewhere --max_grad_norm 0"
+    args = read_flags(True, words.split())
     assert (args.max_steps, args.save_steps, args.output_dir, args.warmup_ratio) == (-1, 0.1, "elsewhere", 0.03)
 
 
@@ -224,7 +225,7 @@ def test_an_old_python(script):
 
 
 def test_a_checkout_has_no_crlf(tmp_path):
-    clone = ["git", *"-c core.autocrlf=true clone --quiet --depth=1".split(), f"file://{ROOT}", tmp_path / "repo"]
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", "--depth=1", f"file://{ROOT}", tmp_path / "repo"]
     if subprocess.run(clone, capture_output=True).returncode:
         pytest.skip("this folder is no repository, or there is no git")
     scripts = [*Path(tmp_path, "repo").glob("*.sh"), *Path(tmp_path, "repo", "scripts").iterdir()]
