@@ -12,7 +12,7 @@ import re
 import reprlib
 from dataclasses import dataclass, field, fields
 
-from animals.command import Parser, UserError, range_problems, yes_or_no
+from animals.command import Findings, Parser, UserError, yes_or_no
 from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
@@ -40,9 +40,7 @@ MIN_SIDE = 8  # pixels. Smaller pictures (tracking pixels, broken downloads) sho
 
 MAX_LABELS = 5000  # of a task; all of them are scored in one sequence
 MAX_TEXT = 10_000  # characters of --prompt and of --answer
-HALF_LETTER = re.compile(
-    "[\ud800-\udfff]"
-)  # JSON can hold it, also a command line that is not UTF-8; no model reads it
+HALF_LETTER = re.compile("[\ud800-\udfff]")  # of JSON, or of a command line that is no UTF-8; no model reads it
 
 # LLaVA-1.6-Mistral's own chat format for one turn, with two things that the template on the hub lacks: BOS (the
 # processor adds it at inference, TRL's collator does not) and the generation markers that say which tokens are learned.
@@ -120,12 +118,10 @@ class Config:
         for name in defaults.keys() - self.given:
             setattr(self, name, defaults[name])
         self.folder_to_label = read_table(self.folder_to_label, self.input_dir)
-        if problems := range_problems(vars(self)):
-            raise UserError("\n".join(problems))
+        problems = task_problems(self.prompt, self.answer, self.folder_to_label)
         if self.language not in ("en", "zh"):
-            raise UserError(f"--language: found {self.language}; expected en or zh")
-        if problems := task_problems(self.prompt, self.answer, self.folder_to_label):
-            raise UserError("\n".join(f"--{line}" for line in problems))
+            problems.append(f"language: found {self.language}; expected en or zh")
+        Findings(f"--{line}" for line in problems).report()
 
     @property
     def labels(self) -> list[str]:
@@ -199,8 +195,7 @@ def is_label(value) -> bool:
 
 def parser(description: str, names) -> Parser:
     """A parser with a flag for each of the named fields of Config."""
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    result = Parser(description=description, formatter_class=shown)
+    result = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(result, names)
     return result
 

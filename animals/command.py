@@ -52,15 +52,19 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def explain(kind, error, trace):
-    """In place of a traceback a line and exit code 2, if the environment is not what requirements.txt asks for."""
-    line = python_problem() or (missing_package(error) if isinstance(error, ModuleNotFoundError) else "")
+    """In place of a traceback a line and exit code 2, if a package of requirements.txt is not there."""
+    line = isinstance(error, ModuleNotFoundError) and missing_package(error)
     if not line:
         return sys.__excepthook__(kind, error, trace)
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-sys.excepthook = explain  # from here on, because modules import packages before run() is called
+# Here, because modules import packages, and what Python lacks before 3.11, before run() is called.
+sys.excepthook = explain
+if problem := python_problem():
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run(main):
@@ -73,7 +77,7 @@ def run(main):
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
     for flag, name in (("--push_to_hub", "HF_HUB_OFFLINE"), ("--torch_compile", "TORCHDYNAMO_DISABLE")):
-        if not any(word.replace("-", "_").startswith(flag.replace("-", "_")) for word in sys.argv):
+        if not any(word.startswith(flag) for word in with_underscores(sys.argv)):
             os.environ.setdefault(name, "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -82,8 +86,6 @@ def run(main):
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the data workers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        if problem := python_problem():
-            raise UserError(problem)
         main()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -103,54 +105,39 @@ def yes_or_no(text: str) -> bool:
     return text.lower() == "true"
 
 
-# The numbers on a command line: flag -> (lowest, highest) value, of the flag's type. All others must be finite.
+# The numbers on a command line: lowest and highest value, of the flags' type. All other flags' must be finite.
 RANGES = {
-    # ours
-    "eval_pictures": (0, 10**9),
-    "max_excluded": (0.0, 1.0),
-    "near_duplicate_distance": (0, 16),
-    "near_duplicate_limit": (0, 10**9),
-    "data_processes": (0, 1024),
-    "validation_fraction": (0.001, 0.999),
-    "min_probability": (0.0, 1.0),
-    "min_labels_mass": (0.0, 1.0),
-    "port": (0, 65535),
-    "num_gpus": (1, 4096),
-    "micro_batch": (1, 4096),
-    # transformers' and TRL's
-    "seed": (0, 2**32 - 1),
-    "data_seed": (0, 2**32 - 1),
-    "per_device_train_batch_size": (1, 4096),
-    "per_device_eval_batch_size": (1, 4096),
-    "gradient_accumulation_steps": (1, 10**6),
-    "num_train_epochs": (1e-6, 1e4),
-    "max_steps": (1, 10**9),  # or -1, the default: as many as --num_train_epochs gives
-    "learning_rate": (1e-12, 10.0),
-    "vision_learning_rate": (1e-12, 10.0),
-    "projector_learning_rate": (1e-12, 10.0),
-    "warmup_steps": (0.0, 1e9),  # below 1: a share of all steps
-    "warmup_ratio": (0.0, 1.0),
-    "weight_decay": (0.0, 10.0),
-    "adam_beta1": (0.0, 0.999999),
-    "adam_beta2": (0.0, 0.999999),
-    "adam_epsilon": (1e-20, 1.0),
-    "max_grad_norm": (0.0, 1e9),  # 0: gradients are not clipped
-    "neftune_noise_alpha": (0.0, 1e3),
-    "logging_steps": (1e-6, 1e9),  # these three: below 1 a share of all steps
-    "eval_steps": (1e-6, 1e9),
-    "save_steps": (1e-6, 1e9),
-    "eval_delay": (0.0, 1e9),
-    "save_total_limit": (0, 10**6),  # 0: all are kept
-    "torch_empty_cache_steps": (1, 10**9),
-    "dataloader_num_workers": (0, 256),
-    "dataloader_prefetch_factor": (1, 1024),
-    "ddp_timeout": (1, 10**7),  # seconds
-    "ddp_bucket_cap_mb": (1, 10**5),
-    "lora_r": (1, 10**5),
-    "lora_alpha": (1, 10**6),
-    "lora_dropout": (0.0, 0.999),
+    name: (low, high)
+    for low, high, names in [
+        # ours
+        (0, 10**9, "eval_pictures near_duplicate_limit"),
+        (0, 1024, "data_processes"),
+        (0, 65535, "port"),
+        (0, 16, "near_duplicate_distance"),
+        (1, 4096, "num_gpus micro_batch"),
+        (0.0, 1.0, "max_excluded min_probability min_labels_mass"),
+        (0.001, 0.999, "validation_fraction"),
+        # transformers' and TRL's
+        (0, 2**32 - 1, "seed data_seed"),
+        (0, 10**6, "save_total_limit"),  # 0: all are kept
+        (0, 256, "dataloader_num_workers"),
+        (1, 10**9, "max_steps torch_empty_cache_steps"),  # max_steps also -1: as many as --num_train_epochs gives
+        (1, 10**7, "ddp_timeout"),  # seconds
+        (1, 10**6, "gradient_accumulation_steps ddp_bucket_cap_mb lora_r lora_alpha"),
+        (1, 4096, "per_device_train_batch_size per_device_eval_batch_size dataloader_prefetch_factor"),
+        (1e-6, 1e4, "num_train_epochs"),
+        (1e-6, 1e9, "logging_steps eval_steps save_steps"),  # below 1: a share of all steps, as in warmup_steps
+        (1e-12, 10.0, "learning_rate vision_learning_rate projector_learning_rate"),
+        (1e-20, 1.0, "adam_epsilon"),
+        (0.0, 0.999999, "adam_beta1 adam_beta2"),
+        (0.0, 0.999, "lora_dropout"),
+        (0.0, 1.0, "warmup_ratio"),
+        (0.0, 10.0, "weight_decay"),
+        (0.0, 1e3, "neftune_noise_alpha"),
+        (0.0, 1e9, "warmup_steps eval_delay max_grad_norm"),  # max_grad_norm 0: gradients are not clipped
+    ]
+    for name in names.split()
 }
-
 
 # In a file's or folder's name these would act on a terminal or break a line; or they are no UTF-8 (half letters).
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -176,7 +163,6 @@ def range_problems(values: dict) -> list[str]:
 
 def with_underscores(words) -> list[str]:
     """The words of a command line, with `--max-steps` as `--max_steps`; what follows a bare `--` stays as it is."""
-    words = list(words)
     end = words.index("--") if "--" in words else len(words)
     return [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words[:end]] + words[end:]
 

@@ -35,10 +35,7 @@ MAX_JSON = 64_000_000  # bytes; the largest tokenizer.json of a known model has 
 
 
 def open_regular(file):
-    """open(file, "rb"), if it is a regular file: a pipe or a device might never end.
-
-    Raises FileNotFoundError, or UserError if it is anything else or may not be read.
-    """
+    """open(file, "rb") of a regular file: a pipe or a device might never end. Else FileNotFoundError or UserError."""
     try:
         if stat.S_ISREG(os.stat(file).st_mode):
             return open(file, "rb")
@@ -73,22 +70,17 @@ def write_json(file, content):
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # with such a beginning a spreadsheet takes text for a formula
 
 
-def to_cell(value):
-    """A value for a CSV cell. Text that a spreadsheet would run gets a ' before it; from_cell() takes it off again."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
-
-
 def from_cell(text: str) -> str:
+    """The text of a CSV cell, without the ' that write_csv_rows() put before it."""
     return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULA) else text
 
 
 def write_csv_rows(file, rows) -> None:
-    """Append rows (lists) to an open CSV file; their text goes through to_cell()."""
+    """Append rows (lists) to an open CSV file. Text that a spreadsheet would run gets a ' before it."""
     for row in rows:
-        cells = [to_cell(value) for value in row]
-        quoting = (
-            csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
-        )  # it ends a line, too
+        cells = [f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value for value in row]
+        # "\r" ends a line, too, but Python before 3.13 does not quote it.
+        quoting = csv.QUOTE_ALL if "\r" in "".join(map(str, cells)) else csv.QUOTE_MINIMAL
         csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
@@ -102,9 +94,8 @@ def read_csv(path) -> tuple[list[str], list[dict[str, str]]]:
     try:
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        lines = [
-            [from_cell(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        ]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = [[from_cell(cell) for cell in row] for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: found {error}; expected a CSV file in UTF-8; save it as `CSV UTF-8`") from None
     columns, *rows = lines or [[]]
@@ -123,10 +114,7 @@ def nearest_existing(path) -> Path:
 
 
 def require_writable(flag: str, folder) -> None:
-    """Raises UserError unless files can be made in `folder`, or in the nearest folder above it. It tries it.
-
-    flag: where the folder is from, e.g. "--temp_dir", for the message.
-    """
+    """Raises UserError unless a file can be made in `folder` (that of a flag), or in the nearest folder above it."""
     place = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -143,21 +131,18 @@ def folder_lock(folder, shared=False, busy: str | None = None):
     """with folder_lock(folder): no other process holds it; with shared=True, none holds it unshared. Leaves no file.
 
     busy: the text of the UserError that is raised if another process holds it; None: say so and wait. The system
-    releases the lock when the process ends, however it ends. Where the file system has no locks (some NFS), nothing is
-    locked.
+    releases the lock when the process ends, however it ends.
     """
-    opened = os.open(folder, os.O_RDONLY)
+    opened, kind = os.open(folder, os.O_RDONLY), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            fcntl.flock(opened, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if busy is not None:
-                raise UserError(busy) from None
-            print(f"waiting: another command uses {folder}", file=sys.stderr, flush=True)
-            fcntl.flock(opened, kind)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks (some NFS): nothing is locked
+            try:
+                fcntl.flock(opened, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if busy:
+                    raise UserError(busy) from None
+                print(f"waiting: another command uses {folder}", file=sys.stderr, flush=True)
+                fcntl.flock(opened, kind)
         yield
     finally:
         os.close(opened)
@@ -187,5 +172,5 @@ def deeper(input_dir: str) -> str:
 
 def printable(name: str) -> str:
     """A name with control characters, line ends and what is no UTF-8 as backslash escapes: for messages and lists."""
-    unsafe = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories
+    unsafe = "Cc", "Cs", "Zl", "Zp"  # Unicode's categories
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in name)

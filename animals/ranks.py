@@ -30,8 +30,7 @@ def check_connection(device, seconds=60):
     """Sum 64 MB over all ranks and say how fast that is. All ranks call it, before the weights load.
 
     If it takes longer than `seconds`, the process ends with one line and exit code 2: where the GPUs cannot reach each
-    other, NCCL would wait in silence for 10 or 30 minutes. The time begins when all ranks have met over gloo. A thread
-    ends the process, because a call that waits inside NCCL may never return.
+    other, NCCL would wait in silence for 10 or 30 minutes. The time begins when all ranks have met over gloo.
     """
     import torch
     from torch import distributed
@@ -39,7 +38,7 @@ def check_connection(device, seconds=60):
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     distributed.barrier(distributed.new_group(backend="gloo"))
-    timer = threading.Timer(seconds, end_without_connection, [seconds])
+    timer = threading.Timer(seconds, end_without_connection, [seconds])  # a call inside NCCL may never return
     timer.daemon = True
     timer.start()
     data, ranks = torch.ones(2**24, device=device), distributed.get_world_size()

@@ -119,12 +119,9 @@ def start_ranks(args, training, config_file, processes, script, flags, deepspeed
             print(f"{signal.Signals(-code).name}: the run has ended; there was nothing to save", file=sys.stderr)
         elif code not in (2, 129, 130, 143):  # codes of ranks that ended by themselves
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            found = (
-                training
-                and not (args.dry_run or args.rehearse)
-                and newest_complete(args.output_dir, states_file(deepspeed), math.inf)
-            )
-            again = f"; `sh train.sh` with the same flags continues from {found[0]}" if found and found[0] else ""
+            saves = training and not (args.dry_run or args.rehearse)
+            newest = saves and newest_complete(args.output_dir, states_file(deepspeed), math.inf)[0]
+            again = f"; `sh train.sh` with the same flags continues from {newest}" if newest else ""
             print(f"error: rank {rank} {how}; its own messages stand above{again}", file=sys.stderr)
         sys.exit(code if code >= 0 else 128 - code)
 

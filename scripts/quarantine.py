@@ -13,6 +13,7 @@ A picture goes to <input_dir>/quarantine/<split>/<class>/...; every call is a st
 """
 
 import os
+import re
 import sys
 from collections import Counter
 
@@ -58,11 +59,8 @@ def quarantine(config: Config, path: str, force: bool, held_out_too: bool = Fals
     names = {os.path.relpath(os.path.abspath(image), root): image for image in read_list(path)}
     targets = {name: f"quarantine/{name.replace('_data', '', 1)}" for name in names}
     names = {name: image for name, image in names.items() if there(name) or not there(targets[name])}
-    strange = [
-        image
-        for name, image in names.items()
-        if name.split(os.sep)[0] not in ("train_data", "validation_data") or name.count(os.sep) < 2 or not there(name)
-    ]
+    in_class = re.compile("(train|validation)_data/.*/")
+    strange = [image for name, image in names.items() if not in_class.match(name) or not there(name)]
     if strange:
         raise UserError(
             f"{path}: found {len(strange):,} of {len(names):,} that are not pictures of a class there, e.g. "

@@ -153,15 +153,14 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.partition("?")[0]
         if not self.is_ours():
             return self.error(403, "serve_elsewhere", url=server.url)
-        example = {f"/example/{i}": Path(file) for i, file in enumerate(server.examples)}.get(path)
+        if (self.command, path) == ("POST", "/name"):
+            return self.name()
         if (self.command, path) == ("GET", "/"):
             values = {"args": server.args, "examples": server.examples, "most": MAX_UPLOAD}
             return render("serve.html", ".", server.language, **values), 200
-        if self.command == "GET" and example and example.is_file():
-            return example, 200
-        if (self.command, path) == ("POST", "/name"):
-            return self.name()
-        return {"error": "404"}, 404
+        example = {f"/example/{i}": Path(file) for i, file in enumerate(server.examples)}.get(path)
+        known = self.command == "GET" and example and example.is_file()
+        return (example, 200) if known else ({"error": "404"}, 404)
 
     def is_ours(self):
         """Whether Host is this server, and the request comes from its page or from no page at all."""
@@ -181,11 +180,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(400, "serve_length")
         if len(lengths[0]) > 18 or int(lengths[0]) > MAX_UPLOAD:
             return self.error(413, "serve_too_large", most=MAX_UPLOAD // 1_000_000)
+        size = int(lengths[0])
         try:
-            with self.server.room_for(int(lengths[0])):
-                self.expect(int(lengths[0]))
-                content = self.rfile.read(int(lengths[0]))
-                if len(content) < int(lengths[0]):
+            with self.server.room_for(size):
+                self.expect(size)
+                content = self.rfile.read(size)
+                if len(content) < size:
                     return self.error(400, "serve_length")
                 self.server.deadlines[self.connection] = math.inf
                 with self.server.turn_of(content):
@@ -242,10 +242,9 @@ class Handler(BaseHTTPRequestHandler):
         with open(body, "rb") if isinstance(body, Path) else io.BytesIO(text.encode(errors="backslashreplace")) as file:
             size = file.seek(0, os.SEEK_END)
             self.send_response(status)
-            for key, value in (HEADERS | {"Content-Type": kind, "Content-Length": size}).items():
+            again = {"Retry-After": READ_S} if status == 503 else {}
+            for key, value in (HEADERS | again | {"Content-Type": kind, "Content-Length": size}).items():
                 self.send_header(key, value)
-            if status == 503:
-                self.send_header("Retry-After", READ_S)
             self.end_headers()
             self.expect(size)
             file.seek(0)

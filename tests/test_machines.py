@@ -69,11 +69,9 @@ def test_two_machines_train_together(demo, machines, tmp_path):
 def test_no_host_is_called(demo, run, tmp_path, monkeypatch):
     """Nothing in the environment says offline: train, validate, name a picture; nobody is asked anything."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    log = tmp_path / "hosts"
-    guard = {"PYTHONPATH": ROOT / "tests" / "guard", "GUARD_LOG": log}
-    where = f"--input_dir {demo.input} --temp_dir {demo.cache}"
-    out = tmp_path / "sft"
-    logs = f"--logging_dir {out}-logs"
+    log, out = tmp_path / "hosts", tmp_path / "sft"
+    guard = {"PYTHONPATH": str(ROOT / "tests" / "guard"), "GUARD_LOG": str(log)}
+    where, logs = f"--input_dir {demo.input} --temp_dir {demo.cache}", f"--logging_dir {out}-logs"
     for command in (
         f"sh train.sh {where} --model_name_or_path {demo.model} --output_dir {out} {logs} --max_steps 1",
         f"sh validation.sh {where} --model_name_or_path {out} --report_dir {tmp_path} {logs}",
@@ -82,5 +80,5 @@ def test_no_host_is_called(demo, run, tmp_path, monkeypatch):
         run(command, **guard, code=0)
     assert not log.exists(), log.read_text()
     probe = [sys.executable, "-c", "import socket; socket.getaddrinfo('example.invalid', 80)"]
-    subprocess.run(probe, env={**os.environ, **{k: str(v) for k, v in guard.items()}}, capture_output=True)
+    subprocess.run(probe, env=os.environ | guard, capture_output=True)
     assert log.read_text() == "example.invalid\n", "the guard itself works"

@@ -45,9 +45,8 @@ def named(demo, tmp_path_factory):
 
 
 def test_csv_gives_the_names_back(tmp_path):
-    names = [
-        start + text for start in ("=", "+", "-", "@", "'", "'=", "\t", "\r", "<", "") for text in ("1+1", "a;b,c")
-    ]
+    starts = "=", "+", "-", "@", "'", "'=", "\t", "\r", "<", ""
+    names = [start + text for start in starts for text in ("1+1", "a;b,c")]
     names += ["it's", "'", "''", "two\nlines", 'a "word"']
     with open(tmp_path / "names.csv", "w", newline="", encoding="utf-8") as file:
         write_csv_rows(file, [["image"], *([name] for name in names)])
@@ -64,14 +63,13 @@ def test_the_card(tmp_path, prompt):
     config = Config(folder_to_label=dict(zip(LABELS, LABELS, strict=True)), prompt=prompt)
     folder = tmp_path / FOLDER
     folder.mkdir()
-    AnimalTrainer.create_model_card(
-        SimpleNamespace(
-            state=SimpleNamespace(log_history=[], global_step=2, max_steps=2),
-            args=SimpleNamespace(output_dir=str(folder)),
-            scorer=SimpleNamespace(config=config, labels=config.labels, answers=[[1]]),
-            record={"question": config.question},
-        )
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(log_history=[], global_step=2, max_steps=2),
+        args=SimpleNamespace(output_dir=str(folder)),
+        scorer=SimpleNamespace(config=config, labels=config.labels, answers=[[1]]),
+        record={"question": config.question},
     )
+    AnimalTrainer.create_model_card(trainer)
     front, card = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n\n", 1)
     assert len(front.splitlines()) == 3
     html = markdown.markdown(card, extensions=["fenced_code"])
@@ -100,15 +98,13 @@ def test_the_pages(named, run, tmp_path):
         assert headings and set(headings) <= set(LABELS)
         links = browser.js("[...document.querySelectorAll('a:has(img)')].map(a => a.href)")
         assert set(links) == {(named / "pictures" / name).as_uri() for name in FILES}
-        title = browser.js("document.title")
-        assert not title.isdigit()
+        assert not browser.js("document.title").isdigit()
         browser.open(url)
         assert browser.js("[...document.querySelectorAll('#examples img')].map(e => e.alt)") == sorted(FILES)
         assert str(named / FOLDER) in browser.js("document.querySelector('header').textContent")
         browser.js("document.querySelector('#examples button').click()")
-        shown = browser.wait_for(
-            "(b => b.length && b)([...document.querySelectorAll('.bars span')].map(e => e.innerText))"
-        )
+        bars = "[...document.querySelectorAll('.bars span')]"
+        shown = browser.wait_for(f"{bars}.length && {bars}.map(e => e.innerText)")
         assert sorted(shown) == sorted(LABELS)
         assert not browser.js("document.title").isdigit() and not browser.js("document.querySelector('i:not([style])')")
         server.kill()

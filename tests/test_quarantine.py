@@ -5,6 +5,7 @@ import csv
 import os
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -41,11 +42,9 @@ def test_the_list_of_duplicates_as_it_is(tree):
     for folder in CLASSES:
         hold_out(tree, folder, 11, 7000 + 100 * ord(folder[0]))
     train, held = tree / "train_data", tree / "validation_data"
-    for name in ("00.jpg", "z.jpg"):
-        (held / "cat" / name).write_bytes((train / "cat" / "03.jpg").read_bytes())
-    (train / "cat" / "copy.jpg").write_bytes((train / "cat" / "03.jpg").read_bytes())
-    (train / "ragno" / "other label.jpg").write_bytes((train / "cat" / "03.jpg").read_bytes())
-    (train / "ragno" / "z.jpg").write_bytes((train / "dog" / "04.jpg").read_bytes())
+    for copy in (held / "cat/00.jpg", held / "cat/z.jpg", train / "cat/copy.jpg", train / "ragno/other label.jpg"):
+        shutil.copyfile(train / "cat/03.jpg", copy)
+    shutil.copyfile(train / "dog/04.jpg", train / "ragno/z.jpg")
     before = fingerprint(tree)
     found = call(tree)
     command = re.search(r"\(python scripts/quarantine.py (--input_dir .*?)\)", found.stderr)[1].split()
@@ -63,7 +62,7 @@ def test_held_out_pictures_go_only_when_that_is_asked_for(tree):
     """One held-out picture under two labels: the error names the flag; the same list may be given twice."""
     hold_out(tree, "cat", 11, 7000)
     hold_out(tree, "dog", 10, 8000)
-    (tree / "validation_data" / "dog" / "z.jpg").write_bytes((tree / "validation_data/cat/05.jpg").read_bytes())
+    shutil.copyfile(tree / "validation_data/cat/05.jpg", tree / "validation_data/dog/z.jpg")
     listed = tree.parent / "temp" / "duplicates.csv"
     assert f"{listed} --held_out_too)" in refused(tree)
     with open(listed, "a", encoding="utf-8") as file:
@@ -80,7 +79,7 @@ def test_held_out_pictures_go_only_when_that_is_asked_for(tree):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_list_as_a_spreadsheet_saves_it(tree, encoding, delimiter):
-    (tree / "train_data" / "dog" / "-ä=.jpg").write_bytes((tree / "train_data" / "dog" / "00.jpg").read_bytes())
+    shutil.copyfile(tree / "train_data/dog/00.jpg", tree / "train_data/dog/-ä=.jpg")
     rows = [["split", " Image ", ""], ["train", f"{tree}/train_data/dog/-ä=.jpg", "", ""], ["", "", "", ""]]
     with open(tree.parent / "list.csv", "w", encoding=encoding, newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
@@ -103,12 +102,8 @@ def test_the_audits_list_one_call_at_a_time_and_the_cut_after_it(tree):
     between = fingerprint(tree)
     cut(tree)
     held = held_out(tree)[0]
-    quarantine(
-        tree,
-        write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]]),
-        "--force",
-        "--held_out_too",
-    )
+    mine = write_list(tree.parent / "mine.csv", ["image"], [[tree / "validation_data" / held]])
+    quarantine(tree, mine, "--force", "--held_out_too")
     assert quarantined(tree) == ["train/cat/05.jpg", "train/cat/deep/er/1.png", f"validation/{held}"]
     said = refused(tree, "--undo_split")
     assert held in said and "scripts/quarantine.py" in said and "--undo" in said

@@ -99,16 +99,10 @@ def test_only_its_own_page_may_ask(served, pictures):
     assert ask(port, "POST", "/name", picture, Origin=f"http://{here}")[0] == 200
     for name in ("localhost", "LOCALHOST", "[::1]", socket.gethostname()):
         assert ask(port, "GET", "/", Host=f"{name}:{port}")[0] == 200
+    hosts = f"evil.example:{port} {here}@evil.example evil.example@{here}"  # the first may lead to 127.0.0.1
+    hosts += f" 192.0.2.1:{port} 127.1:{port} 127.0.0.1:{port + 1} 127.0.0.1 127.0.0.1:0{port} [::1]]:{port}"
     for headers in (
-        {"Host": f"evil.example:{port}"},  # a foreign name that leads to 127.0.0.1
-        {"Host": f"{here}@evil.example"},
-        {"Host": f"evil.example@{here}"},
-        {"Host": f"192.0.2.1:{port}"},  # an address, but none of this server
-        {"Host": f"127.1:{port}"},
-        {"Host": f"127.0.0.1:{port + 1}"},
-        {"Host": "127.0.0.1"},
-        {"Host": f"127.0.0.1:0{port}"},
-        {"Host": f"[::1]]:{port}"},
+        *({"Host": host} for host in hosts.split()),
         {"Host": here, "Origin": "http://evil.example"},
         {"Host": here, "Origin": "null"},
         {"Host": here, "Origin": f"http://localhost:{port + 1}"},
@@ -174,8 +168,7 @@ def test_held_connections_and_uploads_do_not_stop_it(served, pictures):
 
 
 def test_what_is_no_request_is_refused_in_one_line(served, pictures):
-    good, port = (pictures / "a.png").read_bytes(), served.port
-    host = f"Host: 127.0.0.1:{port}"
+    good, port, host = (pictures / "a.png").read_bytes(), served.port, f"Host: 127.0.0.1:{served.port}"
     for status, content in [
         (400, upload(port, 5, b"hello", "Transfer-Encoding: chunked")),
         (400, f"POST /name HTTP/1.1\r\n{host}\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n".encode()),
