@@ -122,10 +122,16 @@ def test_folders_are_labels(tmp_path):
         Config(input_dir="gone", folder_to_label="folders")
 
 
-@pytest.mark.parametrize("table", ["folder", "[1]", "{}", '{"cat": 1}', '{"cat": ""}'])
+LABELS = ["", "x" * 101, "a\nb", "\x1b[2J", "\u202e", "\ud800"]
+TABLES = ["folder", "[1]", "{}", '{"cat": 1}', *(json.dumps({"cat": label, "dog": "dog"}) for label in LABELS)]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_what_is_no_table_is_one_line(table):
-    with pytest.raises(UserError, match='--folder_to_label: .*; expected JSON like {"ragno": "spider"}'):
+    message = '--folder_to_label: found .*; expected JSON like {"ragno": "spider"}, .* 1 to 100 printable characters'
+    with pytest.raises(UserError, match=message):
         Config(folder_to_label=table)
+    Config(folder_to_label={"kerm": "کرم\u200cابریشم", "dog": "x" * 100})
 
 
 SYLLABLES = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]
