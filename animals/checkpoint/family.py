@@ -149,8 +149,6 @@ def in_one_line(path):
     """with in_one_line(path): what transformers, tokenizers and peft raise on a damaged file becomes a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         said = (str(error).splitlines() or [""])[0][:300]
         raise UserError(

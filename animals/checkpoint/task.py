@@ -38,8 +38,7 @@ def read_task(path) -> dict | None:
     problems += mistakes(task["chat_template"], (str, 1, 10 * MAX_TEXT), "chat_template: found")
     if problems:
         raise UserError("\n".join(f"{files[0]}: {line}{again}" for line in problems))
-    folder = os.path.dirname(files[0])
-    base = base_of(folder)
+    base = base_of(folder := os.path.dirname(files[0]))
     model = read_settings(base, "config.json") or {}
     if task.get("image_view") == "whole" and model.get("model_type", "llava") != "llava":
         raise UserError(
