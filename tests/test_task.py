@@ -103,10 +103,12 @@ def test_an_older_adapter_to_the_whole_view_needs_its_base(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_task_json_of_something_else_is_one_line(tuned):
+def test_a_task_json_of_something_else_is_a_line_each(tuned):
     (tuned / "task.json").write_text('{"prompt": "Who?"}')
-    with pytest.raises(UserError, match="found no answer, folder_to_label, chat_template in it; expected what"):
+    with pytest.raises(UserError) as error:
         settings_for(Config(), tuned)
+    for line, name in zip(str(error.value).splitlines(), ["folder_to_label", "answer", "chat_template"], strict=True):
+        assert re.search(f"task.json: {name}: found None; expected .*; copy it from the run again", line)
 
 
 def test_folders_are_labels(tmp_path):

@@ -176,8 +176,8 @@ def match_names(model, shapes):
     return {new: (name, shapes[name]) for name, new in names.items()}, rules
 
 
-def within_limits(call) -> str | None:
-    """Calls it in a process of its own, as it may never end. -> None, or why it did not return.
+def within_limits(call, where, expected):
+    """Calls it in a process of its own, as it may never end. Raises UserError if it raises anything or takes too much.
 
     It may take 5 s and 2 GiB of memory more than this process has, which it begins as a copy of.
     """
@@ -202,12 +202,13 @@ def within_limits(call) -> str | None:
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(5) else "no end after 5 s"
+        problem = ours.recv() if ours.poll(5) else "no end after 5 s"
     except EOFError:
-        return "a crash"
-    finally:
-        process.kill()
-        process.join()
+        problem = "a crash"
+    process.kill()
+    process.join()
+    if problem:
+        raise UserError(f"{where}: found {problem}; expected {expected}; copy the file from its run again")
 
 
 def check_weights(path):
