@@ -99,7 +99,7 @@ def main():
     parser.add_argument("out", type=Path, help="new or empty folder for the plain LLaVA checkpoint")
     args = parser.parse_args()
     write_whole_view(args.source, args.out)
-    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {shlex.quote(args.out)}")
+    print(f"wrote {args.out}. Next:\n    sh train.sh --model_name_or_path {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from animals.checkpoint.image_tokens import Geometry, image_token_count, read_geometry
+from animals.checkpoint.load import load_processor
 from animals.command import UserError
 
 HUB_SIZES = {
@@ -20,6 +21,13 @@ def test_image_tokens_of_the_stock_checkpoint():
         assert image_token_count(width, height, Geometry()) == tokens
     hub = json.loads((Path(__file__).parent / "helpers" / "hub_config.json").read_text())
     assert [list(pair) for pair in Geometry().pinpoints] == hub["image_grid_pinpoints"]
+
+
+def test_image_tokens_of_the_hubs_replica(hub):
+    processor, sizes = load_processor(hub), list(HUB_SIZES)
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    ours = [image_token_count(width, height, read_geometry(hub)) for height, width in sizes]
+    assert counted == ours == list(HUB_SIZES.values())
 
 
 SMALL = Geometry(56, 14, ((56, 112), (112, 56), (112, 112)), 1, "default")

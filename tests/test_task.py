@@ -103,10 +103,12 @@ def test_an_older_adapter_to_the_whole_view_needs_its_base(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_task_json_of_something_else_is_one_line(tuned):
+def test_a_task_json_of_something_else_is_a_line_each(tuned):
     (tuned / "task.json").write_text('{"prompt": "Who?"}')
-    with pytest.raises(UserError, match="found no answer, folder_to_label, chat_template in it; expected what"):
+    with pytest.raises(UserError) as error:
         settings_for(Config(), tuned)
+    for line, name in zip(str(error.value).splitlines(), ["folder_to_label", "answer", "chat_template"], strict=True):
+        assert re.search(f"task.json: {name}: found None; expected .*; copy it from the run again", line)
 
 
 def test_folders_are_labels(tmp_path):
@@ -122,10 +124,16 @@ def test_folders_are_labels(tmp_path):
         Config(input_dir="gone", folder_to_label="folders")
 
 
-@pytest.mark.parametrize("table", ["folder", "[1]", "{}", '{"cat": 1}', '{"cat": ""}'])
+LABELS = ["", "x" * 101, "a\nb", "\x1b[2J", "\u202e", "\ud800"]
+TABLES = ["folder", "[1]", "{}", '{"cat": 1}', *(json.dumps({"cat": label, "dog": "dog"}) for label in LABELS)]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_what_is_no_table_is_one_line(table):
-    with pytest.raises(UserError, match='--folder_to_label: .*; expected JSON like {"ragno": "spider"}'):
+    message = '--folder_to_label: found .*; expected JSON like {"ragno": "spider"}, .* 1 to 100 printable characters'
+    with pytest.raises(UserError, match=message):
         Config(folder_to_label=table)
+    Config(folder_to_label={"kerm": "کرم\u200cابریشم", "dog": "x" * 100})
 
 
 SYLLABLES = [a + b for a in "abcdefghij" for b in "klmnopqrstuv"]

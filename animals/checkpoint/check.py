@@ -4,13 +4,14 @@ Accepts the copies of the hub's folder that exist: as downloaded, older and newe
 links, ModelScope's copy, what transformers 5 saves, and LoRA adapters to any of them.
 """
 
+import contextlib
 import json
 import operator
 import os
-import stat
+from pathlib import Path
 
 from animals.checkpoint import family
-from animals.checkpoint.family import family_problem, fetch, in_one_line, model_class, model_config, read_settings
+from animals.checkpoint.family import check_family, fetch, in_one_line, model_class, model_config, read_settings
 from animals.command import Findings, UserError
 from animals.compat import unpartitioned_models
 from animals.files import MAX_JSON, looked_up, open_regular
@@ -19,12 +20,9 @@ MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 # Of an adapter's settings: what may be other than empty. Others of peft's would import modules (megatron_core), copy
 # layers (layer_replication) or run patterns on the parameters' names (rank_pattern).
-LORA_KEYS = (
-    *("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
-    *("lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
-    *("qalora_group_size", "r", "revision", "target_modules", "target_parameters", "task_type", "use_dora"),
-    "use_rslora",
-)
+LORA_KEYS = "auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights lora_alpha "
+LORA_KEYS += "lora_bias lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r revision "
+LORA_KEYS += "target_modules target_parameters task_type use_dora use_rslora"
 
 
 def adapter_config(path):
@@ -57,18 +55,20 @@ def check_files(path):
 
 def find_problems(path):
     """As check_files(); raises UserError instead where a settings file cannot be understood."""
-    if problems := unreadable_files(path):
-        return problems
+    findings = Findings()
+    for file in Path(path).glob("*"):
+        if file.suffix in (".json", ".jinja", ".model"):
+            findings.attempt(check_readable, file)
+    findings.report()
     if (adapter := adapter_config(path)) is not None:
-        return adapter_problems(path, adapter, base_of(path))
+        return adapter_problems(path, adapter)
     config = read_settings(path, "config.json")
     if config is None:
         return [
             f"--model_name_or_path {looked_up(path)}: found no config.json there; expected a checkpoint. Train one: "
             f"`sh train.sh`; or fetch the base model: {fetch('model')}"
         ]
-    if problem := family_problem(config, path):
-        return [problem]
+    check_family(config, path)
     needed = ["tokenizer_config.json", "tokenizer.json"]  # tokenizer.model alone is read differently
     others = ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json", "processor_config.json")
     *_, pixels, processor = (read_settings(path, name) for name in others)
@@ -81,31 +81,16 @@ def find_problems(path):
     return read_shards(path)[1] + [f"{path}: {name} is missing: {fetch(path, name)}" for name in absent]
 
 
-def unreadable_files(path):
-    """A line for each pipe or device in the folder, and each JSON file that is too large: the libraries read them."""
-    problems = []
-    for entry in os.scandir(path) if os.path.isdir(path) else ():
-        try:
-            found = entry.stat()
-        except FileNotFoundError:  # a link whose target is missing: missed later, if it is needed
-            continue
-        except OSError as error:
-            problems.append(
-                f"{entry.path}: cannot be read ({error.strerror}); expected a file; {fetch(path, entry.name)}"
-            )
-            continue
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            problems.append(f"{entry.path}: found a pipe or a device; expected a file; delete it")
-        elif found.st_size > MAX_JSON and entry.name.endswith((".json", ".jinja")):
-            problems.append(
-                f"{entry.path}: found {found.st_size:,} bytes; expected at most {MAX_JSON:,}; {fetch(path, entry.name)}"
-            )
-    return problems
+def check_readable(file):
+    """Raises UserError if it is a folder, a pipe or a device, too large or not ours to read: the libraries read it."""
+    with contextlib.suppress(FileNotFoundError), open_regular(file) as opened:  # if it is needed, it is missed later
+        if (size := os.fstat(opened.fileno()).st_size) > MAX_JSON:
+            raise UserError(f"{file}: found {size:,} bytes; expected at most {MAX_JSON:,}; restore the file")
 
 
-def adapter_problems(path, adapter, base):
-    """As find_problems(), for an adapter's folder with these settings, and the folder of its base."""
-    file = f"{path}/adapter_config.json"
+def adapter_problems(path, adapter):
+    """As find_problems(), for the folder of an adapter with these settings."""
+    base, file = base_of(path), f"{path}/adapter_config.json"
     if not os.path.isfile(os.path.join(base, "config.json")):
         return [
             f"{path}: found an adapter to the base model {base!r}, which is not there; expected that folder; put "
@@ -115,7 +100,7 @@ def adapter_problems(path, adapter, base):
         return [
             f"{file}: found base_model_name_or_path {base}, an adapter itself; expected a checkpoint; merge it first"
         ]
-    if strange := [key for key, value in adapter.items() if value and key not in LORA_KEYS]:
+    if strange := [key for key, value in adapter.items() if value and key not in LORA_KEYS.split()]:
         return [f"{file}: found {first_names(strange)}; expected LoRA without it; train the adapter without it"]
     shapes, problems = read_shards(path, "adapter_model")
     rank = adapter.get("r", 8)
@@ -191,8 +176,8 @@ def match_names(model, shapes):
     return {new: (name, shapes[name]) for name, new in names.items()}, rules
 
 
-def within_limits(call) -> str | None:
-    """Calls it in a process of its own, as it may never end. -> None, or why it did not return.
+def within_limits(call, where, expected):
+    """Calls it in a process of its own, as it may never end. Raises UserError if it raises anything or takes too much.
 
     It may take 5 s and 2 GiB of memory more than this process has, which it begins as a copy of.
     """
@@ -217,12 +202,13 @@ def within_limits(call) -> str | None:
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(5) else "no end after 5 s"
+        problem = ours.recv() if ours.poll(5) else "no end after 5 s"
     except EOFError:
-        return "a crash"
-    finally:
-        process.kill()
-        process.join()
+        problem = "a crash"
+    process.kill()
+    process.join()
+    if problem:
+        raise UserError(f"{where}: found {problem}; expected {expected}; copy the file from its run again")
 
 
 def check_weights(path):
@@ -251,8 +237,8 @@ def check_weights(path):
     for name, (file_name, shape) in found.items():
         if shape != expected.get(name, shape):
             problems.append(f"{path}: {file_name} has shape {list(shape)}; config.json expects {list(expected[name])}")
-    if len(problems) > 5:
-        problems[5:] = [f"{path}: {len(problems) - 5} more of these"]
+    if more := problems[5:]:
+        problems[5:] = [f"{path}: {len(more)} more of these"]
     if problems:
         problems.append(f"{path}: the weights and config.json are not of one model; fetch both anew: {fetch(path)}")
     return problems

@@ -109,39 +109,35 @@ def fetch(path, name=""):
     return f"`hf download {HUB_NAME}{' ' + name if name else ''} --local-dir {path}`"
 
 
-def family_problem(values: dict, path) -> str | None:
-    """Why we cannot use a model with this config.json, in one line; None if we can.
+def check_family(values: dict, path):
+    """Raises UserError unless we can use a model with this config.json.
 
     The copies of LLaVA on Vicuna have the same model_type, but another language model, `llama` (transformers' default
     as well), which was trained with another prompt.
     """
     kind, text = values.get("model_type"), (values.get("text_config") or {}).get("model_type", "llama")
-    if kind not in PROCESSORS:
-        return f"{path}: found model_type {kind!r} in config.json; expected 'llava_next' or 'llava': {fetch(path)}"
-    if text != "mistral":
-        return (
-            f"{path}: found the language model {text!r} in config.json (text_config.model_type; Vicuna is a 'llama'); "
-            f"expected 'mistral', because the prompt is Mistral's: {fetch(path)}"
-        )
     vision, seen = values.get("vision_config") or {}, values.get("vision_feature_layer") or -2
-    if not vision:
-        return f"{path}: found no vision_config in config.json; expected that of a CLIP: {fetch(path)}"
-    layers = vision.get("num_hidden_layers", 1000)
-    if not all(-layers - 1 <= layer <= layers for layer in (seen if isinstance(seen, list) else [seen])):
-        return f"{path}: found vision_feature_layer {seen} in config.json; expected one of {layers}: {fetch(path)}"
-    if "quantization_config" in values:
-        return (
-            f"{path}: found a quantized copy (quantization_config in config.json); expected the plain weights: "
-            f"{fetch(path)}; --load_in_4bit quantizes them as they load"
-        )
-    return None
+    layers, seen = vision.get("num_hidden_layers", 1000), seen if isinstance(seen, list) else [seen]
+    mistral = "'mistral', because the prompt is Mistral's"
+    for wrong, found, expected in (
+        (kind not in PROCESSORS, f"model_type {kind!r}", "'llava_next' or 'llava'"),
+        (text != "mistral", f"the language model {text!r} (text_config.model_type; Vicuna is a 'llama')", mistral),
+        (not vision, "no vision_config", "that of a CLIP"),
+        (not all(-layers - 1 <= n <= layers for n in seen), f"vision_feature_layer {seen}", f"one of {layers}"),
+        (
+            "quantization_config" in values,
+            "a quantized copy (quantization_config)",
+            "the plain weights, which --load_in_4bit quantizes as they load",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"{path}: found {found} in config.json; expected {expected}: {fetch(path)}")
 
 
 def model_config(path):
     """transformers' config of a checkpoint folder, or of a config.json file. Raises UserError for what it refuses."""
     file = os.path.join(path, "config.json") if os.path.isdir(path) else os.fspath(path)
-    if problem := family_problem(check_settings(file, "config.json"), os.path.dirname(file)):
-        raise UserError(problem)
+    check_family(check_settings(file, "config.json"), os.path.dirname(file))
     from transformers import AutoConfig
 
     with in_one_line(file):
@@ -153,8 +149,6 @@ def in_one_line(path):
     """with in_one_line(path): what transformers, tokenizers and peft raise on a damaged file becomes a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         said = (str(error).splitlines() or [""])[0][:300]
         raise UserError(

@@ -57,12 +57,10 @@ def load_model(path, dtype="bfloat16"):
     if (adapter := adapter_config(path)) is not None:
         from peft import PeftModel
 
-        modules, pattern = [name for name, _ in model.named_modules()], adapter.get("target_modules")
-        if isinstance(pattern, str) and (problem := within_limits(lambda: [re.fullmatch(pattern, n) for n in modules])):
-            raise UserError(
-                f"{path}/adapter_config.json: found {problem} with target_modules {pattern!r}; expected a pattern of "
-                "modules' names; copy it from its run again"
-            )
+        if isinstance(pattern := adapter.get("target_modules"), str):
+            where = f"{path}/adapter_config.json, target_modules {pattern!r}"
+            names = [name for name, _ in model.named_modules()]
+            within_limits(lambda: [re.fullmatch(pattern, name) for name in names], where, "a pattern of modules' names")
         with in_one_line(path):
             model = PeftModel.from_pretrained(model, path)
     return model.eval().to(device)

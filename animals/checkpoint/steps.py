@@ -96,10 +96,7 @@ def rehearsal_folder(output_dir):
 
 
 def delete_old_rehearsal(output_dir):
-    """Delete the folder that a killed rehearsal left, unless it holds anything else. Main process only.
-
-    UserError if that rehearsal is still running.
-    """
+    """Delete what a killed rehearsal left, unless it holds anything else. Main process only. UserError if it runs."""
     folder = rehearsal_folder(output_dir)
     if os.path.isdir(folder) and all(re.match("README.md$|checkpoint-", name) for name in os.listdir(folder)):
         with run_lock(folder):
@@ -108,12 +105,8 @@ def delete_old_rehearsal(output_dir):
 
 def run_lock(folder, shared=False):
     """folder_lock() for the folder that a run or a rehearsal writes to; UserError if another one holds it."""
-    return folder_lock(
-        folder,
-        shared,
-        busy=f"{folder}: found another run that writes to it; expected none; wait until it ends, or choose another "
-        "--output_dir",
-    )
+    do = "wait until it ends, or choose another --output_dir"
+    return folder_lock(folder, shared, busy=f"{folder}: found another run that writes to it; expected none; {do}")
 
 
 def lock_output(output_dir, rehearse):
@@ -173,9 +166,7 @@ def global_step(path):
     state = os.path.join(path, STATE)
     if os.path.isfile(state):
         if type(step := read_json(state).get("global_step")) is not int:
-            raise UserError(
-                f"{state}: found the global_step {step!r}; expected a whole number; copy it from the run again"
-            )
+            raise UserError(f"{state}: found the global_step {step!r}; expected a whole number; copy the file again")
         return step
     named = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.abspath(path)))
     return int(named[1]) if named else max(saved_steps(path), default=None)
@@ -223,18 +214,7 @@ def find_start(args, record, last_step):
     """
     chosen, needs = args.resume_from_checkpoint, (states_file(bool(args.deepspeed_plugin)), last_step)
     word = str(chosen).lower()
-    if word == "false":
-        raise UserError(
-            f"--resume_from_checkpoint: found {chosen}; expected a checkpoint-N or True, the newest one, which is also "
-            "what happens without the flag; to start anew, choose another --output_dir"
-        )
-    if word not in ("none", "true"):
-        if why := unusable(chosen, *needs):
-            raise UserError(
-                f"--resume_from_checkpoint {chosen}: found it {why}; expected a complete checkpoint-N; there are "
-                f"{', '.join(saved_steps(args.output_dir).values()) or 'none'} in {args.output_dir}"
-            )
-    else:
+    if word in ("none", "true"):
         chosen, passed_over = newest_complete(args.output_dir, *needs)
         for line in passed_over:
             say(line)
@@ -248,6 +228,17 @@ def find_start(args, record, last_step):
                 f"--resume_from_checkpoint True: found no complete checkpoint-N in {args.output_dir}; expected one; "
                 "without the flag a new run starts"
             )
+    elif word == "false":
+        raise UserError(
+            f"--resume_from_checkpoint: found {chosen}; expected a checkpoint-N or True, the newest one, which is also "
+            "what happens without the flag; to start anew, choose another --output_dir"
+        )
+    elif why := unusable(chosen, *needs):
+        there = ", ".join(saved_steps(args.output_dir).values()) or "none"
+        raise UserError(
+            f"--resume_from_checkpoint {chosen}: found it {why}; expected a complete checkpoint-N; in "
+            f"{args.output_dir} there are {there}"
+        )
     if chosen:
         check_resume(record, chosen)
     return chosen

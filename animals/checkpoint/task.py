@@ -31,15 +31,11 @@ def read_task(path) -> dict | None:
     if not files:
         return None
     task = read_json(files[0])
-    again = "; copy it from the run again"
-    if missing := [name for name in KEYS if name not in task]:
-        raise UserError(f"{files[0]}: found no {', '.join(missing)} in it; expected what train.py wrote{again}")
-    problems = task_problems(*(task[name] for name in TASK_FIELDS))
-    problems += mistakes(task["chat_template"], (str, 1, 10 * MAX_TEXT), "chat_template: found")
+    problems = task_problems(*(task.get(name) for name in TASK_FIELDS))
+    problems += mistakes(task.get("chat_template"), (str, 1, 10 * MAX_TEXT), "chat_template: found")
     if problems:
-        raise UserError("\n".join(f"{files[0]}: {line}{again}" for line in problems))
-    folder = os.path.dirname(files[0])
-    base = base_of(folder)
+        raise UserError("\n".join(f"{files[0]}: {line}; copy it from the run again" for line in problems))
+    base = base_of(folder := os.path.dirname(files[0]))
     model = read_settings(base, "config.json") or {}
     if task.get("image_view") == "whole" and model.get("model_type", "llava") != "llava":
         raise UserError(
@@ -83,11 +79,8 @@ def check_template(config: Config, render):
         if (n := max(len(render(label)) for label in (None, *config.labels))) > 100 * MAX_TEXT:
             raise ValueError(f"a text of {n:,} characters")
 
-    if config.chat_template != CHAT_TEMPLATE and (problem := within_limits(render_all)):
-        raise UserError(
-            f"chat_template of task.json: found {problem}; expected a Jinja template that writes the conversation; "
-            "copy task.json from the run again"
-        )
+    if config.chat_template != CHAT_TEMPLATE:
+        within_limits(render_all, "chat_template of task.json", "a Jinja template that writes the conversation")
 
 
 def changed_task_flags(config: Config, path) -> list[str]:
