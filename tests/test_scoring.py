@@ -90,9 +90,7 @@ def test_a_batch_that_does_not_fit_goes_in_parts(scored, capsys):
     said = capsys.readouterr().err
     assert "out of memory with 10 pictures at once: going on with 5" in said
     assert "out of memory with 5 pictures at once: going on with 3" in said
-    with pytest.raises(
-        UserError, match=r"^out of memory with one picture \(\d+ tokens\); expected it to fit on [^\n]*$"
-    ):
+    with pytest.raises(UserError, match=r"^out of memory in evaluation with 1 picture of \d+ tokens; [^\n]*$"):
         score_pictures(SmallMemory(model, 0), scorer, paths[:2], 2, lengths[:2])
 
 
@@ -106,10 +104,9 @@ def test_a_picture_that_was_not_scored_is_no_number(scored):
 @pytest.mark.parametrize("command", ["python validation.py", "sh validation.sh"])
 def test_a_batch_size_that_is_none_is_one_line(run, command, size):
     done = run(f"{command} --per_device_eval_batch_size {size}", code=2)
-    *usage, error = done.output.splitlines()
-    assert "per_device_eval_batch_size: " in error and "Traceback" not in done.output
-    if command.startswith("sh") or size != "nan":  # argparse itself refuses nan for a whole number
-        assert not usage and error.endswith(f": found {size}; expected a number from 1 to 4096")
+    [error] = done.output.splitlines()
+    assert "per_device_eval_batch_size: " in error
+    assert size == "nan" or error.endswith(f": found {size}; expected a number from 1 to 4096")  # nan: argparse says it
 
 
 @pytest.mark.parametrize("part", ["lm_head", "vision_tower", "multi_modal_projector"])
