@@ -160,11 +160,8 @@ def test_what_training_says_of_its_evaluation(scored, capsys):
 def test_float16_may_be_too_small(scored):
     scorer, model, paths, _, _ = scored
     small = SmallMemory(model, 1)
-    small.dtype, small.config, small.forward = (
-        torch.float16,
-        model.config,
-        lambda **inputs: SimpleNamespace(logits=torch.full((1, len(scorer.fed_ids) + 1, 40_000), float("inf"))),
-    )
+    infinite = SimpleNamespace(logits=torch.full((1, len(scorer.fed_ids) + 1, 40_000), float("inf")))
+    small.dtype, small.config, small.forward = torch.float16, model.config, lambda **inputs: infinite
     with pytest.raises(UserError, match=r"or float16 is too small for them: --dtype bfloat16$"):
         scorer.score(small, scorer.collate([load_picture(paths[0])]))
 
@@ -250,7 +247,9 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(demo, tmp_path):
     with pytest.raises(UserError, match=r"^[^\n]*model.safetensors: found 100,000 bytes[^\n]*$"):
         load_scorer(str(broken), Config(), "float32")
     (broken / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=rf"^{broken}: found \w+ \([^\n]*\); expected a complete checkpoint; [^\n]*$"):
+    with pytest.raises(
+        UserError, match=rf"^{broken}: cannot be read: found \w+ \([^\n]*\); expected the files [^\n]*$"
+    ):
         load_scorer(str(broken), Config(), "float32")
 
 
