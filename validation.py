@@ -26,7 +26,7 @@ from animals.pictures.moves import read_moves
 from animals.pictures.prepare import check_inputs
 from animals.pictures.read import PictureError, load_picture
 from animals.ranks import check_connection, choose_arithmetic, main_process
-from animals.scoring.metrics import compare, design_effect, measure, paired, wilson_interval, without_duplicates
+from animals.scoring.metrics import compare, measure, measured, paired, without_duplicates
 from animals.scoring.plots import log_tensorboard
 from animals.scoring.report import print_report, read_report, write_report
 from animals.scoring.scorer import add_inference_flags, load_scorer, probabilities, score_pictures, stratified_sample
@@ -45,17 +45,6 @@ def quarantined_pictures(config):
                     load_picture(path)
                     found[path] = config.folder_to_label[folder]
     return found
-
-
-def with_quarantined(right, groups, right_there, n):
-    """`quarantined` of report.json: the accuracy with the held-out pictures in quarantine; None if there are none.
-
-    right, groups: per picture of the report. right_there: the same as `right`, of those of the n that were scored too.
-    """
-    both, apart = right + right_there, [object() for _ in right_there]  # each is a group of its own
-    interval = wilson_interval(sum(both), len(both), design_effect([*groups, *apart]))
-    values = {"n": n, "accuracy_with": sum(both) / len(both), "accuracy_with_ci95": interval, "n_with": len(both)}
-    return values if n else None
 
 
 def against(where, other, rows, other_rows):
@@ -101,19 +90,22 @@ def validate(args, config):
     (masses, probability), predicted = probabilities(log_p), log_p.argmax(1).tolist()
     truth = [labels.index(label) for label in data["label"]]
     groups = [known["group"][picture] for picture in pictures] if known else range(len(pictures))
-    rows = [
-        {"image": picture, "label": labels[t], "prediction": labels[p], "probability": row[p], "correct": t == p}
-        | {"sha256": sha, "group": group, "labels_mass": mass}  # sha256: by which reports are paired
-        | dict(zip(labels, row, strict=True))
-        for picture, t, p, sha, group, mass, row in zip(
-            pictures, truth, predicted, sha256, groups, masses, probability, strict=True
-        )
-    ]
-    right = [row["correct"] for row in rows]
-    right_there = [quarantined[path] == labels[k] for path, k in zip(again, said, strict=True)]
+    right = [t == p for t, p in zip(truth, predicted, strict=True)]
+    columns = {"image": pictures, "label": data["label"], "prediction": [labels[p] for p in predicted]}
+    columns |= {"probability": map(max, probability), "correct": right}
+    columns |= {"sha256": sha256, "group": groups, "labels_mass": masses}  # sha256: by which reports are paired
+    columns |= dict(zip(labels, zip(*probability, strict=True), strict=True))
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    there = [(quarantined[path] == labels[k], path) for path, k in zip(again, said, strict=True)]  # no near-duplicates
+    accuracy_with, interval = measured([*zip(right, groups, strict=True), *there])
+    with_quarantined = {
+        "accuracy_with": accuracy_with,
+        "accuracy_with_ci95": interval,
+        "n_with": len(rows) + len(there),
+    }
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
-        "quarantined": with_quarantined(right, groups, right_there, len(quarantined)),
+        "quarantined": {"n": len(quarantined)} | with_quarantined if quarantined else None,
         "model": args.model_name_or_path,
         "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,

@@ -38,6 +38,13 @@ def design_effect(groups):
     return sum(size**2 for size in sizes) / sum(sizes) if sizes else 1.0
 
 
+def measured(pictures):
+    """(accuracy, its 95 % interval) of [(whether the answer is right, group number)]; the accuracy of none is None."""
+    correct, n = sum(right for right, _ in pictures), len(pictures)
+    interval = wilson_interval(correct, n, design_effect([group for _, group in pictures]))
+    return correct / n if n else None, interval
+
+
 def measure(labels, truth, predicted, probability=None, groups=None):
     """The metrics of two equally long lists of class numbers, as a dict. A label that is never predicted scores 0.
 
@@ -51,21 +58,23 @@ def measure(labels, truth, predicted, probability=None, groups=None):
     confusion = confusion_matrix(truth, predicted, labels=classes)
     *found, support = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
     scores = dict(zip(("precision", "recall", "f1"), found, strict=True))  # each [labels]
-    correct, effect = int(confusion.trace()), design_effect(groups)
-    effects = [design_effect([group for group, t in zip(groups, truth, strict=True) if t == k]) for k in classes]
+    right = [t == p for t, p in zip(truth, predicted, strict=True)]
+    pictures = list(zip(right, groups, strict=True))
+    of_class = [[picture for picture, t in zip(pictures, truth, strict=True) if t == k] for k in classes]
+    accuracy, interval = measured(pictures)
     report = {
         "n": n,
-        "correct": correct,
-        "accuracy": correct / n,
-        "accuracy_ci95": wilson_interval(correct, n, effect),
-        "design_effect": effect,  # the interval is that of n / design_effect pictures
+        "correct": sum(right),
+        "accuracy": accuracy,
+        "accuracy_ci95": interval,
+        "design_effect": design_effect(groups),  # the interval is that of n / design_effect pictures
         "chance": 1 / len(labels),
         "majority": int(support.max()) / n,  # the accuracy of always answering the most frequent label
         "majority_label": labels[int(support.argmax())],
         **{f"macro_{name}": float(values[support > 0].mean()) for name, values in scores.items()},
         "per_class": {
             label: {name: float(values[k]) for name, values in scores.items()}
-            | {"n": int(support[k]), "recall_ci95": wilson_interval(int(confusion[k, k]), int(support[k]), effects[k])}
+            | {"n": len(of_class[k]), "recall_ci95": measured(of_class[k])[1]}
             for k, label in enumerate(labels)
         },
         "confusion_matrix": confusion.tolist(),  # [truth][prediction]
@@ -73,7 +82,6 @@ def measure(labels, truth, predicted, probability=None, groups=None):
     }
     if probability is not None:
         confidence = [row[p] for row, p in zip(probability, predicted, strict=True)]
-        right = [t == p for t, p in zip(truth, predicted, strict=True)]
         report["log_loss"] = float(log_loss(truth, probability, labels=classes))
         report["calibration"] = calibration(confidence, right, groups)
         report["answered"] = answered(confidence, right, groups)
@@ -120,10 +128,11 @@ def calibration(confidence, right, groups=None):
     one_mistake = bool(ece > most >= errors(np.where(group == worst, 1, right))[0])
     table, low = [], float(confidence.min())
     for b in range(bin_of.max() + 1):
-        here, correct = confidence[bin_of == b], int(right[bin_of == b].sum())
+        here = confidence[bin_of == b]
         row = {"low": low, "high": float(here.max()), "n": len(here), "confidence": float(here.mean())}
-        interval = wilson_interval(correct, len(here), design_effect(group[bin_of == b].tolist()))
-        table.append(row | {"accuracy": correct / len(here), "accuracy_ci95": interval})
+        pairs = zip(right[bin_of == b].tolist(), group[bin_of == b].tolist(), strict=True)
+        row["accuracy"], row["accuracy_ci95"] = measured(list(pairs))
+        table.append(row)
         low = row["high"]
     return {
         "ece": float(ece),
@@ -143,10 +152,9 @@ def answered(confidence, right, groups=None):
     rows, pictures = [], list(zip(confidence, right, groups or range(len(right)), strict=True))
     for least in (k / 100 for k in range(100)):
         kept = [(ok, group) for p, ok, group in pictures if p >= least]
-        correct, n = sum(ok for ok, _ in kept), len(kept)
-        interval = wilson_interval(correct, n, design_effect([group for _, group in kept]))
-        row = {"min_probability": least, "share": n / len(right), "accuracy": correct / n if n else None}
-        rows.append(row | {"accuracy_ci95": interval})
+        accuracy, interval = measured(kept)
+        row = {"min_probability": least, "share": len(kept) / len(right)}
+        rows.append(row | {"accuracy": accuracy, "accuracy_ci95": interval})
     return rows
 
 
@@ -164,10 +172,9 @@ def without_duplicates(pictures, right, known):
     identical = known["identical"].intersection(pictures)
     near = known["near_duplicates"].intersection(pictures) - identical
     group, seen = known["group"], identical | near
-    kept = {picture: ok for picture, ok in zip(pictures, right, strict=True) if picture not in seen}
-    correct, n, groups = sum(kept.values()), len(kept), len({group[picture] for picture in pictures})
-    interval = wilson_interval(correct, n, design_effect([group[picture] for picture in kept]))
-    values = (len(identical), len(near), n, correct / n if n else None, interval, groups)
+    kept = [(ok, group[picture]) for picture, ok in zip(pictures, right, strict=True) if picture not in seen]
+    groups = len({group[picture] for picture in pictures})
+    values = (len(identical), len(near), len(kept), *measured(kept), groups)
     return {"checked": True} | dict(zip(keys, values, strict=True))
 
 

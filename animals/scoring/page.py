@@ -21,7 +21,8 @@ from animals.scoring.metrics import one_sided
 from animals.scoring.scorer import LOW_MASS
 
 PAGES = Path(__file__).parent / "pages"
-TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))  # key: [English, Chinese]
+# key: [English, Chinese]; under "labels" and "reasons": the English name, which programs use, and the Chinese one
+TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))
 EMBEDDED = 13_000_000  # bytes of base64 per page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side: of a thumbnail; of a picture in a gallery
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -45,12 +46,12 @@ class Texts:
 
     def label(self, label):
         """The name of a label, or of the answer `unsure`, in this language; other labels have none but themselves."""
-        return TEXTS.get(f"label_{label}", (label, label))[self.column]
+        return TEXTS["labels"].get(label, label) if self.column else label
 
     def reason(self, text):
         """The message of a PictureError ("category" or "category: detail") in this language."""
         category, colon, detail = text.partition(": ")
-        return TEXTS.get(f"reason_{category}", (category, category))[self.column] + colon + detail
+        return (TEXTS["reasons"].get(category, category) if self.column else category) + colon + detail
 
 
 def report_page(report, rows, folder, language):
@@ -126,11 +127,10 @@ def at(value, ticks):
 def show(value, kind):
     """A number as the pages write it."""
     space = "\N{NO-BREAK SPACE}"
-    if kind == "sure" and value >= 0.9995:  # a probability: 100.0 % would say too much
-        return f">{space}99.9{space}%"
+    percent = f"{100 * value:.1f}{space}%"
     return {
-        "percent": f"{100 * value:.1f}{space}%",
-        "sure": f"{100 * value:.1f}{space}%",
+        "percent": percent,
+        "sure": percent if value < 0.9995 else f">{space}99.9{space}%",  # a probability: 100.0 % would say too much
         "round": f"{100 * value:.0f}{space}%",
         "points": f"{100 * value:+.1f}",
         "ratio": f"{value:.3f}",

@@ -55,15 +55,11 @@ def print_report(report, folder):
         line = "{:<12} {n:>5} {precision:>9.3f} {recall:>7.3f}   {:.3f}, {:.3f} {f1:>6.3f}"
         print(line.format(label, *row["recall_ci95"], **row))
     part = f" of {report['held_out']}" if report["held_out"] > report["n"] else ""
-    print(
-        f"\naccuracy {report['accuracy']:.4f} ({interval_of(report['accuracy_ci95'])}, n = {report['n']}{part}; chance "
-        f"{report['chance']:.2f}, always {report['majority_label']} {report['majority']:.2f}), macro-F1 "
-        f"{report['macro_f1']:.4f}"
-    )
-    print(f"{duplicates_line(report)}\n{calibration_line(report)}")
+    about = "{n}{part}; chance {chance:.2f}, always {majority_label} {majority:.2f}".format(part=part, **report)
+    print(f"\naccuracy {measured_line(report, '', about)}, macro-F1 {report['macro_f1']:.4f}")
+    print(duplicates_line(report), calibration_line(report), sep="\n")
     if q := report["quarantined"]:
-        some = f"; with those that can be read the accuracy is {q['accuracy_with']:.4f} "
-        some += f"({interval_of(q['accuracy_with_ci95'])}, n = {q['n_with']})"
+        some = f"; with those that can be read the accuracy is {measured_line(q, '_with', q['n_with'])}"
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")
     for line in one_sided_lines(report):
         print(line)
@@ -94,8 +90,10 @@ def one_sided_lines(report):
     return lines
 
 
-def interval_of(bounds):
-    return "95 % interval {:.4f} to {:.4f}".format(*bounds)
+def measured_line(values, which, n):
+    """The accuracy `accuracy{which}` of the dict `values`, its interval, and on how many pictures."""
+    accuracy, bounds = values[f"accuracy{which}"], values[f"accuracy{which}_ci95"]
+    return "{:.4f} (95 % interval {:.4f} to {:.4f}, n = {})".format(accuracy, *bounds, n)
 
 
 def duplicates_line(report):
@@ -106,8 +104,7 @@ def duplicates_line(report):
     line = f"duplicates: found, of the {n} pictures, {found['identical']} identical to a training picture and "
     line += f"{found['near_duplicates']} near-duplicates of one"
     if 0 < found["n_without"] < n:
-        line += f"; accuracy without them {found['accuracy_without']:.4f} "
-        line += f"({interval_of(found['accuracy_without_ci95'])}, n = {found['n_without']})"
+        line += f"; accuracy without them {measured_line(found, '_without', found['n_without'])}"
     if found["groups"] < n:
         line += f"; the pictures form {found['groups']} groups of near-duplicates, so the intervals are those of "
         line += f"n / {report['design_effect']:.2f} (design effect)"

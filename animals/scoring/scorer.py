@@ -167,13 +167,12 @@ def score_in_parts(scorer, model, batch, most, halve=True):
             scored.append(scorer.score(model, {key: value[start : start + tried] for key, value in batch.items()}))
             start += tried
         except torch.OutOfMemoryError:
-            if not halve:
-                found = f"out of memory in evaluation with {size} pictures at once"
-                raise UserError(f"{found}; expected them to fit; lower --per_device_eval_batch_size") from None
-            if tried == 1:
+            if tried == 1 or not halve:
+                tokens, several = f"{batch['input_ids'].shape[1]:,}", tried > 1
                 raise UserError(
-                    f"out of memory with one picture ({batch['input_ids'].shape[1]:,} tokens); expected it to fit on "
-                    "the GPU; end what else runs there, or take a GPU with more memory, or the CPU: --use_cpu"
+                    f"out of memory in evaluation with {tried} picture{'s' * several} of {tokens} tokens; expected "
+                    f"enough memory; {'lower --per_device_eval_batch_size, ' * several}end what else runs on the GPU, "
+                    "take one with more memory, or the CPU: --use_cpu"
                 ) from None
             most = (tried + 1) // 2
             print(f"out of memory with {tried} pictures at once: going on with {most}", file=sys.stderr)
