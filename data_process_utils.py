@@ -74,9 +74,8 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         held_out, splits = split_folder(config, "validation"), ["train"]
         if os.path.isdir(held_out) and list_pictures(held_out):
             if not add:
-                raise UserError(
-                    f"{held_out}: found pictures; expected none; add more: --add_to_validation, or undo: --undo_split"
-                )
+                ways = "add more: --add_to_validation, or undo: --undo_split"
+                raise UserError(f"{held_out}: found pictures; expected none; {ways}")
             splits.append("validation")
         Findings(folder_problems(config, ["train"])).report()
         summary = refresh(config, splits, read_geometry(model_path))["train"]["summary"]

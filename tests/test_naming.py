@@ -177,17 +177,11 @@ MISTAKES = {  # flags -> what is said
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
-    places = {
-        "old": old,
-        "pictures": pictures,
-        "folder": tmp_path / "folder",
-        "text": tmp_path / "text",
-        "here": os.getcwd(),
-    }
     for name in ("folder", "folder.html", "text"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "notes.txt").write_text("x")
-    flags, message = flags.format(**places), message.format(**places)
+    places = {"old": old, "pictures": pictures, "folder": tmp_path / "folder", "text": tmp_path / "text"}
+    flags, message = (text.format(here=os.getcwd(), **places) for text in (flags, message))
     done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
     assert (done.code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(f"error: {message}")
