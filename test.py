@@ -95,10 +95,9 @@ def read_finished(path, header, labels, checkpoint):
         raise UserError(f"--resume: {found}; remove it, or name another --output")
     rows = [row for row in rows if len(row) == len(header)]
     if others := {row[header.index("checkpoint")] for row in rows} - {checkpoint, ""}:
-        raise UserError(
-            f"--resume: found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))}); "
-            f"expected {checkpoint}; name the same --model_name_or_path, or leave --resume away and begin again"
-        )
+        found = f"found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))})"
+        way = "name the same --model_name_or_path, or leave --resume away and begin again"
+        raise UserError(f"--resume: {found}; expected {checkpoint}; {way}")
     start = header.index("labels_mass")  # then the checkpoint, then the probabilities
     numbers = [[float(cell or "nan") for cell in (row[start], *row[-len(labels) :])] for row in rows]
     return [(row[0], mass, p, row[3]) for row, (mass, *p) in zip(rows, numbers, strict=True)]

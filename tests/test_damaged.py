@@ -110,7 +110,7 @@ def test_zeros_that_stand_for_a_flat_area_are_damage_if_they_are_too_many():
     content = saved(sound()["cut out on white"].resize((1600, 1200)), "JPEG", optimize=True)
     start, end = scan(content)
     assert bytes(64) in content[start:end] and verdict(content) == ""
-    middle = start + (end - start) // 2
+    middle = (start + end) // 2
     assert verdict(content[:middle] + bytes(2000) + content[middle:]) == "damaged"
     assert verdict(zeroed(content, 0.5, 3000)) == "damaged"
 

@@ -50,9 +50,7 @@ def test_three_guesses(named, pictures):
     assert [row["image"] for row in rows] == list_pictures(str(pictures))
     [broken] = [row for row in rows if row["error"]]
     assert broken["image"].endswith("0 broken.jpg") and set(list(broken.values())[4:]) == {""}
-    for row in rows:
-        if row["error"]:
-            continue
+    for row in (row for row in rows if row is not broken):
         order = sorted(LABELS, key=lambda label: -float(row[label]))
         assert [row["prediction"], row["top2"], row["top3"]] == order[:3]
         given = [row["probability"], row["top2_probability"], row["top3_probability"]]
@@ -162,7 +160,6 @@ MISTAKES = {  # flags -> what is said
     "{pictures} --min_probability 1.5": "--min_probability: found 1.5; expected a number from 0 to 1",
     "{pictures} --output {old} --resume": "--resume: found the columns image,prediction in {old}; expected image,",
     "{pictures} --output {old}/new.csv": "--output {old}/new.csv: {old} is not a folder that exists",
-    "{pictures} --output no/such/folder/new.csv": "--output no/such/folder/new.csv: no/such/folder is not a folder",
     "{pictures} --output {folder}": "--output {folder}: found a folder {folder}; expected the name of a file",
     "{pictures} --output {folder}.csv --html": "--output {folder}.csv: found a folder {folder}.html; expected",
     "{pictures} --output {folder}/": "--output {folder}/: found a folder",

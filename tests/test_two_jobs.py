@@ -16,8 +16,6 @@ from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
 from tests.helpers.pictures import PNG, command, held, make_tree, run, train
 
-SECOND = "import sys; sys.path.insert(0, '.'); from animals.command import run\n"
-
 
 def started(words):
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -44,7 +42,6 @@ def test_a_cache_that_another_command_has_rebuilt_is_not_read(tree, split, tmp_p
 
 
 def test_a_cache_of_other_words_or_of_another_day_is_not_read(tree):
-    summary = data.prepare(tree)["train"]
     data.prepare(replace(tree, prompt="Which one? {labels}"))
     with pytest.raises(UserError, match="found the question 'Which one.*expected 'What animal"):
         load_split(tree, "train")
@@ -62,12 +59,12 @@ def test_a_cache_of_other_words_or_of_another_day_is_not_read(tree):
 def test_a_run_whose_cache_is_rebuilt_after_its_check_stops(script, name, tree, demo, tmp_path):
     """The real commands: the second one builds its cache between the first one's check and its reading."""
     data.prepare(tree)
-    pause = f"import {script} as it; real = it.{name}\n"
+    pause = f"import {script} as it; from animals.command import run; real = it.{name}\n"
     pause += f"it.{name} = lambda *a: (real(*a), print('checked', flush=True), input())[0]\nrun(it.main)"
     flags = f"--use_cpu --model_name_or_path {demo.checkpoint} --logging_dir {tmp_path}/logs"
     flags += f" --output_dir {tmp_path}/out --train_parts projector --dry_run" if script == "train" else ""
     words = command(tree, *flags.split())[2:]
-    first = started([sys.executable, "-c", SECOND + pause, *words])
+    first = started([sys.executable, "-c", pause, *words])
     assert "checked\n" in iter(first.stdout.readline, "")
     pets = other_pictures(tree, tmp_path)
     second = run(command(pets))
@@ -96,7 +93,7 @@ def test_what_moves_pictures_waits_for_a_check_of_another_temp_dir(second, tree,
     stop = "from animals.pictures import inspection as it, prepare; from config import Config\nreal = it.inspect_all\n"
     stop += "it.inspect_all = lambda *a: (print('decoding', flush=True), input(), real(*a))[2]\n"
     stop += f"print(prepare.prepare(Config({tree.input_dir!r}, {tree.temp_dir!r}, allow_leaks=True))['train']['n'])"
-    first = started([sys.executable, "-c", SECOND + stop])
+    first = started([sys.executable, "-c", stop])
     assert "decoding\n" in iter(first.stdout.readline, "")
     elsewhere = command(replace(tree, temp_dir=str(tmp_path / "temp2")))
     words = {"cut": cut_of(tree, tmp_path / "temp2"), "undo": [*elsewhere, "--undo_split"]}

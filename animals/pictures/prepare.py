@@ -136,17 +136,13 @@ def class_problems(config: Config, root: str) -> list[str]:
                 continue
             known.append(folder)
             if next(walk(path, strays), None) is None:
-                problems.append(
-                    f"{path}: found no picture ({counted(strays) or 'empty'}); expected at least one file "
-                    f"{', '.join(EXTENSIONS)}; add pictures or remove the folder"
-                )
+                found = f"found no picture ({counted(strays) or 'empty'}); expected at least one file"
+                problems.append(f"{path}: {found} {', '.join(EXTENSIONS)}; add pictures or remove the folder")
     except OSError as error:
         return [*problems, cannot_list(error, root)]
     if len(known) < 2 and known == subfolders(root):
-        problems.append(
-            f"{root}: found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
-            "; put the pictures there, one folder per class"
-        )
+        found = f"found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
+        problems.append(f"{root}: {found}; put the pictures there, one folder per class")
     return problems
 
 
@@ -178,10 +174,9 @@ def split_problems(config: Config, split: str, summary: dict) -> list[str]:
     way = f"add pictures or remove the folder ({excluded} lists what was excluded)"
     problems = [f"{root}/{folder}: found no usable picture; expected at least one; {way}" for folder in folders]
     if lost > config.max_excluded * (summary["n"] + lost):
-        problems.append(
-            f"{root}: found {lost:,} of {summary['n'] + lost:,} pictures unusable ({counted(summary['excluded'])}); "
-            f"expected at most {config.max_excluded:.1%}; mend or remove those in {excluded}, or raise --max_excluded"
-        )
+        found = f"found {lost:,} of {summary['n'] + lost:,} pictures unusable ({counted(summary['excluded'])})"
+        way = f"mend or remove those in {excluded}, or raise --max_excluded"
+        problems.append(f"{root}: {found}; expected at most {config.max_excluded:.1%}; {way}")
     return problems
 
 
