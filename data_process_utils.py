@@ -74,9 +74,8 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         held_out, splits = split_folder(config, "validation"), ["train"]
         if os.path.isdir(held_out) and list_pictures(held_out):
             if not add:
-                raise UserError(
-                    f"{held_out}: found pictures; expected none; add more: --add_to_validation, or undo: --undo_split"
-                )
+                ways = "add more: --add_to_validation, or undo: --undo_split"
+                raise UserError(f"{held_out}: found pictures; expected none; {ways}")
             splits.append("validation")
         Findings(folder_problems(config, ["train"])).report()
         summary = refresh(config, splits, read_geometry(model_path))["train"]["summary"]
@@ -84,12 +83,10 @@ def cut(config: Config, fraction: float, seed: int, add: bool, model_path: str) 
         rows = list(rows_to_choose_from(config, splits))
         chosen = choose(rows, fraction, seed)
         if undivided := describe_undivided(rows, chosen):
-            raise UserError(
-                f"{split_folder(config, 'train')}: found classes that cannot be divided: {undivided}; expected of each "
-                "class a picture that is held out and one that stays, and near-duplicates on one side; add pictures of "
-                "other scenes, lower --near_duplicate_distance, change --validation_fraction, or remove the class; "
-                "nothing was moved"
-            )
+            found = f"{split_folder(config, 'train')}: found classes that cannot be divided: {undivided}"
+            expected = "of each class a picture that is held out and one that stays, near-duplicates on one side"
+            ways = "lower --near_duplicate_distance, change --validation_fraction, or remove the class"
+            raise UserError(f"{found}; nothing was moved; expected {expected}; add pictures of other scenes, {ways}")
         before, moved = summary["folders"], Counter(path.split("/")[0] for path in chosen)
         said = f"{len(chosen):,} of {sum(before.values()):,} pictures moved to {held_out}"
         pairs = [(f"train_data/{name}", f"validation_data/{name}") for name in chosen]

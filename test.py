@@ -68,7 +68,7 @@ def require_output(output, page):
     for path in filter(None, (output, page)):
         if os.path.isdir(path):
             raise UserError(f"--output {output}: found a folder {path}; expected the name of a file; name another")
-    if not os.path.basename(output) or output == page:
+    if output == page:
         raise UserError(f"--output {output}: found no name for a CSV; expected one such as predictions.csv")
 
 
@@ -77,17 +77,9 @@ def make_row(labels, args, checkpoint, picture, mass, probability, error):
     if error:
         return [as_written(picture), "", "", error] + [""] * (len(GUESSES) + 2 + len(labels))
     (name, best), *others = sorted(zip(labels, probability, strict=True), key=lambda pair: -pair[1])
+    prediction = name if best >= args.min_probability and mass >= args.min_labels_mass else "unsure"
     guesses = [cell for pair in [*others, ("", ""), ("", "")][:2] for cell in pair]  # there may be one label only
-    return [
-        as_written(picture),
-        name if best >= args.min_probability and mass >= args.min_labels_mass else "unsure",
-        best,
-        "",
-        *guesses,
-        mass,
-        checkpoint,
-        *probability,
-    ]
+    return [as_written(picture), prediction, best, "", *guesses, mass, checkpoint, *probability]
 
 
 def read_finished(path, header, labels, checkpoint):
@@ -96,21 +88,19 @@ def read_finished(path, header, labels, checkpoint):
     Raises UserError if the columns or the checkpoint are others: one CSV holds the answers of one model.
     """
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        lines = csv.reader(io.StringIO(file.read().rpartition("\n")[0], newline=""))
     first, *rows = [[from_cell(cell) for cell in row] for row in lines] or [header]
     if first != header:
         found = f"found the columns {','.join(first)} in {path}; expected {','.join(header)}"
         raise UserError(f"--resume: {found}; remove it, or name another --output")
     rows = [row for row in rows if len(row) == len(header)]
     if others := {row[header.index("checkpoint")] for row in rows} - {checkpoint, ""}:
-        raise UserError(
-            f"--resume: found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))}); "
-            f"expected {checkpoint}; name the same --model_name_or_path, or leave --resume away and begin again"
-        )
-    numbers = [[float(cell or "nan") for cell in row[-len(labels) :]] for row in rows]
-    masses = [float(row[header.index("labels_mass")] or "nan") for row in rows]
-    return [(row[0], mass, p, row[3]) for row, mass, p in zip(rows, masses, numbers, strict=True)]
+        found = f"found answers of another checkpoint, dtype or prompt in {path} ({', '.join(sorted(others))})"
+        way = "name the same --model_name_or_path, or leave --resume away and begin again"
+        raise UserError(f"--resume: {found}; expected {checkpoint}; {way}")
+    start = header.index("labels_mass")  # then the checkpoint, then the probabilities
+    numbers = [[float(cell or "nan") for cell in (row[start], *row[-len(labels) :])] for row in rows]
+    return [(row[0], mass, p, row[3]) for row, (mass, *p) in zip(rows, numbers, strict=True)]
 
 
 def name_pictures(args, config, pictures):
@@ -148,11 +138,10 @@ def main():
     header = ["image", "prediction", "probability", "error", *GUESSES, "labels_mass", "checkpoint", *config.labels]
     args.use_cpu, args.dtype = choose_arithmetic(args.use_cpu, args.dtype)
     checkpoint = checkpoint_id(model, args.dtype, config)
-    finished = []
-    if args.resume and os.path.exists(output):
-        finished = read_finished(output, header, config.labels, checkpoint)
-        print(f"going on: {output} has {len({row[0] for row in finished})} pictures already", file=sys.stderr)
-    known = {row[0] for row in finished}
+    again = args.resume and os.path.exists(output)
+    finished = read_finished(output, header, config.labels, checkpoint) if again else []
+    if known := {row[0] for row in finished}:
+        print(f"going on: {output} has {len(known)} pictures already", file=sys.stderr)
     asked = [picture for picture in pictures if as_written(picture) not in known]
 
     unreadable, low, batches = 0, 0, name_pictures(args, config, asked) if asked else ()
@@ -166,21 +155,14 @@ def main():
             low += sum(mass < LOW_MASS for _, mass, *_ in batch)  # NaN is not
     print(f"{len(asked)} pictures, {unreadable} unreadable (column error); wrote {output}", file=sys.stderr)
     if low:
-        print(
-            f"{low} of them have a labels_mass below {LOW_MASS}: the model would rather answer something else; "
-            f"--min_labels_mass {LOW_MASS} names them unsure",
-            file=sys.stderr,
-        )
+        found = f"{low} of them have a labels_mass below {LOW_MASS}: the model would rather answer something else"
+        print(f"{found}; --min_labels_mass {LOW_MASS} names them unsure", file=sys.stderr)
     if page:
         paths = {as_written(picture): picture for picture in pictures}  # links lead to the real names
         rows = [row | {"image": paths.get(row["image"], row["image"])} for row in read_csv(output)[1]]
-        folder = os.path.dirname(output) or "."
+        about = model, os.path.dirname(output) or ".", config.language, args.min_probability, args.min_labels_mass
         with replacing(page, errors="backslashreplace") as file:
-            file.write(
-                contact_sheet(
-                    rows, config.labels, model, folder, config.language, args.min_probability, args.min_labels_mass
-                )
-            )
+            file.write(contact_sheet(rows, config.labels, *about))
         print(f"contact sheet in {page}", file=sys.stderr)
 
 

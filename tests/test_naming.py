@@ -50,9 +50,7 @@ def test_three_guesses(named, pictures):
     assert [row["image"] for row in rows] == list_pictures(str(pictures))
     [broken] = [row for row in rows if row["error"]]
     assert broken["image"].endswith("0 broken.jpg") and set(list(broken.values())[4:]) == {""}
-    for row in rows:
-        if row["error"]:
-            continue
+    for row in (row for row in rows if row is not broken):
         order = sorted(LABELS, key=lambda label: -float(row[label]))
         assert [row["prediction"], row["top2"], row["top3"]] == order[:3]
         given = [row["probability"], row["top2_probability"], row["top3_probability"]]
@@ -162,7 +160,6 @@ MISTAKES = {  # flags -> what is said
     "{pictures} --min_probability 1.5": "--min_probability: found 1.5; expected a number from 0 to 1",
     "{pictures} --output {old} --resume": "--resume: found the columns image,prediction in {old}; expected image,",
     "{pictures} --output {old}/new.csv": "--output {old}/new.csv: {old} is not a folder that exists",
-    "{pictures} --output no/such/folder/new.csv": "--output no/such/folder/new.csv: no/such/folder is not a folder",
     "{pictures} --output {folder}": "--output {folder}: found a folder {folder}; expected the name of a file",
     "{pictures} --output {folder}.csv --html": "--output {folder}.csv: found a folder {folder}.html; expected",
     "{pictures} --output {folder}/": "--output {folder}/: found a folder",
@@ -177,17 +174,11 @@ MISTAKES = {  # flags -> what is said
 def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     old = tmp_path / "old.csv"
     old.write_text("image,prediction\na.jpg,cat\n")
-    places = {
-        "old": old,
-        "pictures": pictures,
-        "folder": tmp_path / "folder",
-        "text": tmp_path / "text",
-        "here": os.getcwd(),
-    }
     for name in ("folder", "folder.html", "text"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "notes.txt").write_text("x")
-    flags, message = flags.format(**places), message.format(**places)
+    places = {"old": old, "pictures": pictures, "folder": tmp_path / "folder", "text": tmp_path / "text"}
+    flags, message = (text.format(here=os.getcwd(), **places) for text in (flags, message))
     done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
     assert (done.code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(f"error: {message}")

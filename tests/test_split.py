@@ -176,7 +176,6 @@ def test_pictures_of_the_users_own_in_validation_stay(tree):
     own.mkdir(parents=True)
     drawn(9999).save(own / "mine.jpg")
     before = fingerprint(tree)
-    refused(tree, "--validation_fraction", "0.2")
     cut(tree, "--add_to_validation")
     undo(tree)
     assert fingerprint(tree) == before

@@ -16,7 +16,9 @@ from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
 from tests.helpers.pictures import PNG, command, held, make_tree, run, train
 
-SECOND = "import sys; sys.path.insert(0, '.'); from animals.command import run\n"
+
+def started(words):
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def other_pictures(tree, tmp_path):
@@ -40,7 +42,6 @@ def test_a_cache_that_another_command_has_rebuilt_is_not_read(tree, split, tmp_p
 
 
 def test_a_cache_of_other_words_or_of_another_day_is_not_read(tree):
-    summary = data.prepare(tree)["train"]
     data.prepare(replace(tree, prompt="Which one? {labels}"))
     with pytest.raises(UserError, match="found the question 'Which one.*expected 'What animal"):
         load_split(tree, "train")
@@ -58,15 +59,12 @@ def test_a_cache_of_other_words_or_of_another_day_is_not_read(tree):
 def test_a_run_whose_cache_is_rebuilt_after_its_check_stops(script, name, tree, demo, tmp_path):
     """The real commands: the second one builds its cache between the first one's check and its reading."""
     data.prepare(tree)
-    pause = f"import {script} as it; real = it.{name}\n"
+    pause = f"import {script} as it; from animals.command import run; real = it.{name}\n"
     pause += f"it.{name} = lambda *a: (real(*a), print('checked', flush=True), input())[0]\nrun(it.main)"
-    words = [*command(tree, "--model_name_or_path", str(demo.checkpoint))[2:], "--logging_dir", f"{tmp_path}/logs"]
-    flags = {"train": f"--output_dir {tmp_path}/out --train_parts projector --dry_run", "validation": ""}
-    words += [*flags[script].split(), "--use_cpu"]
-    first = subprocess.Popen(
-        [sys.executable, "-c", SECOND + pause, *words],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    flags = f"--use_cpu --model_name_or_path {demo.checkpoint} --logging_dir {tmp_path}/logs"
+    flags += f" --output_dir {tmp_path}/out --train_parts projector --dry_run" if script == "train" else ""
+    words = command(tree, *flags.split())[2:]
+    first = started([sys.executable, "-c", pause, *words])
     assert "checked\n" in iter(first.stdout.readline, "")
     pets = other_pictures(tree, tmp_path)
     second = run(command(pets))
@@ -75,10 +73,6 @@ def test_a_run_whose_cache_is_rebuilt_after_its_check_stops(script, name, tree, 
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
     assert first.returncode == 2 and pets.input_dir in line and "--temp_dir of its own" in line, said
     assert "Traceback" not in said
-
-
-def started(words):
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(process, text):
@@ -96,12 +90,10 @@ def test_what_moves_pictures_waits_for_a_check_of_another_temp_dir(second, tree,
     shutil.rmtree(held(tree))
     assert run(cut_of(tree, tmp_path / "temp2")).returncode == 0
     (tmp_path / "list.csv").write_text(f"image\n{next(train(tree, 'cat').iterdir())}\n")
-    stop = (
-        "from animals.pictures import inspection, prepare; from config import Config\nreal = inspection.inspect_all\n"
-    )
-    stop += "inspection.inspect_all = lambda *a: (print('decoding', flush=True), input(), real(*a))[2]\n"
+    stop = "from animals.pictures import inspection as it, prepare; from config import Config\nreal = it.inspect_all\n"
+    stop += "it.inspect_all = lambda *a: (print('decoding', flush=True), input(), real(*a))[2]\n"
     stop += f"print(prepare.prepare(Config({tree.input_dir!r}, {tree.temp_dir!r}, allow_leaks=True))['train']['n'])"
-    first = started([sys.executable, "-c", SECOND + stop])
+    first = started([sys.executable, "-c", stop])
     assert "decoding\n" in iter(first.stdout.readline, "")
     elsewhere = command(replace(tree, temp_dir=str(tmp_path / "temp2")))
     words = {"cut": cut_of(tree, tmp_path / "temp2"), "undo": [*elsewhere, "--undo_split"]}

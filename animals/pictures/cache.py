@@ -42,7 +42,7 @@ def temp_path(config: Config, name: str) -> Path:
 
 @contextmanager
 def csv_file(config: Config, name: str, columns: list[str]):
-    """A function that writes rows to a CSV of temp_dir."""
+    """Yields a function that writes rows to a CSV of temp_dir."""
     with replacing(temp_path(config, name), newline="") as file:
         write_csv_rows(file, [columns])
         yield functools.partial(write_csv_rows, file)
@@ -53,7 +53,7 @@ def lock(config: Config, moving: bool = False):
     """with lock(config): no other process uses temp_dir meanwhile, and none moves pictures of input_dir.
 
     moving: this process moves pictures; then no other one builds or reads a cache of input_dir, whatever its temp_dir.
-    The lock of input_dir comes first, always, so that no two processes wait for each other. May be nested, but not with
+    The lock of input_dir comes first, so that no two processes wait for each other. May be nested, but not with
     `moving`. Raises UserError if input_dir cannot be listed, or temp_dir (with `moving` also input_dir) not written to.
     """
     from filelock import FileLock, Timeout
@@ -156,17 +156,16 @@ def checked_entry(config: Config, split: str, summary: dict | None = None) -> di
     entry, path = read_cache(config).get(split), temp_path(config, f"{split}.json")
     if not entry or entry["json"] != size_and_time(path):
         raise UserError(f"{path}: found no complete cache of {split}; expected one; run python data_process_utils.py")
-    there, own = entry["settings"], row_settings(config, split, entry["settings"]["geometry"])
-    found = next(([f"the {k} {v!r}", f"{own[k]!r}"] for k, v in there.items() if v != own[k]), None)
-    if not found and entry["stamp"] != listing(config, split)[2]:
-        found = "other files", f"those of today in {own['pictures']}"
-    if not found and summary and entry["json"] != summary["json"]:
-        found = "a cache that was built after this command's check", "the one that was checked"
-    if found:
-        raise UserError(
-            f"{path}: found {found[0]}; expected {found[1]}; another command has the same --temp_dir, or pictures were "
-            "changed meanwhile: give each --input_dir a --temp_dir of its own, and start again"
-        )
+    own = row_settings(config, split, entry["settings"]["geometry"])
+    wrong = [f"the {k} {v!r}; expected {own[k]!r}" for k, v in entry["settings"].items() if v != own[k]]
+    if entry["stamp"] != listing(config, split)[2]:
+        wrong.append(f"other files; expected those of today in {own['pictures']}")
+    if summary and entry["json"] != summary["json"]:
+        wrong.append("a cache that was built after this command's check; expected the one that was checked")
+    if wrong:
+        why = "another command has the same --temp_dir, or pictures were changed meanwhile"
+        how = "give each --input_dir a --temp_dir of its own, and start again"
+        raise UserError(f"{path}: found {wrong[0]}; {why}: {how}")
     return entry
 
 

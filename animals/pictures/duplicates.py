@@ -214,11 +214,9 @@ def identical_problems(config: Config, duplicates: dict, splits) -> list[str]:
     if any(pair["split"] == pair["other_split"] == "validation" for pair in same):
         command += " --held_out_too"
     said = "; ".join(f"{n:,} same pixels, {problem}" for problem, n in Counter(p["problem"] for p in same).items())
-    return [
-        f"{config.input_dir}: found identical pictures ({said}), e.g. {same[0]['image']} = {same[0]['other_image']}; "
-        f"expected none, because they make the accuracy a wrong number; take one of each pair away ({command}), or go "
-        "on with --allow_leaks"
-    ]
+    found = f"identical pictures ({said}), e.g. {same[0]['image']} = {same[0]['other_image']}"
+    how = f"take one of each pair away ({command}), or go on with --allow_leaks"
+    return [f"{config.input_dir}: found {found}; expected none, because they make the accuracy a wrong number; {how}"]
 
 
 def describe_duplicates(config: Config, duplicates: dict) -> list[str]:
@@ -234,8 +232,6 @@ def describe_duplicates(config: Config, duplicates: dict) -> list[str]:
             labels = f" ({pair['label']}, {pair['other_label']})" if pair["label"] != pair["other_label"] else ""
             lines.append(f"    {pair['image']} ~ {pair['other_image']}{labels}, {pair['distance']} of 64 bits differ")
     if not duplicates["compared"]:
-        lines.append(
-            f"warning: near-duplicates were not searched: more than {config.near_duplicate_limit:,} pictures, and the "
-            "time grows with the square of their number; ask for it with --near_duplicate_limit"
-        )
+        why = f"more than {config.near_duplicate_limit:,} pictures, and the time grows with the square of their number"
+        lines.append(f"warning: near-duplicates were not searched: {why}; ask for it with --near_duplicate_limit")
     return lines

@@ -42,11 +42,11 @@ def require_finished(input_dir: str) -> None:
     """Before a new step: finish what was interrupted; raise UserError then, because today's arguments are not used."""
     findings = Findings()
     for kind in interrupted(input_dir):
-        said, (_, _, back) = finish(input_dir, kind), commands(input_dir, kind)
-        findings.append(
-            f"{manifest(input_dir, kind)}: found a {kind} that was interrupted; finished it ({said}); expected none, "
-            f"so today's arguments were not used; give the command again, or take that back: {back}"
+        done = (
+            f"{manifest(input_dir, kind)}: found a {kind} that was interrupted; finished it ({finish(input_dir, kind)})"
         )
+        way = f"give the command again, or take that back: {commands(input_dir, kind)[2]}"
+        findings.append(f"{done}; expected none, so today's arguments were not used; {way}")
     findings.report()
 
 
@@ -59,35 +59,27 @@ def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) 
     linked = [name for name, _ in moves if any((root / p).is_symlink() for p in (name, *Path(name).parents[:-1]))]
     taken = [root / target for _, target in moves if os.path.lexists(root / target)]
     if linked:
-        raise UserError(
-            f"{root / linked[0]}: found {len(linked):,} pictures behind symbolic links; expected files; put them there"
-        )
+        found = f"found {len(linked):,} pictures behind symbolic links; expected files; put them there"
+        raise UserError(f"{root / linked[0]}: {found}")
     if taken:
-        raise UserError(
-            f"{taken[0]}: found {len(taken):,} files with names that pictures would be moved to; expected none; rename "
-            "or remove them"
-        )
+        found = f"found {len(taken):,} files with names that pictures would be moved to; expected none"
+        raise UserError(f"{taken[0]}: {found}; rename or remove them")
     require_places(root, moves)
-    created = set()
-    for folder in {Path(target).parent for _, target in moves}:
-        while not (root / folder).is_dir():
-            created.add(str(folder))
-            folder = folder.parent
-        for source in {source.split("/")[0] for source, _ in moves}:
-            if (root / folder).stat().st_dev != (root / source).stat().st_dev:
-                raise UserError(
-                    f"{root / folder}: found another file system than that of {root / source}; expected the same one, "
-                    "because files are moved by renaming; put both on one disk"
-                )
-    step = {**about, "created": sorted(created), "moves": moves}
+    folders = {str(folder) for _, target in moves for folder in Path(target).parents}
+    created = sorted(folder for folder in folders if not (root / folder).is_dir())
+    step = {**about, "created": created, "moves": moves}
     write(input_dir, kind, False, [*read_moves(input_dir, kind)["steps"], step])
     finish(input_dir, kind)
 
 
 def require_places(root: Path, moves) -> None:
-    """Raises UserError unless files can be made in all folders of `moves`, a list of (source, target)."""
-    for folder in sorted({nearest_existing((root / name).parent) for pair in moves for name in pair}):
-        require_writable("--input_dir", folder)
+    """Raises UserError unless files can be made in all folders of `moves` [(source, target)], all on one disk."""
+    places = sorted({nearest_existing((root / name).parent) for pair in moves for name in pair})
+    for place in places:
+        require_writable("--input_dir", place)
+        if place.stat().st_dev != places[0].stat().st_dev:
+            found = f"another file system than that of {places[0]}; expected the same one, because files are renamed"
+            raise UserError(f"{place}: found {found}; put both on one disk")
 
 
 def finish(input_dir: str, kind: str) -> str:
@@ -113,11 +105,9 @@ def undo(input_dir: str, kind: str) -> list[str]:
     (other,) = MOVES.keys() - {kind}  # which may have moved them on, e.g. a held-out picture to quarantine
     away = {source for later in read_moves(input_dir, other)["steps"] for source, _ in later["moves"]}
     if gone := [target for _, target in step["moves"] if target in away]:
-        _, _, back = commands(input_dir, other)
-        raise UserError(
-            f"{path}: found {len(gone):,} pictures that a later {other} has moved on, e.g. {gone[0]}; expected them "
-            f"where the {kind} has put them; put them back first: {back}"
-        )
+        found = f"found {len(gone):,} pictures that a later {other} has moved on, e.g. {gone[0]}"
+        back = f"put them back first: {commands(input_dir, other)[2]}"
+        raise UserError(f"{path}: {found}; expected them where the {kind} has put them; {back}")
     require_places(root, step["moves"])
     moves = [(root / source, root / target) for source, target in step["moves"]]
     for source, target in moves:

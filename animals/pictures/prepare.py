@@ -56,12 +56,10 @@ def prepare(config: Config, splits=SPLITS, model_path: str = "model") -> dict[st
 
     Findings(folder_problems(config, splits)).report()
     with lock(config):
-        Findings(
-            folder_problems(config, splits)
-        ).report()  # again: a command that moves pictures may have ended just now
+        Findings(folder_problems(config, splits)).report()  # again: meanwhile pictures may have been moved
         entries = refresh(config, splits, read_geometry(model_path))
-        parts = {split: entries[split] for split in splits}
-        summaries = {k: e["summary"] | {"json": e["json"], "built": "built" in e} for k, e in parts.items()}
+        facts = {split: {"json": entries[split]["json"], "built": "built" in entries[split]} for split in splits}
+        summaries = {split: entries[split]["summary"] | facts[split] for split in splits}
         problems = [line for split in splits for line in split_problems(config, split, summaries[split])]
         if not problems:
             found = duplicates.read_duplicates(config, entries) or duplicates.search_duplicates(config, entries)
@@ -138,17 +136,13 @@ def class_problems(config: Config, root: str) -> list[str]:
                 continue
             known.append(folder)
             if next(walk(path, strays), None) is None:
-                problems.append(
-                    f"{path}: found no picture ({counted(strays) or 'empty'}); expected at least one file "
-                    f"{', '.join(EXTENSIONS)}; add pictures or remove the folder"
-                )
+                found = f"found no picture ({counted(strays) or 'empty'}); expected at least one file"
+                problems.append(f"{path}: {found} {', '.join(EXTENSIONS)}; add pictures or remove the folder")
     except OSError as error:
         return [*problems, cannot_list(error, root)]
     if len(known) < 2 and known == subfolders(root):
-        problems.append(
-            f"{root}: found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
-            "; put the pictures there, one folder per class"
-        )
+        found = f"found {len(known)} class folders ({', '.join(known) or 'none'}); expected at least two of {table}"
+        problems.append(f"{root}: {found}; put the pictures there, one folder per class")
     return problems
 
 
@@ -157,45 +151,32 @@ def unknown_class(config: Config, root: str, folder: str) -> str:
     path, table = os.path.join(root, folder), config.folder_to_label
     if printable(folder) != folder:
         return f"{root}: found a class folder {folder!r}; expected a name without control characters; rename it"
-    inside, names = subfolders(path), {unicodedata.normalize("NFC", name): name for name in table}
+    inside = subfolders(path)
     if table.keys() & {*inside}:
-        return (
-            f"{path}: found the class folders {', '.join(map(printable, inside[:4]))} in it; expected them in {root} "
-            "itself; move them there, and remove the empty folder"
-        )
-    if name := names.get(unicodedata.normalize("NFC", folder)):
-        right = shlex.quote(os.path.join(root, name))
-        return (
-            f"{path}: found a class folder whose name has other bytes for the same letters than in the label table (a "
-            f"Mac takes accents apart: Unicode NFD and NFC); expected the same ones; mv {shlex.quote(path)} {right}"
-        )
+        names = ", ".join(map(printable, inside[:4]))
+        return f"{path}: found the class folders {names} in it; expected them in {root}; move them there"
+    for name in table:
+        if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", folder):
+            why = "a Mac takes accents apart: Unicode NFD and NFC"
+            found = f"other bytes for the same letters than in the label table ({why}); expected the same ones"
+            return f"{path}: found {found}; {shlex.join(['mv', path, os.path.join(root, name)])}"
+    found, way = "a class folder that is not in the label table", "add it to FOLDER_TO_LABEL in config.py"
     if root == split_folder(config, "validation") and all(name == label for name, label in table.items()):
-        there = os.path.join(split_folder(config, "train"), folder)
-        return (
-            f"{path}: found a class that training does not have; expected one of {', '.join(table)}; rename it, move "
-            f"it away, or put pictures of it in {there} too"
-        )
-    return (
-        f"{path}: a class folder that is not in the label table; expected one of {', '.join(table)}; rename it, move "
-        "it away, or add it to FOLDER_TO_LABEL in config.py"
-    )
+        found, there = "a class that training does not have", os.path.join(split_folder(config, "train"), folder)
+        way = f"put pictures of it in {there} too"
+    return f"{path}: found {found}; expected one of {', '.join(table)}; rename it, move it away, or {way}"
 
 
 def split_problems(config: Config, split: str, summary: dict) -> list[str]:
     """What the check found that training must not start with."""
     root, excluded = split_folder(config, split), temp_path(config, "excluded.csv")
-    lost = sum(summary["excluded"].values())
-    problems = [
-        f"{os.path.join(root, folder)}: found no usable picture; expected at least one; add pictures or remove the "
-        f"folder ({excluded} lists what was excluded)"
-        for folder, n in summary["folders"].items()
-        if n == 0
-    ]
+    lost, folders = sum(summary["excluded"].values()), [folder for folder, n in summary["folders"].items() if n == 0]
+    way = f"add pictures or remove the folder ({excluded} lists what was excluded)"
+    problems = [f"{root}/{folder}: found no usable picture; expected at least one; {way}" for folder in folders]
     if lost > config.max_excluded * (summary["n"] + lost):
-        problems.append(
-            f"{root}: found {lost:,} of {summary['n'] + lost:,} pictures unusable ({counted(summary['excluded'])}); "
-            f"expected at most {config.max_excluded:.1%}; mend or remove those in {excluded}, or raise --max_excluded"
-        )
+        found = f"found {lost:,} of {summary['n'] + lost:,} pictures unusable ({counted(summary['excluded'])})"
+        way = f"mend or remove those in {excluded}, or raise --max_excluded"
+        problems.append(f"{root}: {found}; expected at most {config.max_excluded:.1%}; {way}")
     return problems
 
 

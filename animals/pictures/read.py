@@ -39,7 +39,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # no other deco
 ENOUGH = 1008  # pixels per side: 3 x 336, the longest side of the largest grid of tiles
 RAW = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2")  # their content is TIFF with a tiny preview
 UNREAD = (*RAW, ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl", ".psd", ".svg")  # pictures all the same
-SIGNS = (  # how a picture begins -> its format, or why it is excluded
+TO_JPEG = "is not read: convert it to JPEG"
+SIGNS = (  # how a file begins -> its format, or why it is excluded
     (rb"\xff\xd8\xff", "JPEG"),
     (rb"\x89PNG\r\n\x1a\n", "PNG"),
     (rb"RIFF....WEBP", "WEBP"),
@@ -47,20 +48,19 @@ SIGNS = (  # how a picture begins -> its format, or why it is excluded
     (rb"BM....\0\0\0\0", "BMP"),
     (rb"GIF8[79]a", "GIF"),
     (rb"II\*\0|MM\0\*", "TIFF"),
-    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC is not read"),
-    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000 is not read"),
-    (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL is not read"),
-    (rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|IIU\0", "raw is not read"),
-    (rb"8BPS", "Photoshop is not read"),
-    (rb"\s*(<\?xml.*)?<svg", "SVG is not read"),
-)
-OTHERS = (  # how a file begins that is no picture -> what it is
-    (rb"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
-    (rb"\s*<(!doctype|html|head)", "a web page; fetch the picture again"),
-    (rb"%PDF|%!PS", "a PDF or PostScript document"),
-    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive; unpack it"),
-    (rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", "a video"),
-    (rb"\0{32}", "zeros; fetch the picture again"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", f"HEIC {TO_JPEG}"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", f"JPEG 2000 {TO_JPEG}"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", f"JPEG XL {TO_JPEG}"),
+    (rb"....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|IIU\0", f"raw {TO_JPEG}"),
+    (rb"8BPS", f"Photoshop {TO_JPEG}"),
+    (rb"\s*(<\?xml.*)?<svg", f"SVG {TO_JPEG}"),
+    (rb"version https://git-lfs", "not a picture: a Git LFS pointer; `git lfs pull` fetches the picture"),
+    (rb"\s*<(!doctype|html|head)", "not a picture: a web page; fetch the picture again"),
+    (rb"%PDF|%!PS", "not a picture: a PDF or PostScript document"),
+    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "not a picture: an archive; unpack it"),
+    (rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", "not a picture: a video"),
+    (rb"\0{32}", "not a picture: zeros; fetch the picture again"),
+    (rb"", "not a picture"),
 )
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a JPEG; not what stands for a byte 255, not a restart
 SPARE = 16  # bytes that libjpeg may read ahead at the end of a JPEG's data
@@ -100,7 +100,9 @@ def read_picture(path, enough=None) -> tuple[Image.Image, bytes]:
     except FileNotFoundError:
         raise PictureError("broken link" if os.path.islink(path) else "missing") from None
     except UnidentifiedImageError:
-        raise PictureError(what_else(content[:1024])) from None
+        found = begins_as(content[:1024])
+        rare = f"cannot be opened: it begins as {found}, but is damaged or of a rare kind; save it anew as 8-bit RGB"
+        raise PictureError(rare if found in FORMATS else found) from None
     except Image.DecompressionBombError:
         raise PictureError(f"too many pixels: more than {MAX_PIXELS:,}") from None
     except OSError as error:
@@ -121,24 +123,14 @@ def read_file(path) -> bytes:
     if status.st_size > MAX_BYTES:
         raise PictureError(f"too many bytes: {status.st_size:,}, at most {MAX_BYTES:,}")
     if os.path.splitext(path)[1].lower() in RAW:
-        raise PictureError("raw is not read: convert it to JPEG")
+        raise PictureError(f"raw {TO_JPEG}")
     with open(path, "rb") as file:
         return file.read()
 
 
-def begins_as(head: bytes, signs=SIGNS) -> str:
-    """What a file is by its first bytes; "" if no sign fits."""
-    return next((name for sign, name in signs if re.match(sign, head, re.DOTALL | re.IGNORECASE)), "")
-
-
-def what_else(head: bytes) -> str:
-    """The reason for a file that Pillow does not know, from its first bytes."""
-    if (known := begins_as(head)) in FORMATS:
-        return f"cannot be opened: it begins as {known}, but is damaged or of a rare kind; save it anew as 8-bit RGB"
-    if known:
-        return f"{known}: convert it to JPEG"
-    other = begins_as(head, OTHERS)
-    return f"not a picture: {other}" if other else "not a picture"
+def begins_as(head: bytes) -> str:
+    """What SIGNS says of a file with these first bytes."""
+    return next(found for sign, found in SIGNS if re.match(sign, head, re.DOTALL | re.IGNORECASE))
 
 
 def end_of_scan(content: bytes) -> int:
@@ -260,14 +252,13 @@ def walk(folder, strays: Counter):
                 yield entry.path, None
         elif os.path.isdir(entry.path):  # unlike entry.is_dir(), False for a loop of links
             stack += entries(entry.path)
-        elif not extension and (head := first_bytes(entry.path)) and begins_as(head):
+        elif not extension and not begins_as(first_bytes(entry.path)).startswith("not a picture"):
             yield entry.path, entry.stat()
         else:
             strays[(extension if extension.isprintable() else "others") or "no extension"] += 1
 
 
 def first_bytes(path) -> bytes:
-    """Of a file that can be read; else none."""
     with suppress(OSError):
         if os.path.isfile(path):  # reading a pipe would wait without end
             with open(path, "rb") as file:

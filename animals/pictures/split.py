@@ -38,16 +38,12 @@ def describe_undivided(pictures, chosen: list[str]) -> str:
 
     pictures: as choose() takes them.
     """
-    groups, held, moved = defaultdict(Counter), set(), Counter(name.split("/")[0] for name in chosen)
-    for name, _, group, is_held in pictures:
+    groups, stay, leave, chosen = defaultdict(Counter), set(), set(), {*chosen}
+    for name, _, group, held in pictures:
         folder = name.split("/")[0]
-        if is_held:
-            held.add(folder)
-        else:
+        (leave if held or name in chosen else stay).add(folder)
+        if not held:
             groups[folder][group] += 1
-    return ", ".join(
-        f"{folder} (pictures {sizes.total():,}, groups of near-duplicates {len(sizes):,}, the smallest of them "
-        f"{min(sizes.values()):,})"
-        for folder, sizes in groups.items()
-        if moved[folder] == sizes.total() or not moved[folder] and folder not in held
-    )
+    told = "{} (pictures {:,}, groups of near-duplicates {:,}, the smallest of them {:,})".format
+    undivided = ((folder, groups[folder]) for folder in groups if folder not in stay & leave)
+    return ", ".join(told(folder, sizes.total(), len(sizes), min(sizes.values())) for folder, sizes in undivided)
