@@ -1,6 +1,7 @@
 """Shared: the repository root as working directory, running commands, and the demo, run once for all tests."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ def pytest_addoption(parser):
         "--kills", type=int, default=2, help="how often test_survive.py kills a run (tests/helpers/soak.sh: 10)"
     )
     parser.addoption("--reuse-demo", action="store_true", help="use temp/demo as it is instead of running demo/run.sh")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a job in the background: children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

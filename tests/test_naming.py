@@ -180,6 +180,7 @@ def test_mistakes_get_one_line(run, demo, pictures, tmp_path, flags, message):
     places = {"old": old, "pictures": pictures, "folder": tmp_path / "folder", "text": tmp_path / "text"}
     flags, message = (text.format(here=os.getcwd(), **places) for text in (flags, message))
     done = run(f"python test.py --model_name_or_path {demo.checkpoint} --output {tmp_path}/new.csv {flags}")
-    assert (done.code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(f"error: {message}")
+    *said, error = done.output.splitlines()
+    assert done.code == 2 and error.startswith(f"error: {message}")
+    assert all("computing on the CPU" in line for line in said)  # --resume asks in which type
     assert old.read_text() == "image,prediction\na.jpg,cat\n" and not (tmp_path / "new.csv").exists()
