@@ -348,14 +348,6 @@ def test_what_triton_builds_with(monkeypatch, tmp_path):
     assert f"{tmp_path}/Python.h" in preflight.missing_for_triton()
 
 
-def test_attention_that_the_scorer_cannot_use():
-    for good in (None, "sdpa"):
-        preflight.check_attention(SimpleNamespace(attn_implementation=good))
-    for bad in ("eager", "flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
-        with pytest.raises(UserError, match=f"found {bad}; expected sdpa"):
-            preflight.check_attention(SimpleNamespace(attn_implementation=bad))
-
-
 def test_nothing_is_offloaded_from_a_cpu():
     preflight.check_gpus(SimpleNamespace(use_cpu=True, activation_offloading=False))
     with pytest.raises(UserError, match="^--activation_offloading: found it without a GPU"):

@@ -5,7 +5,6 @@ Each is rehearsed for a few steps in processes of its own, without a checkpoint;
 full.
 """
 
-import ctypes
 import json
 import re
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from animals.checkpoint.steps import delete_old_rehearsal, run_name
 from animals.command import UserError
+from animals.ranks import end_with_parent
 
 ZERO3 = "deepspeed_zero3.yaml"
 ON_GPU = "deepspeed_zero3_gpu.yaml"
@@ -65,32 +65,26 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
             )
         best = min(done, key=lambda recipe: recipe["seconds_per_step"])
         print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
-        code = start(flags, f"{best['flags']} --rehearse").wait()
+        code = launch(flags, f"{best['flags']} --rehearse").returncode
     finally:
         delete_old_rehearsal(args.output_dir)
     print(f"\n{command(flags, best['flags'])}", flush=True)
     sys.exit(code)
 
 
-def start(flags, more, **options):
-    """Start the launcher with the flags of train.py and some more, in a process that ends with this one."""
+def launch(flags, more, **options):
+    """Run the launcher with the flags of train.py and some more, in a process that ends with this one."""
     words = [sys.executable, "scripts/launch.py", "train.py", *flags, *shlex.split(more)]
-    die_too = ctypes.CDLL(None).prctl  # Linux: PR_SET_PDEATHSIG
-    return subprocess.Popen(words, preexec_fn=lambda: die_too(1, signal.SIGKILL), **options)
+    return subprocess.run(words, preexec_fn=end_with_parent, **options)
 
 
 def rehearse(flags, more, folder, output_dir) -> dict:
     """rehearsal.json of one recipe, or {"failed": why}."""
-    child = start(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = child.communicate()
-    finally:
-        child.kill()
-    file = Path(folder, run_name(output_dir), "rehearsal.json")
-    if child.returncode == 0:
-        return json.loads(file.read_text(encoding="utf-8"))
-    said = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or [""]
-    return {"failed": "out of memory" if "found too little memory" in output else said[-1]}
+    done = launch(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return json.loads(Path(folder, run_name(output_dir), "rehearsal.json").read_text(encoding="utf-8"))
+    said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines() or [""]
+    return {"failed": "out of memory" if "found too little memory" in done.stdout else said[-1]}
 
 
 def table(tried, pictures, image_tokens) -> str:

@@ -154,7 +154,7 @@ class RehearsalTrainer(AnimalTrainer):
             seconds["seconds_to_read"] = time.perf_counter() - started
         return {"gb": sum(gb.values()), **seconds}, sum(gb[path] for path in gb if path.suffix == ".safetensors")
 
-    def rehearse(self, logging_dir, versions):
+    def rehearse(self, logging_dir):
         """All of it: print the figures and write rehearsal.json. All ranks; UserError with what would not fit."""
         args, checkpoint, weights_gb = self.run_args, None, None
         say(f"rehearsal: evaluation of {len(self.eval_dataset)} pictures")
@@ -183,7 +183,7 @@ class RehearsalTrainer(AnimalTrainer):
             "gpus": gpus,
             "host_gib": {phase: self.ram.peaks.get(phase) for phase in ("start", "training", "resume")},
             "checkpoint": checkpoint,
-            "versions": versions,
+            "versions": self.record["versions"],
         }
         os.makedirs(logging_dir, exist_ok=True)
         file = os.path.join(logging_dir, "rehearsal.json")
