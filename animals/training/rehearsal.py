@@ -140,8 +140,7 @@ class RehearsalTrainer(AnimalTrainer):
         for path in gb:
             with open(path, "rb") as file:  # a resumed run does not find it cached in RAM
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
+        ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
         if not self.args.use_cpu:
             torch.accelerator.empty_host_cache()
         if not self.args.save_only_model:

@@ -159,9 +159,9 @@ class AnimalTrainer(SFTTrainer):
             )
         return loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, ignore_keys=None):
         """Closed-set accuracy, macro-F1 and the answer's loss on the sample. All ranks."""
-        step, data = self.state.global_step, self.eval_dataset if eval_dataset is None else eval_dataset
+        data, step = self.eval_dataset, self.state.global_step
         data = data.select(stratified_sample(data["label"], self.eval_pictures))
         pictures = [images[0] for images in data["images"]]
         truth = [self.scorer.labels.index(label) for label in data["label"]]
@@ -184,10 +184,9 @@ class AnimalTrainer(SFTTrainer):
         for line in one_sided_lines(report):
             say(f"step {step}: {line}")
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
-        metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
-        metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
-        metrics |= {"runtime": seconds, "samples_per_second": n / seconds}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        metrics = {"eval_accuracy": report["accuracy"], "eval_macro_f1": report["macro_f1"]}
+        metrics |= {"eval_loss": -log_p[range(n), truth].sum().item() / learned, "eval_pictures": n}
+        metrics |= {"eval_runtime": seconds, "eval_samples_per_second": n / seconds}
         self.log(metrics)  # before model.train(): in evaluation mode TRL omits its training metrics
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
