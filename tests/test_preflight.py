@@ -68,8 +68,9 @@ def test_before_anything_is_installed(tmp_path):
     done = subprocess.run([*command, "--input_dir", str(tmp_path / "input")], capture_output=True, text=True)
     errors = done.stderr.splitlines()
     assert done.returncode == 2 and len(errors) == 4 and all(line.startswith("error: ") for line in errors)
-    assert "model: found no config.json" in errors[0] and "pip install -r requirements.txt" in errors[1]
-    assert "input/train_data" in errors[2] and "input/validation_data" in errors[3]
+    assert "model: found no config.json" in errors[0] and "hf download" in errors[0]
+    assert "pip install -r requirements.txt" in errors[1] and "input/validation_data" in errors[3]
+    assert "input/train_data" in errors[2] and "--input_dir" in errors[2]
 
 
 def test_more_ranks_than_gpus(run):

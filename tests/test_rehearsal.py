@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from animals.checkpoint.steps import delete_old_rehearsal
 from animals.command import UserError
@@ -71,8 +70,8 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     size = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file()) / 1e9
     assert found["checkpoint"]["gb"] == pytest.approx(size, rel=0.05)
     assert min(found["checkpoint"][key] for key in ("seconds_to_write", "seconds_to_read")) > 0
-    ours, theirs = (load_file(out / "model.safetensors") for out in outs)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("flag", ["--rehearse", ""])
@@ -84,8 +83,7 @@ def test_the_optimizer_has_its_states_before_the_heaviest_step(demo, run, tmp_pa
     done = run(f"{launch} tests/helpers/states_probe.py {flags}", code=0)
     found = [tuple(map(int, row)) for row in re.findall(r"step (\d+) (\d+) states (\d+) tokens", done.output)]
     heaviest = max(tokens for _, _, tokens in found)
-    assert {bool(states) for step, states, _ in found if step == 0} == {False}
-    assert {bool(states) for step, states, _ in found if step == 1} == {True}
+    assert {(step, bool(states)) for step, states, _ in found if step < 2} == {(0, False), (1, True)}
     assert heaviest in [tokens for step, _, tokens in found if step == 1]
 
 

@@ -138,8 +138,8 @@ class AnimalTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args, image_tokens = self.args, self.train_dataset[self.args.length_column_name]
         options = {"rank": args.process_index, "drop_last": args.dataloader_drop_last, "seed": shuffle_seed(args)}
-        sizes, text_tokens = batch_sizes(args), self.scorer.text_tokens
-        self.sampler = TokenBalancedSampler(image_tokens, *sizes, text_tokens=text_tokens, **options)
+        options["text_tokens"] = self.scorer.text_tokens
+        self.sampler = TokenBalancedSampler(image_tokens, *batch_sizes(args), **options)
         return self.sampler
 
     def _run_epoch(self, **kwargs):
