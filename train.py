@@ -96,10 +96,7 @@ def end_rank(code):
 
 
 def follow_launcher():
-    """A rank of torchrun dies with it, or it would go on writing. A lone rank, which has none, says how it ends.
-
-    Until training begins there is nothing to save: a signal ends the run, the launcher's ranks without a word.
-    """
+    """A rank of torchrun dies with it, or it would go on writing. A lone rank, until it trains, says how it ends."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return end_with_parent()
 

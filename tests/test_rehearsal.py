@@ -56,8 +56,9 @@ def test_the_run_after_a_rehearsal_is_the_run_without_one(demo, run, tmp_path):
     assert found["host_gib"]["training"] > found["host_gib"]["start"]
     assert found["host_gib"]["resume"] < found["host_gib"]["training"] * 0.9  # without training's own
     counts = [row["image_tokens"] for row in json.loads((demo.cache / "train.json").read_text())]
-    longest = heaviest_micro_batch(counts, 4, 2, 2)[1]
-    assert f"of the run: {len(longest)} pictures, the longest of {max(longest)} image tokens" in done.output
+    heaviest = heaviest_micro_batch(counts, 4, 2, 2)
+    longest = max(counts[i] for i in heaviest)
+    assert f"of the run: {len(heaviest)} pictures, the longest of {longest} image tokens" in done.output
     assert "learned in the example below: 2\n" in done.output  # the label, one token in the demo, and </s>
     assert re.search(rf"waiting_for_data +{float(format(found['waiting_for_data'], '.3g'))}\n", done.output)
     evaluations, checkpoints = re.search(r"3 steps, (\d+) evaluations, (\d+) checkpoints in all", done.output).groups()

@@ -111,12 +111,10 @@ class TokenBalancedSampler(BatchRebalanceSampler):
 
 
 def heaviest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS):
-    """The micro-batch with the most tokens that batch_rebalance forms in so many epochs: (indices, image tokens)."""
+    """The micro-batch with the most tokens that batch_rebalance forms in so many epochs, as indices."""
     sizes, formed = (micro_batch, accumulation, ranks), []
-    tokens = [*image_tokens, *(image_tokens[i] for i in fillers(image_tokens, *sizes, balanced=True))]
-    sampler = TokenBalancedSampler(tokens, *sizes, seed=seed, drop_last=False, text_tokens=text_tokens)
+    sampler = TokenBalancedSampler(image_tokens, *sizes, seed=seed, drop_last=False, text_tokens=text_tokens)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         formed += sampler  # of rank 0, which has the heaviest of each step
-    worst = max(formed, key=sampler.tokens)
-    return worst, [tokens[i] for i in worst]
+    return max(formed, key=sampler.tokens)

@@ -120,18 +120,15 @@ class RehearsalTrainer(AnimalTrainer):
         if args.train_sampling_strategy == "batch_rebalance":
             per_epoch, steps = count_steps(args, self.pictures)
             run = shuffle_seed(args), -(-steps // per_epoch), self.scorer.text_tokens
-            chosen, _ = heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)
+            chosen = heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)
         else:  # any pictures may come together, also the longest
             chosen = sorted(range(len(image_tokens)), key=image_tokens.__getitem__)[-args.per_device_train_batch_size :]
         longest = max(image_tokens[i] for i in chosen)
         return chosen, f"{len(chosen)} pictures, the longest of {longest} image tokens"
 
-    def _save_checkpoint(self, model, trial):
-        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
-        super()._save_checkpoint(model, trial)
-
     def try_checkpoint(self) -> tuple[dict, float]:
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
+        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
         started = time.perf_counter()
         self._save_checkpoint(self.model, None)
         seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
