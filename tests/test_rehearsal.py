@@ -16,19 +16,16 @@ from animals.command import UserError
 from animals.training import rehearsal
 from animals.training.batches import heaviest_micro_batch
 from animals.training.preflight import check_output_dir
+from tests.test_survive import command as training
 from tests.test_survive import run_until
 
 KEYS = {"seconds_per_step", "waiting_for_data", "hours", "gpus", "host_gib", "checkpoint", "versions"}
 
 
 def command(demo, out, *more):
-    return (
-        f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
-        f"--output_dir {out} --logging_dir {out}-logs --max_steps 3 --save_steps 2 --eval_steps 2 --eval_pictures 20 "
-        f"--logging_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 "
-        "--vision_learning_rate 1e-3 "
-        f"{' '.join(more)}"
-    )
+    flags = "--max_steps 3 --save_steps 2 --eval_strategy steps --eval_steps 2 --eval_pictures 20 "
+    flags += "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    return training(demo, out, flags, *more)
 
 
 def figures(out):
