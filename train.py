@@ -28,7 +28,7 @@ from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import RATES, freeze, read_parts
-from animals.training.preflight import check_flags, check_run
+from animals.training.preflight import check_run, flag_problems
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -58,12 +58,6 @@ def make_parser():
     return parser
 
 
-def nearest(flag, known) -> list[str]:
-    """The known flag that `flag` was likely meant to be, if there is one: rather one with the same first word."""
-    related = [name for name in known if name.split("_")[0] == flag.split("_")[0]]
-    return difflib.get_close_matches(flag, related, 1, 0.8) or difflib.get_close_matches(flag, known, 1, 0.8)
-
-
 def parse(argv):
     """-> (Config, SFTConfig, ModelConfig, all flags as a namespace). Unknown and shortened flags raise UserError.
 
@@ -74,12 +68,12 @@ def parse(argv):
     flags, unknown = parser.parse_known_args(with_underscores(argv))
     if unknown:
         names = [word for word in unknown if word.startswith("-")] or unknown
-        near = nearest(names[0].split("=")[0], re.findall(r"--\w+", parser.format_usage()))
+        word, known = names[0].split("=")[0], re.findall(r"--\w+", parser.format_usage())
+        related = [flag for flag in known if flag.split("_")[0] == word.split("_")[0]]  # the same first word: rather
+        near = difflib.get_close_matches(word, related, 1, 0.8) or difflib.get_close_matches(word, known, 1, 0.8)
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
     flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
-    findings = Findings(range_problems(vars(flags)))
-    findings.attempt(check_flags, flags, parser.get_default)
-    findings.report()
+    Findings(range_problems(vars(flags)) + flag_problems(flags, parser.get_default)).report()
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()
@@ -102,10 +96,7 @@ def end_rank(code):
 
 
 def follow_launcher():
-    """A rank of torchrun dies with it, or it would go on writing. A lone rank, which has none, says how it ends.
-
-    Until training begins there is nothing to save: a signal ends the run, the launcher's ranks without a word.
-    """
+    """A rank of torchrun dies with it, or it would go on writing. A lone rank, until it trains, says how it ends."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return end_with_parent()
 
@@ -130,9 +121,8 @@ def publish_if_finished(args, checkpoint, last_step) -> bool:
 
 
 def main():
-    follow_launcher()
-
     # Settings: the flags, and the checkpoint's own task.
+    follow_launcher()
     given, args, model_args, flags = parse(sys.argv[1:])
     path = model_args.model_name_or_path
     config = settings_for(given, path, training=True)
@@ -157,9 +147,8 @@ def main():
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step):
         return
 
-    check_connection(args.device)
-
     # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
+    check_connection(args.device)
     if flags.rehearse:
         from animals.training.rehearsal import HostRam, RehearsalTrainer
 
@@ -169,7 +158,6 @@ def main():
     model = load_for_training(model_args, args)
     if not model_args.use_peft:  # peft freezes the base itself
         freeze(model, read_parts(config.train_parts), float32=not zero3_is_on(args))
-    args.assistant_only_loss = False  # the collator does it; SFTTrainer would refuse our chat template
     if checkpoint:
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # it was measured when the run began
@@ -186,10 +174,9 @@ def main():
         record=record,
         dtype=model_args.dtype,
         wait=flags.wait_in_forward,
-        rates={part: getattr(config, name) for name, part in RATES.items()},
     )
     say(f"trains          {describe_trainable(trainer.model)}")
-    code = trainer.rehearse(logs, record["versions"]) if flags.rehearse else train(trainer, checkpoint)
+    code = trainer.rehearse(logs) if flags.rehearse else train(trainer, checkpoint)
     trainer.accelerator.end_training()
     end_rank(code or 0)
 

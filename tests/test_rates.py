@@ -1,19 +1,19 @@
-"""--vision_learning_rate, --projector_learning_rate: each part has its rate, in whatever way the model is trained."""
+"""--vision_learning_rate, --projector_learning_rate: each part has its rate, in whatever way the model is trained.
+
+That a resumed run is the same, and a changed rate is refused, is in test_survive.py.
+"""
 
 import ast
 import re
-import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from animals.checkpoint.load import load_model
 from animals.training.parts import PARTS, belongs, freeze, parameter_groups
 from tests.test_rehearsal import command
 
 RATES = "--vision_learning_rate 1e-4 --projector_learning_rate 5e-4 --lr_scheduler_type linear --warmup_steps 0"
-SHORT = f"{RATES} --eval_strategy no --eval_on_start False"
+SHORT = f"{RATES} --eval_strategy no --eval_on_start False --save_strategy no --max_steps 10"
 
 
 @pytest.mark.parametrize("parts", [list(PARTS), ["vision", "projector"], ["language"]])
@@ -46,28 +46,12 @@ def test_without_rates_of_their_own_the_groups_are_the_librarys(demo):
     ],
 )
 def test_the_rates_follow_the_schedule(demo, run, tmp_path, ranks, flags, parts):
-    flags = f"{SHORT} --save_strategy no --max_steps 10 {flags}"
-    done = run(command(demo, tmp_path / "sft", flags), NUM_PROCESSES=ranks, code=0)
+    done = run(command(demo, tmp_path / "sft", SHORT, flags), NUM_PROCESSES=ranks, code=0)
     logs = [ast.literal_eval(line) for line in re.findall(r"^\{'loss'.*\}$", done.output, re.M)]
     assert len(logs) == 10
     for step, log in enumerate(logs):
         left = 1 - step / 10  # linear, without warm-up
         for part, rate in (("vision", 1e-4), ("projector", 5e-4)):
-            name = f"learning_rate_{part}"
-            assert (name in log) == (part in parts)
-            if part in parts:
-                assert float(log[name]) == pytest.approx(rate * left, rel=1e-3)
-    for part in {"vision", "projector"} - {*parts}:
-        assert f"--{part}_learning_rate" in done.output and "has no effect" in done.output
-
-
-def test_a_resumed_run_is_the_same_and_a_changed_rate_is_refused(demo, run, tmp_path):
-    flags = f"{SHORT} --save_steps 2 --max_steps 4 --save_total_limit 5"
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    run(command(demo, whole, flags), NUM_PROCESSES=2, code=0)
-    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
-    refused = run(command(demo, part, flags, "--vision_learning_rate 2e-4"), NUM_PROCESSES=2, code=2)
-    assert "vision_learning_rate was 0.0001, is 0.0002" in refused.output
-    run(command(demo, part, flags), NUM_PROCESSES=2, code=0)
-    ours, theirs = (load_file(out / "model.safetensors") for out in (whole, part))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            logged = log.get(f"learning_rate_{part}")
+            assert logged is None if part not in parts else float(logged) == pytest.approx(rate * left, rel=1e-3)
+    assert done.output.count("has no effect: the ") == 2 - len(parts)

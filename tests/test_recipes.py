@@ -5,29 +5,29 @@ import re
 import shlex
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from torch.autograd.graph import save_on_cpu
 
+from animals.checkpoint.load import load_model, load_processor
+from animals.pictures.read import list_pictures
+from animals.training.batches import PictureCollator
 from animals.training.recipes import command, recipes
-from tests.conftest import ROOT, start
+from config import Config
+from tests.conftest import ROOT
 from tests.test_rehearsal import command as training
+from tests.test_survive import run_until
 
 ZERO3 = "./scripts/deepspeed_zero3.yaml"
 
 
-def value(flags, name):
-    words = shlex.split(flags)
-    return words[words.index(name) + 1]
-
-
 def test_all_recipes_take_the_same_pictures_per_step():
     found = recipes(4, 4, ZERO3, gpus=4)
-    sizes = [(int(value(r["flags"], "--per_device_train_batch_size")), r) for r in found]
-    assert all(size * int(value(r["flags"], "--gradient_accumulation_steps")) == 16 for size, r in sizes)
-    assert [size for size, _ in sizes] == [4] * 4 + [8] * 4 + [16] * 4 and len({r["name"] for r in found}) == 12
+    sizes = [tuple(map(int, re.findall(r"(?:batch_size|accumulation_steps) (\d+)", r["flags"]))) for r in found]
+    assert sizes == [(4, 4)] * 4 + [(8, 2)] * 4 + [(16, 1)] * 4 and len({r["name"] for r in found}) == 12
     assert [sum(text in r["flags"] for r in found) for text in ("zero3_gpu.yaml", '{"offload": true}')] == [6, 6]
     assert len(recipes(4, 4, ZERO3, gpus=0)) == 3 and len(recipes(2, 3, "scripts/ddp.yaml", gpus=1)) == 2 * 2
 
@@ -49,33 +49,21 @@ def test_the_command_to_copy_has_what_the_user_gave():
 
 def test_activations_in_host_ram_change_no_gradient(demo, monkeypatch):
     """As --activation_checkpointing_kwargs '{"offload": true}', whose pinned memory needs a GPU: here without."""
-    import transformers.modeling_utils as library
-
-    from animals.checkpoint.load import load_model, load_processor
-    from animals.pictures.read import list_pictures
-    from animals.training.batches import PictureCollator
-    from config import Config
-
-    used = []
-
-    def unpinned(pin_memory, device_type):
-        used.append(device_type)
-        return save_on_cpu(pin_memory=False, device_type=device_type)
-
-    monkeypatch.setattr(library, "save_on_cpu", unpinned)
-    chat, pictures = Config().conversation("cat"), list_pictures(demo.input / "train_data")[:4]
+    unpinned = Mock(side_effect=lambda pin_memory, device_type: save_on_cpu(device_type=device_type))
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", unpinned)
+    pictures = list_pictures(demo.input / "train_data")[:4]
     collate = PictureCollator(load_processor(demo.checkpoint), assistant_only_loss=True)
-    batch = collate([{"images": [path], "messages": chat, "label": "cat"} for path in pictures])
+    batch = collate([{"images": [path], "messages": Config().conversation("cat"), "label": "cat"} for path in pictures])
     del batch["pictures"]
     found = []
     for offload in (False, True):
         model = load_model(demo.checkpoint, "float32").train()
-        model.gradient_checkpointing_enable(offload=offload) if offload else model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable(offload=offload)
         loss = model(**batch).loss
         loss.backward()
         found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (loss, plain), (same, offloaded) = found
-    assert used and torch.allclose(loss, same, rtol=1e-5) and len(plain) > 50
+    assert unpinned.called and torch.allclose(loss, same, rtol=1e-5) and len(plain) > 50
     assert all(torch.allclose(plain[name], offloaded[name], rtol=1e-5, atol=1e-7) for name in plain)
 
 
@@ -85,30 +73,20 @@ def test_the_order_of_the_recipes_is_that_of_real_runs(demo, run, tmp_path):
     flags = "--save_strategy no --eval_strategy no --eval_on_start False --max_steps 6 --train_sampling_strategy random"
     done = run(training(demo, tmp_path / "sft", flags, "--rehearse all"), NUM_PROCESSES=2, code=0)
     measured = dict(re.findall(r"^(\d+ x \d+) +([\d.]+) ", done.output, re.M))
-    assert (
-        list(measured) == ["4 x 2", "8 x 1"]
-        and f"the fastest: {min(measured, key=lambda k: float(measured[k]))}" in done.output
-    )
-    seconds = {}
-    for i in range(3):
-        for name in measured:
-            micro, accumulation = name.split(" x ")
-            sizes = f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {accumulation}"
-            ran = run(training(demo, tmp_path / f"{i}-{micro}", flags, sizes), NUM_PROCESSES=2, code=0)
-            seconds.setdefault(name, []).append(float(re.search(r"'train_runtime': '?([\d.]+)", ran.output)[1]))
-    assert sorted(seconds, key=lambda k: min(seconds[k])) == sorted(measured, key=lambda k: float(measured[k])), (
-        seconds,
-        measured,
-    )
+    order, seconds = sorted(measured, key=lambda name: float(measured[name])), {}
+    assert list(measured) == ["4 x 2", "8 x 1"] and f"the fastest: {order[0]}" in done.output
+    for name in measured:
+        sizes = "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*name.split(" x "))
+        runs = [run(training(demo, tmp_path / f"{name[0]}-{i}", flags, sizes), NUM_PROCESSES=2) for i in range(3)]
+        seconds[name] = min(float(re.search(r"'train_runtime': '?([\d.]+)", ran.output)[1]) for ran in runs)
+    assert sorted(seconds, key=seconds.get) == order, (seconds, measured)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_killed_in_the_middle_nothing_is_left(demo, tmp_path, number):
-    process = start(training(demo, tmp_path / "sft", "--rehearse all"), NUM_PROCESSES=2)
-    for line in process.stdout:
-        if "recipe 1 of 2" in line:
-            break
-    time.sleep(8)
-    process.send_signal(number)
-    process.communicate(timeout=120)
-    assert process.returncode in (128 + number, 2) and not list(tmp_path.glob("sft*"))
+    def end(process):
+        time.sleep(8)
+        process.send_signal(number)
+
+    code, _ = run_until("recipe 1 of 2", training(demo, tmp_path / "sft", "--rehearse all"), end, NUM_PROCESSES=2)
+    assert code in (128 + number, 2) and not list(tmp_path.glob("sft*"))

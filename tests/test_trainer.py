@@ -116,10 +116,8 @@ def test_a_filler_teaches_nothing_and_survives_a_worker(demo, rows, collator):
     args |= {"train_sampling_strategy": "random", "length_column_name": "image_tokens", "dataloader_drop_last": False}
     filled = add_fillers(data, SimpleNamespace(**args))
     assert filled["label"][:] == ["cat", "cat", "cat", None] and filled[3]["images"] == rows[0]["images"]
-    loader = torch.utils.data.DataLoader(
-        filled, batch_size=4, collate_fn=pickle.loads(pickle.dumps(collator)), num_workers=1,
-        multiprocessing_context="spawn",
-    )  # fmt: skip
+    worker = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    loader = torch.utils.data.DataLoader(filled, 4, collate_fn=pickle.loads(pickle.dumps(collator)), **worker)
     labels = next(iter(loader))["labels"]
     assert (labels != -100).sum(1).tolist() == [2, 2, 2, 0]
 
@@ -153,7 +151,7 @@ def test_a_signal_saves_one_checkpoint_of_its_step(monkeypatch):
     """--save_strategy epoch would save the same step again, and delete the complete checkpoint for it first."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     stop, state = StopOnSignal(), TrainerState(global_step=3, max_steps=9)
-    args, control = SimpleNamespace(device="cpu", world_size=1), TrainerControl()
+    args, control = SimpleNamespace(device="cpu"), TrainerControl()
     stop.on_step_end(args, state, control)
     assert not control.should_save and not control.should_training_stop
     stop.on_signal(signal.SIGTERM, None)
@@ -188,11 +186,11 @@ def started(demo, tmp_path):
     return tmp_path, read_json(tmp_path / "checkpoint-471" / "run.json")
 
 
-def remove(file):
+def without_states(checkpoint):
     """As --save_only_model would have written the checkpoint."""
-    file.unlink()
-    (file.parent / "complete.json").unlink()
-    write_manifest(file.parent)
+    for name in ("latest", "complete.json"):
+        Path(checkpoint, name).unlink()
+    write_manifest(checkpoint)
 
 
 def start_from(started, chosen=None, last_step=500, **changed):
@@ -204,15 +202,17 @@ def test_which_checkpoint_a_run_starts_from(started, capsys):
     older, newest = f"{started[0]}/checkpoint-400", f"{started[0]}/checkpoint-471"
     assert start_from(started) == start_from(started, "True") == start_from(started, "none") == newest
     assert start_from(started, older) == older
-    remove(Path(newest, "latest"))
+    without_states(newest)
     assert start_from(started) == older and f"{newest}: without the optimizer's states" in capsys.readouterr().err
     assert start_from(started, last_step=471) == newest, "only to be published"
-    remove(Path(older, "latest"))
+    without_states(older)
     with pytest.raises(UserError, match=f"{newest}: found a model without the optimizer's states"):
         start_from(started)
-    shutil.rmtree(older)
-    shutil.rmtree(newest)
+    for folder in (older, newest):
+        shutil.rmtree(folder)
     assert start_from(started) is None
+    with pytest.raises(UserError, match="True: found no complete checkpoint-N"):
+        start_from(started, "True")
 
 
 @pytest.mark.parametrize(
@@ -227,21 +227,14 @@ def test_which_checkpoint_a_run_starts_from(started, capsys):
     ],
 )
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line(started, chosen, message):
-    remove(started[0] / "checkpoint-400" / "latest")
+    without_states(started[0] / "checkpoint-400")
     with pytest.raises(UserError, match=message) as error:
         start_from(started, chosen.format(started[0]), world_size=2)
     assert "\n" not in str(error.value)
 
 
-def test_no_newest_checkpoint_to_resume_from(tmp_path):
-    with pytest.raises(UserError, match="True: found no complete checkpoint-N"):
-        start_from((tmp_path, {}), "True")
-
-
 FLAGS = "--eval_steps 1 --save_steps 1 --logging_steps 1 --max_steps 2 --per_device_train_batch_size 2 "
 FLAGS += "--gradient_accumulation_steps 2 --eval_pictures 20"
-
-
 LORA = [pytest.param(f"{ddp}--use_peft", marks=pytest.mark.slow) for ddp in ("--config_file scripts/ddp.yaml ", "")]
 
 

@@ -100,8 +100,7 @@ class TokenBalancedSampler(BatchRebalanceSampler):
     def __iter__(self):
         mine = self.steps(self.rank)
         if self.epoch == 0 and len(mine) > 2:
-            everything = zip(*map(self.steps, range(self.dp_size)), strict=True)  # the same on all ranks
-            tokens = [max(self.tokens(batch) for part in step for batch in part) for step in everything]
+            tokens = [self.tokens(first) for first, *_ in self.steps(rank=0)]  # each step's heaviest, by the library
             heaviest = tokens.index(max(tokens))
             mine[1], mine[heaviest] = mine[heaviest], mine[1]
         yield from itertools.chain.from_iterable(mine)
@@ -112,13 +111,10 @@ class TokenBalancedSampler(BatchRebalanceSampler):
 
 
 def heaviest_micro_batch(image_tokens, micro_batch, accumulation, ranks, seed=42, epochs=1, text_tokens=TEXT_TOKENS):
-    """The micro-batch with the most tokens that batch_rebalance forms in so many epochs: (indices, image tokens)."""
+    """The micro-batch with the most tokens that batch_rebalance forms in so many epochs, as indices."""
     sizes, formed = (micro_batch, accumulation, ranks), []
-    tokens = [*image_tokens, *(image_tokens[i] for i in fillers(image_tokens, *sizes, balanced=True))]
-    for rank in range(ranks):
-        sampler = TokenBalancedSampler(tokens, *sizes, rank=rank, seed=seed, drop_last=False, text_tokens=text_tokens)
-        for epoch in range(epochs):
-            sampler.set_epoch(epoch)
-            formed += sampler
-    worst = max(formed, key=sampler.tokens)
-    return worst, [tokens[i] for i in worst]
+    sampler = TokenBalancedSampler(image_tokens, *sizes, seed=seed, drop_last=False, text_tokens=text_tokens)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        formed += sampler  # of rank 0, which has the heaviest of each step
+    return max(formed, key=sampler.tokens)

@@ -8,7 +8,6 @@ validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder;
 """
 
 from animals.checkpoint.check import first_names
-from animals.command import UserError
 
 # The linear layers of the language model. The vision tower, the projector and lm_head stay unchanged.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -26,18 +25,12 @@ def lora_config(model_args, args):
 
 
 def describe_trainable(model) -> str:
-    """How many parameters train, and with LoRA which. Raises UserError if a parameter outside the adapters trains."""
-    trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    if adapters := hasattr(model, "peft_config"):
+    """How many parameters train, and with LoRA which."""
+    trained, which = [name for name, value in model.named_parameters() if value.requires_grad], ""
+    if hasattr(model, "peft_config"):
         count, total = model.get_nb_trainable_parameters()
+        which = f": {len(trained)} tensors, {first_names(trained)}"
     else:
         sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
         count, total = sum(sizes[name] for name in trained), sum(sizes.values())  # numel() is 0 under ZeRO-3
-    share = f"{count:,} of {total:,} parameters = {count / total:.2%}"
-    if not adapters:
-        return share
-    if outside := [name for name in trained if "lora_" not in name and "modules_to_save" not in name]:
-        raise UserError(
-            f"--use_peft: {len(outside)} parameters outside the adapters would train: {first_names(outside)}"
-        )
-    return f"{share}: {len(trained)} tensors, {first_names(trained)}"
+    return f"{count:,} of {total:,} parameters = {count / total:.2%}{which}"

@@ -19,10 +19,7 @@ PARTS = {  # part -> how its parameters' names begin
     "projector": r"model\.(multi_modal_projector\.|image_newline$)",
     "language": r"(model\.language_model|lm_head)\.",
 }
-RATES = {
-    "vision_learning_rate": "vision",
-    "projector_learning_rate": "projector",
-}  # flags: the others have the main rate
+RATES = {"vision_learning_rate": "vision", "projector_learning_rate": "projector"}  # flags of rates of their own
 TRAINED = "trained_float32.safetensors"
 
 

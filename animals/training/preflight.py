@@ -18,7 +18,6 @@ from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.ranks import main_process
 from animals.training.describe import count_events
 from animals.training.parts import belongs, check_parts, read_parts
 
@@ -52,7 +51,6 @@ NEEDED = {  # flags that have an effect with another one only
     "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
     "push_to_hub": "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
 }
-METRICS = ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
 GIB = 2**30
 RESUME_BYTES = 6.04  # in a checkpoint per trained parameter, to resume: float32 weights 4, 8-bit Adam 2.03, the rest
 RANK_GIB = 3  # host RAM of a rank for Python, CUDA, the libraries and data workers; an assumption
@@ -64,9 +62,7 @@ def check_run(config, args, model_args):
     require_writable("--temp_dir", config.temp_dir)  # the caches are built in it
     summaries = findings.attempt(check_inputs, config, path, ("train", "validation"))
     findings.attempt(check_output_dir, args.output_dir)
-    if main_process():
-        findings.attempt(require_writable, "--logging_dir", config.logging_dir)
-    findings.attempt(check_attention, model_args)
+    findings.attempt(require_writable, "--logging_dir", config.logging_dir)
     findings.attempt(check_gpus, args)
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
@@ -81,44 +77,43 @@ def check_run(config, args, model_args):
     return summaries, scorer
 
 
-def check_flags(flags, default):
-    """Raises UserError, a line for each flag of the namespace that this trainer would not follow.
-
-    default: a function of a flag's name: its value if it is not given.
-    """
-    given, findings = {name for name, value in vars(flags).items() if value != default(name)}, Findings()
-    for names, why in REFUSED.items():
-        findings += [f"--{name}: found it; expected no such flag: {why}" for name in names.split() if name in given]
+def flag_problems(flags, default) -> list[str]:
+    """A line for each flag of the namespace that this trainer would not follow. default(name): its default."""
+    given, trackers = {name for name, value in vars(flags).items() if value != default(name)}, {*flags.report_to}
+    unread = f" with --report_to {' '.join(flags.report_to)}; expected a tracker that reads it"
+    reasons = {names: f"; expected no such flag: {why}" for names, why in REFUSED.items()}
     for other, names in NEEDED.items():
         if not getattr(flags, other):
-            how = f"found it without --{other}; expected both, or neither"
-            findings += [f"--{name}: {how}" for name in names.split() if name in given]
-    findings += tracker_problems(flags.report_to)
-    others = {*flags.report_to} - {"tensorboard", "none"}  # TensorBoard's runs have the name of --output_dir
-    trackio = "project trackio_space_id trackio_bucket_id trackio_static_space_id"
-    for names, trackers in (("run_name", others), (trackio, others & {"trackio", "all"})):
-        how = f"found it with --report_to {' '.join(flags.report_to)}; expected a tracker that reads it"
-        findings += [f"--{name}: {how}" for name in names.split() if name in given and not trackers]
-    metric = flags.metric_for_best_model
-    if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in METRICS:
-        findings.append(f"--metric_for_best_model: found {metric}; expected {', '.join(METRICS)}; name one of them")
-    findings.report()
+            reasons[names] = f" without --{other}; expected both, or neither"
+    if trackers <= {"tensorboard", "none"}:  # TensorBoard's runs have the name of --output_dir
+        reasons["run_name"] = unread
+    if not trackers & {"trackio", "all"}:
+        reasons["project trackio_space_id trackio_bucket_id trackio_static_space_id"] = unread
+    lines = [f"--{name}: found it{why}" for names, why in reasons.items() for name in names.split() if name in given]
+    lines += tracker_problems(flags.report_to)
+    metric, metrics = flags.metric_for_best_model, ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
+    if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
+        lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
+    if flags.attn_implementation not in (None, "sdpa"):
+        lines.append(
+            f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "
+            "kernels of its own: no other one takes the 4-D mask by which labels are scored; remove the flag"
+        )
+    return lines
 
 
 def tracker_problems(names) -> list[str]:
     """A line for each word of --report_to that is no tracker, or whose package is not installed."""
     from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
 
-    if names in (["none"], ["all"]):
-        return []
-    known, there = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
-    lines = [f"--report_to: found {name}; expected {', '.join(known)}" for name in names if name not in known]
-    lines += [
-        f"--report_to {name}: found no Python package for it; expected it; install it with pip, or name another one"
-        for name in names
-        if name in known and name not in there
-    ]
+    there, lines = get_available_reporting_integrations(), []
+    for name in names if names not in (["none"], ["all"]) else ():
+        if name not in KNOWN:
+            lines.append(f"--report_to: found {name}; expected {', '.join(sorted(KNOWN))}")
+        elif name not in there:
+            how = "found no Python package for it; expected it; install it with pip, or name another one"
+            lines.append(f"--report_to {name}: {how}")
     return lines
 
 
@@ -148,15 +143,6 @@ def check_checkpoint(path, config):
     if problems := check_weights(base_of(path)):
         raise UserError("\n".join(problems))
     return Scorer(load_processor(path), config)
-
-
-def check_attention(model_args):
-    """Only SDPA reads the 4-D mask by which evaluation scores all labels in one forward pass."""
-    if model_args.attn_implementation not in (None, "sdpa"):
-        raise UserError(
-            f"--attn_implementation: found {model_args.attn_implementation}; expected sdpa, the default, which has "
-            "flash kernels of its own: no other one takes the mask by which labels are scored; remove the flag"
-        )
 
 
 def check_gpus(args):

@@ -5,7 +5,6 @@ Each is rehearsed for a few steps in processes of its own, without a checkpoint;
 full.
 """
 
-import ctypes
 import json
 import re
 import shlex
@@ -13,15 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from animals.checkpoint.steps import delete_old_rehearsal, run_name
 from animals.command import UserError
+from animals.ranks import end_with_parent
 
-ZERO3 = "deepspeed_zero3.yaml"
-ON_GPU = "deepspeed_zero3_gpu.yaml"
 OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
-SHORT = "--rehearse --save_strategy no --eval_strategy no --logging_dir"
 
 
 def recipes(micro_batch: int, accumulation: int, config_file: str, gpus: int) -> list[dict]:
@@ -29,17 +27,16 @@ def recipes(micro_batch: int, accumulation: int, config_file: str, gpus: int) ->
 
     Larger micro-batches gather all weights less often. Parameters and activations in host RAM make room for them.
     """
-    found, files = [], {config_file: ""}
-    if gpus and Path(config_file).name == ZERO3:  # CPU ranks have no other memory to move things to
-        files[str(Path(config_file).with_name(ON_GPU))] = ", parameters on the GPU"
-    places = {"": ""} | ({f" {OFFLOAD}": ", activations in host RAM"} if gpus else {})
-    pictures = micro_batch * accumulation
-    for size in [size for size in range(micro_batch, pictures + 1, micro_batch) if pictures % size == 0]:
-        sizes = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {pictures // size}"
-        for file, parameters in files.items():
-            for flags, activations in places.items():
-                name = f"{size} x {pictures // size}{parameters}{activations}"
-                found.append({"name": name, "flags": f"--config_file {file} {sizes}{flags}"})
+    files, places, pictures = {config_file: ""}, {"": ""}, micro_batch * accumulation
+    if gpus:  # CPU ranks have no other memory to move things to
+        places[f" {OFFLOAD}"] = ", activations in host RAM"
+        if Path(config_file).name == "deepspeed_zero3.yaml":
+            files[str(Path(config_file).with_name("deepspeed_zero3_gpu.yaml"))] = ", parameters on the GPU"
+    sizes, found = [n for n in range(micro_batch, pictures + 1, micro_batch) if pictures % n == 0], []
+    for size, (file, parameters), (offload, activations) in product(sizes, files.items(), places.items()):
+        cut = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {pictures // size}"
+        name = f"{size} x {pictures // size}{parameters}{activations}"
+        found.append({"name": name, "flags": f"--config_file {file} {cut}{offload}"})
     return found
 
 
@@ -54,9 +51,10 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for i, recipe in enumerate(tried):
-                print(f"recipe {i + 1} of {len(tried)}: {recipe['name']}", file=sys.stderr, flush=True)
-                recipe |= rehearse(flags, f"{recipe['flags']} {SHORT} {shlex.quote(folder)}", folder, args.output_dir)
+            short = f"--rehearse --save_strategy no --eval_strategy no --logging_dir {shlex.quote(folder)}"
+            for i, recipe in enumerate(tried, 1):
+                print(f"recipe {i} of {len(tried)}: {recipe['name']}", file=sys.stderr, flush=True)
+                recipe |= rehearse(flags, f"{recipe['flags']} {short}", Path(folder, run_name(args.output_dir)))
         done = [recipe for recipe in tried if "seconds_per_step" in recipe]
         print(table(tried, pictures, image_tokens), flush=True)
         if not done:
@@ -65,50 +63,42 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
             )
         best = min(done, key=lambda recipe: recipe["seconds_per_step"])
         print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
-        code = start(flags, f"{best['flags']} --rehearse").wait()
+        code = launch(flags, f"{best['flags']} --rehearse").returncode
     finally:
         delete_old_rehearsal(args.output_dir)
     print(f"\n{command(flags, best['flags'])}", flush=True)
     sys.exit(code)
 
 
-def start(flags, more, **options):
-    """Start the launcher with the flags of train.py and some more, in a process that ends with this one."""
+def launch(flags, more, **options):
+    """Run the launcher with the flags of train.py and some more, in a process that ends with this one."""
     words = [sys.executable, "scripts/launch.py", "train.py", *flags, *shlex.split(more)]
-    die_too = ctypes.CDLL(None).prctl  # Linux: PR_SET_PDEATHSIG
-    return subprocess.Popen(words, preexec_fn=lambda: die_too(1, signal.SIGKILL), **options)
+    return subprocess.run(words, preexec_fn=end_with_parent, **options)
 
 
-def rehearse(flags, more, folder, output_dir) -> dict:
-    """rehearsal.json of one recipe, or {"failed": why}."""
-    child = start(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = child.communicate()
-    finally:
-        child.kill()
-    file = Path(folder, run_name(output_dir), "rehearsal.json")
-    if child.returncode == 0:
-        return json.loads(file.read_text(encoding="utf-8"))
-    said = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or [""]
-    return {"failed": "out of memory" if "found too little memory" in output else said[-1]}
+def rehearse(flags, more, logs) -> dict:
+    """rehearsal.json of one recipe, from the folder `logs`, or {"failed": why}."""
+    done = launch(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return json.loads(Path(logs, "rehearsal.json").read_text(encoding="utf-8"))
+    said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines() or [""]
+    return {"failed": "out of memory" if "found too little memory" in done.stdout else said[-1]}
 
 
 def table(tried, pictures, image_tokens) -> str:
     """A line per recipe; GiB of the fullest card, and of the host's RAM while training."""
-    head = ("seconds/step", "pictures/s", "image tokens/s", "GiB allocated", "GiB reserved", "GiB of RAM")
-    width = max(len(recipe["name"]) for recipe in tried)
-    lines = [f"{'recipe':{width}}" + "".join(f"{name:>16}" for name in head)]
+    lines = [("recipe", "seconds/step", "pictures/s", "image tokens/s", "GiB allocated", "GiB reserved", "GiB of RAM")]
     for recipe in tried:
         if "failed" in recipe:
-            lines.append(f"{recipe['name']:{width}}    {recipe['failed']}")
+            lines.append((recipe["name"], f"    {recipe['failed']}"))
             continue
-        speed = pictures / recipe["seconds_per_step"]
-        cells = [f"{recipe['seconds_per_step']:.2f}", f"{speed:.2f}", f"{speed * image_tokens:,.0f}"]
+        seconds = recipe["seconds_per_step"]
+        cells = [f"{seconds:.2f}", f"{pictures / seconds:.2f}", f"{pictures / seconds * image_tokens:,.0f}"]
         for key in ("allocated_gib", "reserved_gib"):
             cells.append(f"{max(gpu[key] for gpu in recipe['gpus']):.1f}" if recipe["gpus"] else "no GPU")
-        cells.append(f"{recipe['host_gib']['training']:.1f}")
-        lines.append(f"{recipe['name']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+        lines.append((recipe["name"], *cells, f"{recipe['host_gib']['training']:.1f}"))
+    width = max(len(name) for name, *_ in lines)
+    return "\n".join(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in lines)
 
 
 def command(flags, recipe) -> str:

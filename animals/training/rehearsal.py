@@ -120,18 +120,15 @@ class RehearsalTrainer(AnimalTrainer):
         if args.train_sampling_strategy == "batch_rebalance":
             per_epoch, steps = count_steps(args, self.pictures)
             run = shuffle_seed(args), -(-steps // per_epoch), self.scorer.text_tokens
-            chosen, _ = heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)
+            chosen = heaviest_micro_batch(image_tokens, *batch_sizes(args), *run)
         else:  # any pictures may come together, also the longest
             chosen = sorted(range(len(image_tokens)), key=image_tokens.__getitem__)[-args.per_device_train_batch_size :]
         longest = max(image_tokens[i] for i in chosen)
         return chosen, f"{len(chosen)} pictures, the longest of {longest} image tokens"
 
-    def _save_checkpoint(self, model, trial):
-        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
-        super()._save_checkpoint(model, trial)
-
     def try_checkpoint(self) -> tuple[dict, float]:
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
+        say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
         started = time.perf_counter()
         self._save_checkpoint(self.model, None)
         seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
@@ -140,8 +137,7 @@ class RehearsalTrainer(AnimalTrainer):
         for path in gb:
             with open(path, "rb") as file:  # a resumed run does not find it cached in RAM
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
+        ctypes.CDLL(None).malloc_trim(0)  # free what training used: a resumed run has not trained yet
         if not self.args.use_cpu:
             torch.accelerator.empty_host_cache()
         if not self.args.save_only_model:
@@ -154,7 +150,7 @@ class RehearsalTrainer(AnimalTrainer):
             seconds["seconds_to_read"] = time.perf_counter() - started
         return {"gb": sum(gb.values()), **seconds}, sum(gb[path] for path in gb if path.suffix == ".safetensors")
 
-    def rehearse(self, logging_dir, versions):
+    def rehearse(self, logging_dir):
         """All of it: print the figures and write rehearsal.json. All ranks; UserError with what would not fit."""
         args, checkpoint, weights_gb = self.run_args, None, None
         say(f"rehearsal: evaluation of {len(self.eval_dataset)} pictures")
@@ -183,7 +179,7 @@ class RehearsalTrainer(AnimalTrainer):
             "gpus": gpus,
             "host_gib": {phase: self.ram.peaks.get(phase) for phase in ("start", "training", "resume")},
             "checkpoint": checkpoint,
-            "versions": versions,
+            "versions": self.record["versions"],
         }
         os.makedirs(logging_dir, exist_ok=True)
         file = os.path.join(logging_dir, "rehearsal.json")

@@ -31,7 +31,7 @@ from animals.scoring.report import one_sided_lines
 from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
-from animals.training.parts import load_trained, parameter_groups, save_trained
+from animals.training.parts import RATES, load_trained, parameter_groups, save_trained
 from animals.training.signals import protect_data_workers
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -89,14 +89,14 @@ def release_head_early(model, base):
 class AnimalTrainer(SFTTrainer):
     """Adds to SFTTrainer: checkpoints that survive a kill, a checked loss, and evaluate() as closed-set accuracy.
 
-    scorer: animals.scoring.scorer.Scorer. eval_dataset: the held-out split; evaluate() measures a fixed stratified
-    sample of `eval_pictures` of it (0: all). record: the run's settings, saved with each checkpoint. dtype: "bfloat16"
-    or "float32", the type of the saved weights. rates: {part: learning rate, or None for --learning_rate}. wait: see
-    wait_in_forward().
+    scorer: animals.scoring.scorer.Scorer, whose config is the run's. eval_dataset: the held-out split; evaluate()
+    measures a fixed stratified sample of `eval_pictures` of it (0: all). record: what runs, saved with each checkpoint.
+    dtype: "bfloat16" or "float32", the type of the saved weights. wait: see wait_in_forward().
     """
 
-    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, rates, wait=False, **kwargs):
+    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, wait, **kwargs):
         args = copy.copy(args)  # the caller's stay unchanged
+        args.assistant_only_loss = False  # the collator does it; SFTTrainer would refuse our chat template
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
         protect_data_workers()
         # The library deletes old checkpoints before the new one has its manifest; _save_checkpoint() does so after it.
@@ -105,7 +105,7 @@ class AnimalTrainer(SFTTrainer):
         train_dataset = add_fillers(train_dataset, args)
         super().__init__(train_dataset=train_dataset, args=args, processing_class=scorer.processor, **kwargs)
         self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
-        self.rates = rates
+        self.rates = {part: getattr(scorer.config, flag) for flag, part in RATES.items()}
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # not peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
         if wait and not args.use_cpu:
@@ -120,9 +120,9 @@ class AnimalTrainer(SFTTrainer):
             groups = parameter_groups(self.model, self.rates, args.learning_rate, decayed, args.weight_decay)
             kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
             self.optimizer_cls_and_kwargs = kind, options | {"params": groups}
-            trained = {part for group in groups for part in group["parts"]}
-            for part in [part for part, rate in self.rates.items() if rate and part not in trained]:
-                say(f"--{part}_learning_rate {self.rates[part]:g} has no effect: the {part} does not train in this run")
+            for part, rate in self.rates.items():
+                if rate and not any(part in group["parts"] for group in groups):
+                    say(f"--{part}_learning_rate {rate:g} has no effect: the {part} does not train in this run")
         return super().create_optimizer(model)
 
     def log(self, logs, *args, **kwargs):
@@ -138,8 +138,8 @@ class AnimalTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args, image_tokens = self.args, self.train_dataset[self.args.length_column_name]
         options = {"rank": args.process_index, "drop_last": args.dataloader_drop_last, "seed": shuffle_seed(args)}
-        sizes, text_tokens = batch_sizes(args), self.scorer.text_tokens
-        self.sampler = TokenBalancedSampler(image_tokens, *sizes, text_tokens=text_tokens, **options)
+        options["text_tokens"] = self.scorer.text_tokens
+        self.sampler = TokenBalancedSampler(image_tokens, *batch_sizes(args), **options)
         return self.sampler
 
     def _run_epoch(self, **kwargs):
@@ -159,38 +159,34 @@ class AnimalTrainer(SFTTrainer):
             )
         return loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, ignore_keys=None):
         """Closed-set accuracy, macro-F1 and the answer's loss on the sample. All ranks."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data, step = self.eval_dataset, self.state.global_step
         data = data.select(stratified_sample(data["label"], self.eval_pictures))
         pictures = [images[0] for images in data["images"]]
         truth = [self.scorer.labels.index(label) for label in data["label"]]
+        size, tokens, zero = self.args.per_device_eval_batch_size, list(data["image_tokens"]), self.is_deepspeed_enabled
+        model = self.model_wrapped if zero else self.model  # only gradients need DDP's wrapper
         started = time.perf_counter()
         self.model.eval()
-        with self.autocast_smart_context_manager():  # as in training
-            model = self.model_wrapped if self.is_deepspeed_enabled else self.model  # only gradients need DDP's wrapper
-            size, tokens = self.args.per_device_eval_batch_size, list(data["image_tokens"])
-            try:
-                log_p = score_pictures(
-                    model, self.scorer, pictures, size, tokens, same_passes=self.is_deepspeed_enabled
-                )
-            except NotFinite:
-                if not self.state.global_step:  # the weights that the run started from
-                    raise
-                raise UserError(
-                    f"step {self.state.global_step}: evaluation found log-probabilities that are not finite numbers; "
-                    "expected finite ones; the run has diverged; checkpoints are kept; start again with a lower "
-                    "--learning_rate"
-                ) from None
+        try:
+            with self.autocast_smart_context_manager():  # as in training
+                log_p = score_pictures(model, self.scorer, pictures, size, tokens, same_passes=zero)
+        except NotFinite:
+            if not step:  # the weights that the run started from
+                raise
+            raise UserError(
+                f"step {step}: evaluation found log-probabilities that are not finite numbers; expected finite ones; "
+                "the run has diverged; checkpoints are kept; start again with a lower --learning_rate"
+            ) from None
         seconds = time.perf_counter() - started
         report, n = measure(self.scorer.labels, truth, log_p.argmax(1).tolist()), len(truth)
         for line in one_sided_lines(report):
-            say(f"step {self.state.global_step}: {line}")
+            say(f"step {step}: {line}")
         learned = sum(len(self.scorer.answers[t]) for t in truth)  # tokens
-        metrics = {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"]}
-        metrics |= {"loss": -log_p[range(n), truth].sum().item() / learned, "pictures": n}
-        metrics |= {"runtime": seconds, "samples_per_second": n / seconds}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        metrics = {"eval_accuracy": report["accuracy"], "eval_macro_f1": report["macro_f1"]}
+        metrics |= {"eval_loss": -log_p[range(n), truth].sum().item() / learned, "eval_pictures": n}
+        metrics |= {"eval_runtime": seconds, "eval_samples_per_second": n / seconds}
         self.log(metrics)  # before model.train(): in evaluation mode TRL omits its training metrics
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
