@@ -236,7 +236,9 @@ def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):
             weights[name][:] = float("nan")
         save_file(weights, file, {"format": "pt"})
     bad = SimpleNamespace(model=model, input=demo.input, cache=demo.cache)
-    done = run(command(bad, tmp_path / "sft", "--dataloader_num_workers 2"), NUM_PROCESSES=2, code=2)
+    done = run(
+        command(bad, tmp_path / "sft", "--dataloader_num_workers 2 --eval_on_start False"), NUM_PROCESSES=2, code=2
+    )
     assert "error: step 1: the loss is nan on " in done.output and str(demo.input) in done.output
 
 
