@@ -21,6 +21,7 @@ torch.distributed.init_process_group("gloo")
 if torch.distributed.get_rank() == {sleeper}:
     torch.distributed.all_reduce = lambda data: time.sleep(600)
 check_connection("cpu", {seconds})
+torch.distributed.destroy_process_group()
 """
 
 

@@ -63,26 +63,32 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
             )
         best = min(done, key=lambda recipe: recipe["seconds_per_step"])
         print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
-        code = launch(flags, f"{best['flags']} --rehearse").returncode
+        code, _ = launch(flags, f"{best['flags']} --rehearse")
     finally:
         delete_old_rehearsal(args.output_dir)
     print(f"\n{command(flags, best['flags'])}", flush=True)
     sys.exit(code)
 
 
-def launch(flags, more, **options):
-    """Run the launcher with the flags of train.py and some more, in a process that ends with this one."""
+def launch(flags, more, **options) -> tuple[int, str]:
+    """Run the launcher with the flags of train.py and some more -> (exit code, output). It ends with this process."""
     words = [sys.executable, "scripts/launch.py", "train.py", *flags, *shlex.split(more)]
-    return subprocess.run(words, preexec_fn=end_with_parent, **options)
+    with subprocess.Popen(words, preexec_fn=end_with_parent, **options) as child:
+        try:
+            output, _ = child.communicate()
+        except BaseException:  # a signal: the launcher passes it on to its ranks and waits for them
+            child.terminate()
+            raise
+    return child.returncode, output
 
 
 def rehearse(flags, more, logs) -> dict:
     """rehearsal.json of one recipe, from the folder `logs`, or {"failed": why}."""
-    done = launch(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode == 0:
+    code, output = launch(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if code == 0:
         return json.loads(Path(logs, "rehearsal.json").read_text(encoding="utf-8"))
-    said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines() or [""]
-    return {"failed": "out of memory" if "found too little memory" in done.stdout else said[-1]}
+    said = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or [""]
+    return {"failed": "out of memory" if "found too little memory" in output else said[-1]}
 
 
 def table(tried, pictures, image_tokens) -> str:
