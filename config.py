@@ -12,7 +12,7 @@ import re
 import reprlib
 from dataclasses import dataclass, field, fields
 
-from animals.command import Findings, Parser, UserError, yes_or_no
+from animals.command import Findings, Parser, UserError, range_problems, yes_or_no
 from animals.files import deeper, printable, subfolders
 
 # Name of a class folder -> the word that the model answers. Labels have this order everywhere. `ragno` is Italian for
@@ -121,7 +121,7 @@ class Config:
         problems = task_problems(self.prompt, self.answer, self.folder_to_label)
         if self.language not in ("en", "zh"):
             problems.append(f"language: found {self.language}; expected en or zh")
-        Findings(f"--{line}" for line in problems).report()
+        Findings([*range_problems(vars(self)), *(f"--{line}" for line in problems)]).report()
 
     @property
     def labels(self) -> list[str]:

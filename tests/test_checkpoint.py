@@ -168,14 +168,15 @@ import contextlib, sys
 import deepspeed.ops
 from transformers.integrations import HfDeepSpeedConfig
 from animals.checkpoint import check
+from animals.command import UserError
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute of compiling
 alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
 assert check.check_weights(sys.argv[1]) == []
 check.unpartitioned_models = contextlib.nullcontext
 try:
     assert check.check_weights(sys.argv[1]) != []
-except NotImplementedError:
-    pass
+except UserError as error:
+    assert "NotImplementedError" in str(error)
 print("seen")
 """
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -64,8 +64,8 @@ def print_report(report, folder):
     for line in one_sided_lines(report):
         print(line)
     if (mass := report["labels_mass"]) < LOW_MASS:
-        why = "the probability of all labels together: the model would rather answer something else"
-        print(f"warning: labels_mass is {mass:.4f} on average, {why}")
+        why = "(labels_mass): the model would rather answer something else"
+        print(f"warning: the probability of all labels together is {mass:.4f} on average {why}")
     if c := report["comparison"]:
         low, high = c["difference_ci95"]
         print(
