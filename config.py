@@ -38,6 +38,9 @@ MAX_PIXELS = 64_000_000  # width x height: 8000 x 8000, or 192 MB of RGB. A 50-m
 MAX_BYTES = 1 << 29  # size of a file. A picture of MAX_PIXELS is smaller, even as an uncompressed 16-bit TIFF
 MIN_SIDE = 8  # pixels. Smaller pictures (tracking pixels, broken downloads) show no animal
 
+# Beside these columns predictions.csv has one for each label.
+CSV_COLUMNS = ("image", "label", "prediction", "probability", "correct", "sha256", "group", "labels_mass", "error")
+CSV_COLUMNS += ("checkpoint", "unsure", "top2", "top2_probability", "top3", "top3_probability")
 MAX_LABELS = 5000  # of a task; all of them are scored in one sequence
 MAX_TEXT = 10_000  # characters of --prompt and of --answer
 HALF_LETTER = re.compile("[\ud800-\udfff]")  # of JSON, or of a command line that is no UTF-8; no model reads it
@@ -174,7 +177,8 @@ def task_problems(prompt, answer, table) -> list[str]:
     if not (isinstance(table, dict) and 0 < len(table) <= MAX_LABELS and all(map(is_label, table.values()))):
         problems.append(
             f'folder_to_label: found {reprlib.repr(table)}; expected JSON like {{"ragno": "spider"}}, or the word '
-            f"folders; at most {MAX_LABELS:,} labels of 1 to 100 printable characters"
+            f"folders; at most {MAX_LABELS:,} labels of 1 to 100 printable characters, none of them like a column of "
+            f"the CSV files ({', '.join(CSV_COLUMNS)})"
         )
     for name, text, part in (("prompt", prompt, ""), ("answer", answer, "{label}")):
         if not isinstance(text, str) or part not in text or len(text) > MAX_TEXT or HALF_LETTER.search(text):
@@ -190,7 +194,7 @@ def task_problems(prompt, answer, table) -> list[str]:
 def is_label(value) -> bool:
     """Whether this can be a label. Two invisible characters, which join letters or not, are part of some scripts."""
     text = value.translate({0x200C: None, 0x200D: None}) if isinstance(value, str) else ""
-    return 0 < len(text) <= 100 and text.isprintable()
+    return 0 < len(text) <= 100 and text.isprintable() and value not in CSV_COLUMNS
 
 
 def parser(description: str, names) -> Parser:

@@ -124,7 +124,7 @@ def test_folders_are_labels(tmp_path):
         Config(input_dir="gone", folder_to_label="folders")
 
 
-LABELS = ["", "x" * 101, "a\nb", "\x1b[2J", "\u202e", "\ud800"]
+LABELS = ["", "x" * 101, "a\nb", "\x1b[2J", "\u202e", "\ud800", "image", "unsure"]
 TABLES = ["folder", "[1]", "{}", '{"cat": 1}', *(json.dumps({"cat": label, "dog": "dog"}) for label in LABELS)]
 
 
