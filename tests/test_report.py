@@ -351,7 +351,7 @@ def test_answers_of_one_class_only_are_said(made, tmp_path, capsys, counts, most
     assert one_sided(report) == (most, never)
     rows = [{"image": "x", "label": "abc"[t], "prediction": "abc"[k], "correct": t == k} for t, k in cells]
     rows = [row | dict(zip("abc", q, strict=True)) | {"probability": max(q)} for row, q in zip(rows, p, strict=True)]
-    for language, (one, none) in {"en": ("More than 90", "Never answered"), "zh": ("的回答是", "从未被回答过")}.items():
+    for language, (one, none) in {"en": ("More than 90", "Never named"), "zh": ("的回答是", "却从没说过")}.items():
         html = report_page(report, rows, str(tmp_path), language).partition("<nav")[0]
         assert (one in html, none in html) == (bool(most), bool(never)), language
     print_report(report | {"duplicates": made.report["duplicates"]}, "there")
