@@ -9,12 +9,12 @@ import base64
 import io
 import json
 import os
-import re
 from math import ceil, floor
 from pathlib import Path
 from urllib.parse import quote
 
 from animals.checkpoint.steps import run_name
+from animals.command import UNPRINTABLE
 from animals.files import replacing
 from animals.pictures.read import PictureError, load_picture
 from animals.scoring.metrics import one_sided
@@ -25,7 +25,6 @@ PAGES = Path(__file__).parent / "pages"
 TEXTS = json.loads((PAGES / "texts.json").read_text(encoding="utf-8"))
 EMBEDDED = 13_000_000  # bytes of base64 per page; 3,000 pictures need about 10,000,000
 SMALL, LARGE = 96, 240  # pixels, longest side: of a thumbnail; of a picture in a gallery
-CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 WORST, MISTAKES, CHANGED = 8, 48, 96  # pictures at most: on the first screen; in the gallery; of a comparison
 
 
@@ -162,7 +161,7 @@ def visible(value):
 
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
 
 
 def embed(small, large, small_side=SMALL):
