@@ -157,9 +157,6 @@ def main():
     else:
         from animals.training.trainer import AnimalTrainer as make_trainer
     model = load_for_training(model_args, args)
-    parts, float32 = read_parts(config.train_parts), not zero3_is_on(args)
-    if not model_args.use_peft:
-        freeze(model, parts, float32)
     if checkpoint:
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # it was measured when the run began
@@ -177,8 +174,7 @@ def main():
         dtype=model_args.dtype,
         wait=flags.wait_in_forward,
     )
-    if model_args.use_peft:  # the trainer has added the adapters, and peft has frozen all else
-        freeze(trainer.model, parts, float32)
+    freeze(trainer.model, read_parts(config.train_parts), float32=not zero3_is_on(args))  # with LoRA's adapters in it
     say(f"trains          {describe_trainable(trainer.model)}")
     code = trainer.rehearse(logs) if flags.rehearse else train(trainer, checkpoint)
     trainer.accelerator.end_training()

@@ -6,6 +6,7 @@ Also beside LoRA adapters.
 import csv
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,8 +95,11 @@ def test_what_cannot_work_is_one_line(train):
     assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output
     assert "Traceback" not in done.output
     for flags, said in (
-        ("--use_peft --train_parts language,vision", "found language with --use_peft, whose adapters train there"),
-        ("--use_peft --train_parts vision --lora_target_modules all-linear", "found --lora_target_modules too"),
+        ("--use_peft --train_parts language,vision", "found language with --use_peft; expected vision"),
+        (
+            "--use_peft --train_parts vision --lora_target_modules all-linear",
+            "found --lora_target_modules with --use_peft",
+        ),
         ("--train_parts none", "--train_parts none: found no --use_peft"),
     ):
         done, _, _ = train(f"{flags} --dry_run")
@@ -156,8 +160,13 @@ def test_what_is_loaded_and_merged_is_what_was_evaluated(beside, demo, run, tmp_
     assert abs(first["eval_loss"] - last["eval_loss"]) > 0.01
     assert loss == pytest.approx(last["eval_loss"], abs=3e-3 if beside.ddp else 1e-5)
     assert report["accuracy"] == pytest.approx(last["eval_accuracy"], abs=0.03 if beside.ddp else 1e-9)
-    done = run(f"python test.py {demo.input}/validation_data/cat --model_name_or_path {beside.out}", code=0)
-    assert "cat" in done.output
+    names = f"{demo.input}/validation_data/cat --output {tmp_path}/names.csv"
+    run(f"python test.py {names} --model_name_or_path {beside.out}", code=0)
+    with open(tmp_path / "names.csv", newline="") as file:
+        named = {Path(row["image"]).name: float(row["probability"]) for row in csv.DictReader(file)}
+    with open(tmp_path / "sft" / "predictions.csv", newline="") as file:
+        cats = [row for row in csv.DictReader(file) if row["label"] == "cat"]
+    assert cats and all(float(row["probability"]) == pytest.approx(named[Path(row["image"]).name]) for row in cats)
 
 
 def test_adapters_and_parts_resume_to_the_bit(beside, run):

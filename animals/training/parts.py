@@ -54,13 +54,13 @@ def check_parts(config, args, model_args):
     own = "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"
     if not parts and not lora:
         raise UserError(f"--train_parts none: found no --use_peft; expected it, or some of {','.join(PARTS)}")
-    if lora and (adapted := [part for part in parts if part not in RATES.values()]):
+    wrong = [part for part in parts if part not in RATES.values()]
+    wrong += [f"--{name}" for name in own if parts and getattr(model_args, name)]
+    if lora and wrong:
         raise UserError(
-            f"--train_parts: found {','.join(adapted)} with --use_peft, whose adapters train there; expected vision, "
-            "projector or both; leave out the others"
+            f"--train_parts: found {wrong[0]} with --use_peft; expected vision, projector or both, beside adapters in "
+            "the language model alone; leave it out"
         )
-    if lora and parts and (given := [name for name in own if getattr(model_args, name)]):
-        raise UserError(f"--train_parts: found --{given[0]} too; expected train.py's own adapters; leave one out")
     if parts == list(PARTS) and not zero3_is_on(args):
         raise UserError(
             "found a run that would train all weights without ZeRO-3; expected ZeRO-3, which divides them, or fewer of "
