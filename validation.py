@@ -16,6 +16,7 @@ from datetime import timedelta
 from importlib.metadata import version
 
 import config as settings
+from animals.checkpoint.card import add_result, read_card
 from animals.checkpoint.steps import checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
@@ -132,11 +133,14 @@ def main():
     parser.add_argument("--without_end", action="store_true", help="leave </s> out: for a model that is not fine-tuned")
     parser.add_argument("--report_dir", default="logs/validation", help="each checkpoint's report gets a folder in it")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
+    parser.add_argument("--write_model_card", action="store_true", help="add the result to the model's README.md")
     args = parser.parse_args()
     folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))
     events = os.path.join(args.logging_dir, run_name(args.model_name_or_path), "validation")
     for flag, place in (("--report_dir", args.report_dir), ("--report_dir", folder), ("--logging_dir", events)):
         require_writable(flag, place)  # before the work, not after it
+    if args.write_model_card:
+        read_card(args.model_name_or_path)
     config = settings_for(settings.config_from(args), args.model_name_or_path)
     check_inputs(config, args.model_name_or_path, ("validation",))
     from accelerate import PartialState
@@ -149,6 +153,8 @@ def main():
     if main_process():
         write_report(report, rows, folder, config.language)
         log_tensorboard(report, events)
+        if args.write_model_card:
+            add_result(args.model_name_or_path, report, config.input_dir)
         print_report(report, folder)
     PartialState().destroy_process_group()
 

@@ -76,9 +76,9 @@ def run(main):
     cache = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "temp", "cache")
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
-    for flag, name in (("--push_to_hub", "HF_HUB_OFFLINE"), ("--torch_compile", "TORCHDYNAMO_DISABLE")):
-        if not any(word.startswith(flag) for word in with_underscores(sys.argv)):
-            os.environ.setdefault(name, "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any(word.startswith("--torch_compile") for word in with_underscores(sys.argv)):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # torch and bitsandbytes warn of what no user can change.

@@ -44,12 +44,13 @@ REFUSED = {
     "fsdp fsdp_config parallelism_config": "DeepSpeed ZeRO-3 or DDP divides the work; --config_file chooses",
     "do_train do_eval do_predict": "train.py trains, and --eval_strategy says when it measures",
     "lora_task_type": "the task is the answer to a question",
+    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision": "it would "
+    "push half-trained models, the token and this machine's paths; `hf upload` pushes the model (scripts/README.md)",
 }
 NEEDED = {  # flags that have an effect with another one only
     "use_peft": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
     "use_rslora use_dora",
     "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
-    "push_to_hub": "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
 }
 GIB = 2**30
 RESUME_BYTES = 6.04  # in a checkpoint per trained parameter, to resume: float32 weights 4, 8-bit Adam 2.03, the rest

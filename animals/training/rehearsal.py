@@ -84,7 +84,7 @@ class RehearsalTrainer(AnimalTrainer):
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
         args.max_steps = 2 + count_steps(args, self.pictures)[1]
-        args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, True
+        args.report_to, args.load_best_model_at_end, args.eval_on_start = [], False, True
         args.logging_strategy = args.eval_strategy = args.save_strategy = "no"  # rehearse() says when
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=longest, eval_pictures=0, **kwargs)
 

@@ -7,18 +7,15 @@ Nothing here changes what is learned.
 import collections
 import contextlib
 import copy
-import json
 import os
-import re
 import shutil
 import time
-from pathlib import Path
 
 import torch
-from jinja2 import Template
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from animals.checkpoint.card import write_card
 from animals.checkpoint.load import zero3_is_on
 from animals.checkpoint.save import add_other_files, share_weights
 from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
@@ -33,8 +30,6 @@ from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_
 from animals.training.describe import batch_sizes
 from animals.training.parts import RATES, load_trained, parameter_groups, save_trained
 from animals.training.signals import protect_data_workers
-
-CARD = Path(__file__).with_name("model_card.md")
 
 
 def without_mask(module, args, kwargs):
@@ -213,29 +208,9 @@ class AnimalTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_model_card(self, *args, **kwargs):
-        """Write README.md of output_dir: how to ask the model, how it was trained, its last measured accuracy."""
-        if not main_process():
-            return
-        measured = [log for log in self.state.log_history if "eval_accuracy" in log]
-        accuracy = "not measured while training; `sh validation.sh` does"
-        if measured:
-            log = measured[-1]
-            accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
-            if measured[0]["step"] == 0:
-                accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
-        folder = self.args.output_dir
-        card = Template(CARD.read_text(encoding="utf-8")).render(
-            name=code_span(os.path.basename(os.path.normpath(folder))),
-            labels=code_span(", ".join(self.scorer.labels)),
-            asked=code_span(self.scorer.config.question),
-            folder=repr(folder),
-            question=repr(self.scorer.config.question),
-            accuracy=accuracy,
-            state=self.state,
-            longest=max(map(len, self.scorer.answers)),  # tokens of an answer
-            record=json.dumps(self.record, indent=1, ensure_ascii=False),
-        )
-        Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
+        """Write README.md of output_dir: ours in place of the library's."""
+        if main_process():
+            write_card(self.args.output_dir, self.scorer, self.state, self.record)
 
     def _save_checkpoint(self, model, trial):
         """Write checkpoint-N, then its manifest, and only then delete the oldest checkpoints. All ranks."""
@@ -286,10 +261,3 @@ class AnimalTrainer(SFTTrainer):
                 f"step {step}: could not save ({error}); found {free:.1f} GiB free in {folder}; the last complete "
                 f"checkpoint is {last}; make room and start again"
             ) from error
-
-
-def code_span(text):
-    """Markdown that shows a text as it stands, on one line: HTML, templates and backticks have no meaning in it."""
-    text = " ".join(text.split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
