@@ -12,9 +12,11 @@ from animals.checkpoint.card import add_result, read_card, write_card
 from animals.checkpoint.steps import missing_files, write_manifest
 from animals.command import UserError
 from animals.files import read_json
+from animals.pictures.prepare import check_inputs
 from animals.scoring.report import read_report
 from config import Config
 from tests.conftest import ROOT
+from tests.helpers.pictures import drawn, held, train
 
 REPORT = {"accuracy": 0.75, "accuracy_ci95": [0.3, 0.95], "n": 4, "duplicates": {"identical": 1, "near_duplicates": 0}}
 
@@ -27,15 +29,22 @@ def numbers(folder):
     return {result.metric_type: result.metric_value for result in results}, results[0]
 
 
-def test_validation_writes_what_it_measured_when_asked(demo, run, tmp_path):
+def test_validation_writes_what_it_measured_when_asked(demo, run, tree, tmp_path):
+    picture = drawn(4000)  # the first one of train/cat
+    picture.save(held(tree, "cat", "near.jpg"), quality=60)
+    shutil.copy(train(tree, "cat", "0.jpg"), held(tree, "cat", "identical.jpg"))
+    tree.allow_leaks = True
+    check_inputs(tree, str(demo.checkpoint), ("train", "validation"))  # with both, the next commands know of duplicates
     folder = shutil.copytree(demo.checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
-    places = f"--report_dir {tmp_path}/reports --logging_dir {tmp_path}/logs --on_eval_pictures --eval_pictures 20"
-    command = "python validation.py --input_dir temp/demo/input --temp_dir temp/demo/cache"
+    command = f"python validation.py --model_name_or_path {folder} --input_dir {tree.input_dir} --allow_leaks "
+    command += (
+        f"--temp_dir {tree.temp_dir} --max_excluded 1 --report_dir {tmp_path}/reports --logging_dir {tmp_path}/logs"
+    )
     card, reports = folder / "README.md", []
     before = card.read_text(encoding="utf-8")
     for flag in ("", "--write_model_card"):
         assert card.read_text(encoding="utf-8") == before
-        run(f"{command} --model_name_or_path {folder} {places} {flag}", code=0)
+        run(f"{command} {flag}", code=0)
         reports.append(read_report(str(tmp_path / "reports" / "model"))[0])
     without, report = reports
     assert report["checkpoint"] == without["checkpoint"], "a report is found by it: the card does not change the model"
@@ -43,14 +52,13 @@ def test_validation_writes_what_it_measured_when_asked(demo, run, tmp_path):
     assert (first.task_type, first.dataset_type, first.dataset_name) == ("image-classification", "imagefolder", "input")
     low, high = report["accuracy_ci95"]
     assert found == {
-        "accuracy": report["accuracy"], "accuracy_ci95_low": low, "accuracy_ci95_high": high, "n": 20,
-        "identical_in_train": report["duplicates"]["identical"],
-        "near_duplicates_in_train": report["duplicates"]["near_duplicates"],
+        "accuracy": report["accuracy"], "accuracy_ci95_low": low, "accuracy_ci95_high": high, "n": 8,
+        "identical_in_train": 1, "near_duplicates_in_train": 1,
     }  # fmt: skip
     after = card.read_text(encoding="utf-8")
     assert after.split("\n---\n", 1)[1] == before.split("\n---\n", 1)[1]
     assert ModelCard(after).data.pipeline_tag == "image-text-to-text"
-    add_result(folder, report, demo.input)
+    add_result(folder, report, tree.input_dir)
     assert card.read_text(encoding="utf-8") == after, "one result, not two"
 
 
