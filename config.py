@@ -108,7 +108,9 @@ class Config:
     near_duplicate_limit: int = setting(200_000, "with more pictures than this, near-duplicates are not searched")
     allow_leaks: bool = setting(False, "continue although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "number of processes that decode pictures for the cache; 0 = one per CPU core")
-    train_parts: str = setting("vision,projector,language", "parts of the model that are trained; others are frozen")
+    train_parts: str | None = setting(
+        None, "parts of the model that are trained; others are frozen. None: all; with --use_peft none, only adapters"
+    )
     vision_learning_rate: float | None = setting(None, "highest learning rate of the vision tower. " + RATE)
     projector_learning_rate: float | None = setting(None, "highest learning rate of the projector. " + RATE)
     language: str = setting(locale_language(), "language of the pages: en or zh")

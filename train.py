@@ -27,7 +27,7 @@ from animals.ranks import barrier, check_connection, choose_arithmetic, end_with
 from animals.training.batches import PictureCollator
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
-from animals.training.parts import RATES, freeze, read_parts
+from animals.training.parts import ALL, RATES, freeze, read_parts
 from animals.training.preflight import check_run, flag_problems
 
 # Without it, DeepSpeed runs numactl whenever CPU ranks reduce gradients: a fifth of the time of the demo's steps.
@@ -74,6 +74,7 @@ def parse(argv):
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
     flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
     Findings(range_problems(vars(flags)) + flag_problems(flags, parser.get_default)).report()
+    flags.train_parts = flags.train_parts or ("none" if flags.use_peft else ALL)
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
     if on_cpu:
         never_compile_shared_memory_op()
@@ -156,8 +157,9 @@ def main():
     else:
         from animals.training.trainer import AnimalTrainer as make_trainer
     model = load_for_training(model_args, args)
-    if not model_args.use_peft:  # peft freezes the base itself
-        freeze(model, read_parts(config.train_parts), float32=not zero3_is_on(args))
+    parts, float32 = read_parts(config.train_parts), not zero3_is_on(args)
+    if not model_args.use_peft:
+        freeze(model, parts, float32)
     if checkpoint:
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # it was measured when the run began
@@ -175,6 +177,8 @@ def main():
         dtype=model_args.dtype,
         wait=flags.wait_in_forward,
     )
+    if model_args.use_peft:  # the trainer has added the adapters, and peft has frozen all else
+        freeze(trainer.model, parts, float32)
     say(f"trains          {describe_trainable(trainer.model)}")
     code = trainer.rehearse(logs) if flags.rehearse else train(trainer, checkpoint)
     trainer.accelerator.end_training()

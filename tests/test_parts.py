@@ -1,13 +1,21 @@
-"""--train_parts: the named parameters change, all others stay the same bit for bit; with ZeRO-3 and without."""
+"""--train_parts: the named parameters change, all others stay the same bit for bit; with ZeRO-3 and without.
 
+Also beside LoRA adapters.
+"""
+
+import csv
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaNextConfig
 
+from animals.checkpoint.check import check_files
 from animals.command import UserError
+from animals.files import read_json
 from animals.training.parts import PARTS, TRAINED, read_parts, trains
 
 STEPS = "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 1 --learning_rate 1e-2"
@@ -85,8 +93,13 @@ def test_what_cannot_work_is_one_line(train):
     done, _, _ = train("--config_file scripts/ddp.yaml --dry_run")
     assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output
     assert "Traceback" not in done.output
-    done, _, _ = train("--use_peft --train_parts projector --dry_run")
-    assert done.code == 2 and "give one of the two" in done.output, done.output[-3000:]
+    for flags, said in (
+        ("--use_peft --train_parts language,vision", "found language with --use_peft, whose adapters train there"),
+        ("--use_peft --train_parts vision --lora_target_modules all-linear", "found --lora_target_modules too"),
+        ("--train_parts none", "--train_parts none: found no --use_peft"),
+    ):
+        done, _, _ = train(f"{flags} --dry_run")
+        assert done.code == 2 and done.output.count("error: ") == 1 and said in done.output, done.output[-3000:]
 
 
 def test_every_parameter_is_of_one_part_and_clips_last_layer_never_trains(demo):
@@ -96,3 +109,75 @@ def test_every_parameter_is_of_one_part_and_clips_last_layer_never_trains(demo):
     assert all(len(parts) <= 1 for parts in owners.values())
     assert len(none) == 18 and all("post_layernorm" in name or ".layers.3." in name for name in none)
     assert owners["model.image_newline"] == ["projector"] and owners["lm_head.weight"] == ["language"]
+
+
+WHOLE = "base_model.model."
+LORA = "--use_peft --train_parts vision,projector --learning_rate 1e-3 --vision_learning_rate 1e-3 --max_steps 4 "
+LORA += "--save_steps 2 --eval_steps 4 --eval_pictures 40"
+
+
+@pytest.fixture(scope="module", params=["zero3", "ddp"])
+def beside(request, demo, run, tmp_path_factory):
+    """Four steps of adapters and whole parts on 2 ranks; DDP computes in bfloat16, the parts' weights are float32."""
+    ddp, out = request.param == "ddp", tmp_path_factory.mktemp(request.param) / "sft"
+    data = f"--input_dir {demo.input} --temp_dir {demo.cache} --logging_dir {out.parent}/logs"
+    command = f"sh train.sh {data} {STEPS} {LORA} --model_name_or_path {demo.checkpoint} --output_dir {out}"
+    command += " --config_file scripts/ddp.yaml" * ddp
+    ways = {"NUM_PROCESSES": 2, "BF16_ON_CPU": int(ddp)}
+    done = run(command, code=0, **ways)
+    return SimpleNamespace(out=out, data=data, command=command, ways=ways, ddp=ddp, output=done.output)
+
+
+def test_parts_train_whole_beside_adapters_and_are_saved_with_them(beside, demo):
+    config, before = LlavaNextConfig.from_pretrained(demo.checkpoint), weights(demo.checkpoint)
+    saved = load_file(beside.out / "adapter_model.safetensors")
+    whole = {name.removeprefix(WHOLE): value for name, value in saved.items() if "lora_" not in name}
+    before = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in before.items()}
+    assert whole.keys() == {name for name in before if trains(name, ["vision", "projector"], config)}
+    assert {value.dtype for value in whole.values()} == {torch.bfloat16 if beside.ddp else torch.float32}
+    assert not [name for name, value in whole.items() if torch.equal(value, before[name].to(value.dtype))]
+    assert f"{len(saved)} tensors, " in beside.output and "parts: adapters, vision, projector" in beside.output
+    assert check_files(beside.out) == [] and not list(beside.out.rglob("model*.safetensors"))
+
+
+def test_what_is_loaded_and_merged_is_what_was_evaluated(beside, demo, run, tmp_path):
+    """validation.sh finds the accuracy and the loss that the trainer measured."""
+    where, found = f"{beside.data} --on_eval_pictures --eval_pictures 40 --report_dir {tmp_path}", []
+    run(f"python scripts/merge_lora.py {beside.out} --merge {tmp_path}/merged --dtype float32", code=0)
+    for folder in (beside.out, tmp_path / "merged"):
+        run(f"sh validation.sh {where} --model_name_or_path {folder}", code=0)
+        with open(tmp_path / folder.name / "predictions.csv", newline="") as file:
+            found.append([float(row[row["label"]]) * float(row["labels_mass"]) for row in csv.DictReader(file)])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    report = read_json(tmp_path / "sft" / "report.json")
+    logs = read_json(beside.out / "checkpoint-4" / "trainer_state.json")["log_history"]
+    first, last = (log for log in logs if "eval_loss" in log)
+    loss = -sum(map(math.log, found[0])) / 40 / 2  # tokens of an answer
+    assert abs(first["eval_loss"] - last["eval_loss"]) > 0.01
+    assert loss == pytest.approx(last["eval_loss"], abs=3e-3 if beside.ddp else 1e-5)
+    assert report["accuracy"] == pytest.approx(last["eval_accuracy"], abs=0.03 if beside.ddp else 1e-9)
+    done = run(f"python test.py {demo.input}/validation_data/cat --model_name_or_path {beside.out}", code=0)
+    assert "cat" in done.output
+
+
+def test_adapters_and_parts_resume_to_the_bit(beside, run):
+    file = beside.out / "adapter_model.safetensors"
+    before = file.read_bytes()
+    shutil.rmtree(beside.out / "checkpoint-4")
+    file.unlink()
+    done = run(beside.command, code=0, **beside.ways)
+    assert f"resuming from {beside.out}/checkpoint-2" in done.output
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_file_of_adapters_and_parts_is_one_line(beside, tmp_path):
+    folder = shutil.copytree(beside.out, tmp_path / "sft")
+    file, newline = folder / "adapter_model.safetensors", f"{WHOLE}model.image_newline"
+    values = load_file(beside.out / file.name)
+    for harm in ({newline: values[newline][:-1].clone()}, {f"{newline}s": values[newline].clone()}):
+        save_file(values | harm, file)
+        (line,) = check_files(folder)
+        assert f"found {[*harm][0]}; expected names and shapes as in " in line
+    file.write_bytes(file.read_bytes()[:-1])
+    (line,) = check_files(folder)
+    assert "although its header says" in line

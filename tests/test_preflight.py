@@ -22,8 +22,8 @@ from transformers.trainer_callback import DefaultFlowCallback, TrainerState
 from animals.command import Findings, UserError
 from animals.ranks import choose_arithmetic, why_cpu
 from animals.training import describe, preflight
+from animals.training.parts import ALL
 from animals.training.preflight import check_disk, check_host_ram, check_output_dir, saved_bytes, usable_ram
-from config import Config
 from scripts.launch import read_flags, usable_gpus
 from tests.conftest import ROOT
 from tests.helpers import replica
@@ -80,7 +80,6 @@ def test_more_ranks_than_gpus(run):
 
 
 SEVEN = {"lm_head.weight": (7_566_747_648,)}  # parameters of the 7B
-ALL = Config().train_parts
 
 
 def arguments(output_dir="somewhere", **changed):

@@ -7,29 +7,38 @@ import ast
 import re
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from animals.checkpoint.load import load_model
-from animals.training.parts import PARTS, belongs, freeze, parameter_groups
+from animals.training.lora import LORA_TARGETS
+from animals.training.parts import BASE, PARTS, belongs, freeze, parameter_groups, trains
 from tests.test_rehearsal import command
 
 RATES = "--vision_learning_rate 1e-4 --projector_learning_rate 5e-4 --lr_scheduler_type linear --warmup_steps 0"
 SHORT = f"{RATES} --eval_strategy no --eval_on_start False --save_strategy no --max_steps 10"
 
 
-@pytest.mark.parametrize("parts", [list(PARTS), ["vision", "projector"], ["language"]])
-def test_every_trained_parameter_is_in_one_group(demo, parts):
+@pytest.mark.parametrize(
+    ("parts", "lora"),
+    [(list(PARTS), False), (["vision", "projector"], False), (["language"], False), (["vision", "projector"], True)],
+)
+def test_every_trained_parameter_is_in_one_group(demo, parts, lora):
     model = load_model(demo.model, "float32")
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=LORA_TARGETS))
     freeze(model, parts, float32=False)
     decayed = {name for name, value in model.named_parameters() if value.ndim > 1}
     groups = parameter_groups(model, {"vision": 1e-4, "projector": 5e-4}, 1e-3, decayed, 0.01)
     rates = {"language": 1e-3, "projector": 5e-4, "vision": 1e-4}
-    for name, value in model.named_parameters():
+    for full, value in model.named_parameters():
+        name = full.removeprefix(BASE)
+        assert value.requires_grad == (trains(name, parts, model.config) or ".lora_" in name)
         mine = [group for group in groups if any(value is other for other in group["params"])]
         assert len(mine) == value.requires_grad
         if mine:
             (part,) = [part for part in PARTS if belongs(name, [part])]
-            assert (mine[0]["lr"], mine[0]["weight_decay"]) == (rates[part], 0.01 if name in decayed else 0.0)
-    assert groups[0]["lr"] == max(rates[part] for part in parts)  # the library logs the first one
+            assert (mine[0]["lr"], mine[0]["weight_decay"]) == (rates[part], 0.01 if full in decayed else 0.0)
+    assert groups[0]["lr"] == (1e-3 if lora else max(rates[part] for part in parts))  # the library logs the first one
 
 
 def test_without_rates_of_their_own_the_groups_are_the_librarys(demo):
@@ -43,6 +52,7 @@ def test_without_rates_of_their_own_the_groups_are_the_librarys(demo):
         (2, "", ["projector", "vision"]),
         (2, "--config_file scripts/ddp.yaml --train_parts vision,projector", ["projector", "vision"]),
         (1, "--config_file scripts/ddp.yaml --use_peft", []),
+        (2, "--use_peft --train_parts vision", ["vision"]),
     ],
 )
 def test_the_rates_follow_the_schedule(demo, run, tmp_path, ranks, flags, parts):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import operator
 import os
+import re
 from pathlib import Path
 
 from animals.checkpoint import family
@@ -106,6 +107,14 @@ def adapter_problems(path, adapter):
     rank = adapter.get("r", 8)
     if wrong := [name for name, shape in shapes.items() if ".lora_A." in name and shape[:1] != (rank,)]:
         problems.append(f"{file}: found r = {rank}; expected that of {first_names(wrong)}; copy it from its run again")
+    held, damaged = read_shards(base)
+    if not damaged and not adapter.get("modules_to_save"):  # weights that trained whole; transformers 5 renames
+        names = {name: re.sub(r"^model\.|(?<=vision_tower\.)vision_model\.", "", name) for name in held}
+        held = {f"base_model.model.model.{names[name]}": shape for name, shape in held.items()}
+        whole = [name for name in shapes if "lora_" not in name and ".base_layer." not in name]
+        if wrong := [name for name in whole if held.get(name) != shapes[name]]:
+            do = "copy adapter_model.safetensors from its run again"
+            problems.append(f"{path}: found {first_names(wrong)}; expected names and shapes as in {base}; {do}")
     return problems + find_problems(base)
 
 

@@ -4,10 +4,15 @@
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml      # the complete model on each GPU
     sh train.sh --use_peft --learning_rate 2e-4 --config_file scripts/ddp.yaml --load_in_4bit    # QLoRA
 
-validation.sh, test.py and --resume_from_checkpoint accept the adapter's folder; its base model must still be there.
+    # the tower and the projector train whole, beside adapters in the language model
+    sh train.sh --use_peft --learning_rate 2e-4 --train_parts vision,projector --config_file scripts/ddp.yaml
+
+validation.sh and test.py accept the adapter's folder; --resume_from_checkpoint, a checkpoint-N in it. The base model
+must still be there.
 """
 
 from animals.checkpoint.check import first_names
+from animals.training.parts import BASE, PARTS, belongs, whole_weights
 
 # The linear layers of the language model. The vision tower, the projector and lm_head stay unchanged.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -29,7 +34,9 @@ def describe_trainable(model) -> str:
     trained, which = [name for name, value in model.named_parameters() if value.requires_grad], ""
     if hasattr(model, "peft_config"):
         count, total = model.get_nb_trainable_parameters()
-        which = f": {len(trained)} tensors, {first_names(trained)}"
+        names = [name.removeprefix(BASE) for name in whole_weights(model)]
+        whole = [part for part in PARTS if any(belongs(name, [part]) for name in names)]
+        which = f": {len(trained)} tensors, {first_names(trained)}; parts: {', '.join(['adapters', *whole])}"
     else:
         sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
         count, total = sum(sizes[name] for name in trained), sum(sizes.values())  # numel() is 0 under ZeRO-3

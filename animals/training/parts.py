@@ -5,11 +5,12 @@
 CLIP's last layer never trains: the language model reads the one before it. Without ZeRO-3, which keeps float32 master
 weights, the trained weights themselves are float32 and compute under autocast: at a learning rate of 2e-5 most bfloat16
 weights would never change. They are saved in the type in which the model was loaded; for resuming, a checkpoint-N also
-has them exactly, in TRAINED.
+has them exactly, in TRAINED. With --use_peft, vision and projector may train beside the adapters (lora.py).
 """
 
 import os
 import re
+from pathlib import Path
 
 from animals.checkpoint.load import zero3_is_on
 from animals.command import UserError
@@ -19,13 +20,15 @@ PARTS = {  # part -> how its parameters' names begin
     "projector": r"model\.(multi_modal_projector\.|image_newline$)",
     "language": r"(model\.language_model|lm_head)\.",
 }
+ALL = "vision,projector,language"  # --train_parts without --use_peft; with it, "none"
 RATES = {"vision_learning_rate": "vision", "projector_learning_rate": "projector"}  # flags of rates of their own
 TRAINED = "trained_float32.safetensors"
+BASE = "base_model.model."  # what peft puts before the names of the base model's parameters
 
 
 def read_parts(text: str) -> list[str]:
-    """`language,projector` -> [projector, language], in the order of PARTS. UserError for another name."""
-    chosen = [part.strip() for part in text.split(",")]
+    """`language,projector` -> [projector, language], in the order of PARTS; `none` -> []. UserError: another name."""
+    chosen = [part.strip() for part in text.split(",")] if text != "none" else []
     if wrong := [part for part in chosen if part not in PARTS]:
         raise UserError(f"--train_parts: found {', '.join(wrong)!r}; expected some of {','.join(PARTS)}")
     return [part for part in PARTS if part in chosen]
@@ -47,10 +50,18 @@ def trains(name: str, parts, config) -> bool:
 
 def check_parts(config, args, model_args):
     """Raise UserError if --train_parts names an unknown part or contradicts the other flags."""
-    parts, everything = read_parts(config.train_parts), list(PARTS)
-    if model_args.use_peft and parts != everything:
-        raise UserError("--train_parts: found --use_peft too, which trains adapters alone; give one of the two")
-    if parts == everything and not model_args.use_peft and not zero3_is_on(args):
+    parts, lora = read_parts(config.train_parts), model_args.use_peft
+    own = "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"
+    if not parts and not lora:
+        raise UserError(f"--train_parts none: found no --use_peft; expected it, or some of {','.join(PARTS)}")
+    if lora and (adapted := [part for part in parts if part not in RATES.values()]):
+        raise UserError(
+            f"--train_parts: found {','.join(adapted)} with --use_peft, whose adapters train there; expected vision, "
+            "projector or both; leave out the others"
+        )
+    if lora and parts and (given := [name for name in own if getattr(model_args, name)]):
+        raise UserError(f"--train_parts: found --{given[0]} too; expected train.py's own adapters; leave one out")
+    if parts == list(PARTS) and not zero3_is_on(args):
         raise UserError(
             "found a run that would train all weights without ZeRO-3; expected ZeRO-3, which divides them, or fewer of "
             "them; add --config_file scripts/deepspeed_zero3.yaml, --use_peft or --train_parts projector"
@@ -60,10 +71,12 @@ def check_parts(config, args, model_args):
 def freeze(model, parts, float32: bool):
     """Let `parts` alone get a gradient; float32: convert them, because no ZeRO-3 keeps master weights. All ranks.
 
-    CLIP's last layer is converted with its part: autocast on the CPU does not mix types within the tower.
+    A model that peft has wrapped keeps its adapters' gradients. CLIP's last layer is converted with its part: autocast
+    on the CPU does not mix types within the tower.
     """
-    for name, value in model.named_parameters():
-        value.requires_grad_(trains(name, parts, model.config))
+    for full, value in model.named_parameters():
+        name = full.removeprefix(BASE)
+        value.requires_grad_(trains(name, parts, model.config) or full != name and value.requires_grad)
         if float32 and belongs(name, parts):
             value.data = value.data.float()
 
@@ -78,7 +91,7 @@ def parameter_groups(model, rates: dict, rate: float, decayed, weight_decay: flo
     for part in reversed(PARTS):
         own = rates.get(part) or rate
         for name, value in model.named_parameters():
-            if value.requires_grad and belongs(name.removeprefix("base_model.model."), [part]):
+            if value.requires_grad and belongs(name.removeprefix(BASE), [part]):
                 empty = {"params": [], "parts": [], "lr": own, "weight_decay": weight_decay if name in decayed else 0.0}
                 group = groups.setdefault((own, name in decayed), empty)
                 group["params"].append(value)
@@ -88,6 +101,29 @@ def parameter_groups(model, rates: dict, rate: float, decayed, weight_decay: flo
 
 def trained_weights(model):
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def whole_weights(model):
+    """{name: value} of the trained weights that are the model's own, not an adapter's."""
+    added = re.compile(r"\.lora_|\.modules_to_save\.")
+    return {name: value for name, value in trained_weights(model).items() if not added.search(name)}
+
+
+def save_weights(model, folder, state_dict, dtype):
+    """Write the model's weights, or the adapter's and those that trained beside it. Main process only.
+
+    state_dict: as ZeRO-3 gathers it; None: the model's own, which may be float32, and is written in `dtype`. The
+    weights beside an adapter are in its file under peft's names, so that peft loads them with it: none can be lost.
+    """
+    from safetensors.torch import load, save_file
+
+    lora, values = hasattr(model, "peft_config"), model.state_dict() if state_dict is None else state_dict
+    if state_dict is None and not lora:
+        state_dict = {name: value.to(dtype) for name, value in values.items()}
+    model.save_pretrained(folder, state_dict=state_dict)
+    if lora and (whole := {name: values[name].to("cpu", dtype).contiguous() for name in whole_weights(model)}):
+        file = Path(folder, "adapter_model.safetensors")
+        save_file(load(file.read_bytes()) | whole, file, metadata={"format": "pt"})
 
 
 def save_trained(model, folder):

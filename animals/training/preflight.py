@@ -199,14 +199,14 @@ def saved_bytes(args, model_args, shapes, train_parts) -> tuple[float, float]:
     """Bytes of (one checkpoint, the final model) for a model with parameters of these {name: shape}.
 
     Each saved parameter has 2 bytes, in float32 4; each trained one RESUME_BYTES more, unless --save_only_model. With
-    LoRA the result is an upper bound: as if every matrix had an adapter.
+    LoRA the result is an upper bound: as if every matrix had an adapter. Parts that train beside it are saved with it.
     """
     sizes, parts = {name: math.prod(shape) for name, shape in shapes.items()}, read_parts(train_parts)
     saved = sum(sizes.values())
     trained = sum(n for name, n in sizes.items() if belongs(name, parts) or belongs(f"model.{name}", parts))
     if model_args.use_peft:
         modules = model_args.lora_modules_to_save or ()
-        saved = sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
+        saved = trained + sum(model_args.lora_r * sum(shape) for shape in shapes.values() if len(shape) == 2)
         saved += sum(size for name, size in sizes.items() if any(module in name for module in modules))
         trained = saved
     final = saved * (4 if model_args.dtype == "float32" else 2)

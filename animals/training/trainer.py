@@ -28,7 +28,7 @@ from animals.scoring.report import one_sided_lines
 from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
-from animals.training.parts import RATES, load_trained, parameter_groups, save_trained
+from animals.training.parts import RATES, load_trained, parameter_groups, save_trained, save_weights, whole_weights
 from animals.training.signals import protect_data_workers
 
 
@@ -191,15 +191,12 @@ class AnimalTrainer(SFTTrainer):
         """Write all files of a model: of checkpoint-N and of the final one."""
         if self.args.should_save:
             source, scorer = self.model.config.name_or_path, self.scorer
-            if self.parts_in_float32():
-                dtype = getattr(torch, self.dtype)
-                state_dict = {name: value.to(dtype) for name, value in self.model.state_dict().items()}
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            save_weights(self.model, output_dir, state_dict, getattr(torch, self.dtype))
             add_other_files(output_dir, source, scorer.processor, task_of(scorer.config), self.dtype)
 
     def parts_in_float32(self):
-        """Whether the trained weights are float32 parameters: without ZeRO-3 and without LoRA (parts.py)."""
-        return not self.is_deepspeed_enabled and not hasattr(self.model, "peft_config")
+        """Whether the model's own trained weights are float32 parameters, as without ZeRO-3 (parts.py)."""
+        return not self.is_deepspeed_enabled and bool(whole_weights(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.parts_in_float32():
