@@ -16,13 +16,13 @@ RATES = "--vision_learning_rate 1e-4 --projector_learning_rate 5e-4 --lr_schedul
 SHORT = f"{RATES} --eval_strategy no --eval_on_start False --save_strategy no --max_steps 10"
 
 
-@pytest.mark.parametrize("parts", [list(PARTS), ["vision", "projector"], ["language"]])
+@pytest.mark.parametrize("parts", [list(PARTS), ["vision", "projector"], ["language"], ["vision", "attention"]])
 def test_every_trained_parameter_is_in_one_group(demo, parts):
     model = load_model(demo.model, "float32")
     freeze(model, parts, float32=False)
     decayed = {name for name, value in model.named_parameters() if value.ndim > 1}
     groups = parameter_groups(model, {"vision": 1e-4, "projector": 5e-4}, 1e-3, decayed, 0.01)
-    rates = {"language": 1e-3, "projector": 5e-4, "vision": 1e-4}
+    rates = {"language": 1e-3, "attention": 1e-3, "projector": 5e-4, "vision": 1e-4}
     for name, value in model.named_parameters():
         mine = [group for group in groups if any(value is other for other in group["params"])]
         assert len(mine) == value.requires_grad
