@@ -21,7 +21,7 @@ from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import Parser, UserError, run
 from animals.files import looked_up, read_json
 from animals.training.lora import LORA_TARGETS
-from animals.training.parts import PARTS, read_parts, trains
+from animals.training.parts import NAMED, PARTS, read_parts, trains
 
 DDP = "--config_file scripts/ddp.yaml"
 METHODS = {  # name: flags of train.sh
@@ -178,7 +178,7 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts) -> dict:
         pinned + (CHECKPOINT_BYTES + 2.03) * own * (1 if sharded else num_gpus),
     )
     disk = (trained if "lora" in method else total) * WEIGHT_BYTES + trained * CHECKPOINT_BYTES
-    words = ["sh train.sh", METHODS[method], "" if len(parts) == len(PARTS) else f"--train_parts {','.join(parts)}"]
+    words = ["sh train.sh", METHODS[method], "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
     return {
         "method": method, "command": " ".join(filter(None, words)), "num_gpus": num_gpus, "micro_batch": micro_batch,
         "parameters": total, "trained": trained, "items_gib": {name: size / GIB for name, size in items.items()},
@@ -209,7 +209,7 @@ def main():
     add("--model_name_or_path", default="model", help="folder with config.json, or such a file (default: model)")
     add("--num_gpus", type=int, help="one rank each (default: 1, 4 and 8; 1 for the methods without ZeRO-3)")
     add("--method", choices=METHODS, help="only this one (default: all)")
-    add("--train_parts", help="what trains: some of vision,projector,language (default: all; projector for ddp)")
+    add("--train_parts", help=f"what trains: some of {','.join(NAMED)} (default: all; projector for ddp)")
     add("--micro_batch", type=int, help="pictures that a GPU holds at once (default: 1 and 4)")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

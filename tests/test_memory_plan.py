@@ -37,6 +37,7 @@ DDP = "scripts/ddp.yaml"
         (3, "full", "--train_parts projector"),
         (3, "full", "--train_parts vision,projector"),
         (3, "full", "--train_parts language"),
+        (3, "full", "--train_parts attention"),
         (3, "lora", "--use_peft"),
         (3, "ddp", "--train_parts projector"),
         (3, "ddp", "--train_parts vision,projector"),
@@ -143,6 +144,7 @@ def traced(config, batch, tokens, tiles, parts):
 
 TRACES = (1, "largest", None), (4, "largest", None), (4, "300x225", None), (4, "whole view", None)
 TRACES += (4, "300x225", "projector"), (4, "300x225", "vision,projector"), (4, "300x225", "language")
+TRACES += ((4, "300x225", "attention"),)
 
 
 @pytest.mark.parametrize(
