@@ -25,8 +25,6 @@ from animals.files import looked_up, printable, read_json, replacing, require_wr
 from animals.scoring.metrics import paired
 from animals.scoring.report import read_report
 
-HEADER = ("pictures", "of each class", "seed", "accuracy", "95 % interval", "held-out", "mean accuracy", "model")
-
 
 def read_points(paths) -> dict[int, list[dict]]:
     """{number of training pictures: the reports of its runs, each with `per_class` and `seed`}, smallest number first.
@@ -52,7 +50,8 @@ def read_points(paths) -> dict[int, list[dict]]:
 
 def table(points) -> str:
     """A table in Markdown, a row for each report."""
-    lines = [HEADER, ["---"] * len(HEADER)]
+    lines = [("pictures", "of each class", "seed", "accuracy", "95 % interval", "held-out", "mean accuracy", "model")]
+    lines.append(["---"] * len(lines[0]))
     for pictures, group in points.items():
         mean = statistics.mean(p["accuracy"] for p in group)
         for p in sorted(group, key=lambda p: p["seed"]):
@@ -63,19 +62,19 @@ def table(points) -> str:
 
 def draw(points):
     """The curve, a matplotlib Figure. Runs with the same number of pictures stand a little beside each other."""
+    import numpy as np
     from matplotlib.figure import Figure
 
-    figure, (any_report, *_) = Figure((6.4, 4), layout="constrained"), next(iter(points.values()))
-    axes, style = figure.subplots(), {"fmt": "o", "color": "C0", "markersize": 4, "capsize": 2, "linewidth": 1}
+    figure, means, dots = Figure((6.4, 4), layout="constrained"), [], []
     for pictures, group in points.items():
-        for i, p in enumerate(group):
-            x, y, (low, high) = pictures * 1.05 ** (i - (len(group) - 1) / 2), p["accuracy"], p["accuracy_ci95"]
-            once = {"label": "one run, 95 % interval"} if p is any_report else {}
-            axes.errorbar(x, y, [[y - low], [high - y]], **style, **once)
-    means = [statistics.mean(p["accuracy"] for p in group) for group in points.values()]
-    axes.plot(points.keys(), means, color="C1", label="mean of the runs with that number")
-    axes.axhline(any_report["chance"], linestyle=":", color="grey", label="chance")
-    about = {"xlabel": "training pictures", "ylabel": f"accuracy on {any_report['n']} held-out pictures"}
+        means.append(statistics.mean(p["accuracy"] for p in group))
+        beside = [pictures * 1.05 ** (i - (len(group) - 1) / 2) for i in range(len(group))]
+        dots += [(x, p["accuracy"], *p["accuracy_ci95"]) for x, p in zip(beside, group, strict=True)]
+    axes, (x, y, low, high) = figure.subplots(), np.array(dots).T
+    axes.errorbar(x, y, [y - low, high - y], fmt="o", ms=4, capsize=2, lw=1, label="one run, 95 % interval")
+    axes.plot(points.keys(), means, label="mean of the runs with that number")
+    axes.axhline(group[0]["chance"], linestyle=":", color="grey", label="chance")
+    about = {"xlabel": "training pictures", "ylabel": f"accuracy on {group[0]['n']} held-out pictures"}
     axes.set(xscale="log", ylim=(0, 1), **about)
     axes.set_xticks(list(points), [f"{pictures:,}" for pictures in points])
     axes.minorticks_off()
