@@ -108,6 +108,7 @@ class Config:
     near_duplicate_limit: int = setting(200_000, "with more pictures than this, near-duplicates are not searched")
     allow_leaks: bool = setting(False, "continue although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "number of processes that decode pictures for the cache; 0 = one per CPU core")
+    examples_per_class: int | None = setting(None, "train on so many pictures of each class, by --seed; None: on all")
     train_parts: str | None = setting(
         None, "parts of the model that are trained; others are frozen. None: all; with --use_peft none, only adapters"
     )
@@ -210,7 +211,7 @@ def add_flags(parser: argparse.ArgumentParser, names) -> None:
     group = parser.add_argument_group("settings (config.py)")
     for f in fields(Config):
         if f.name in names:
-            kind = {int: int, float: float, float | None: float, bool: yes_or_no}.get(f.type, str)
+            kind = {int: int, int | None: int, float: float, float | None: float, bool: yes_or_no}.get(f.type, str)
             bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --allow_leaks alone means True
             group.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"], **bare)
 

@@ -24,7 +24,7 @@ from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
 from animals.ranks import barrier, check_connection, choose_arithmetic, end_with_parent, main_process, say
-from animals.training.batches import PictureCollator
+from animals.training.batches import PictureCollator, choose_examples
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import ALL, RATES, freeze, read_parts
@@ -44,7 +44,8 @@ def make_parser():
 
     about = {"description": __doc__.partition("\n")[0], "conflict_handler": "resolve"}
     parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, **about)
-    settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts", *RATES))
+    own = (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "examples_per_class", "train_parts", *RATES)
+    settings.add_flags(parser, own)
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
@@ -136,7 +137,7 @@ def main():
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)
-    last_step = count_steps(args, summaries["train"]["n"])[1]
+    last_step = count_steps(args, record["pictures"])[1]
     if not flags.dry_run:
         steps.lock_output(args.output_dir, flags.rehearse)
     checkpoint = None if flags.rehearse else steps.find_start(args, record, last_step)
@@ -144,7 +145,8 @@ def main():
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
-    say(describe(args, model_args, train_data, collator, len(held_out)))
+    train_data = choose_examples(train_data, config.examples_per_class, args.seed)
+    say(describe(args, model_args, train_data, collator, summaries["train"]["n"], len(held_out)))
     if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step):
         return
 

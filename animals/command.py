@@ -123,7 +123,7 @@ RANGES = {
         (0, 256, "dataloader_num_workers"),
         (1, 10**9, "max_steps torch_empty_cache_steps"),  # max_steps also -1: as many as --num_train_epochs gives
         (1, 10**7, "ddp_timeout"),  # seconds
-        (1, 10**6, "gradient_accumulation_steps ddp_bucket_cap_mb lora_r lora_alpha"),
+        (1, 10**6, "examples_per_class gradient_accumulation_steps ddp_bucket_cap_mb lora_r lora_alpha"),
         (1, 4096, "per_device_train_batch_size per_device_eval_batch_size dataloader_prefetch_factor"),
         (1e-6, 1e4, "num_train_epochs"),
         (1e-6, 1e9, "logging_steps eval_steps save_steps"),  # below 1: a share of all steps, as in warmup_steps

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 LARGE = "1" + "0" * 30
 NOT_ZERO = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
 max_steps learning_rate adam_epsilon save_steps eval_steps logging_steps dataloader_prefetch_factor ddp_timeout lora_r
-lora_alpha torch_empty_cache_steps"""
+lora_alpha torch_empty_cache_steps examples_per_class"""
 TOO_HIGH = {"learning_rate": "11", "max_excluded": "1.1", "warmup_ratio": "1.5", "near_duplicate_distance": "17"}
 TOO_HIGH |= dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), "1")
 

@@ -185,6 +185,7 @@ MUST_MATCH = {
     "config.vision_learning_rate": "the optimizer's groups would be others",
     "config.projector_learning_rate": "the optimizer's groups would be others",
     "config.train_parts": "the optimizer's states are of other weights",
+    "config.examples_per_class": "the run would go on with other pictures",
     "labels": "the answers would be different",
     "question": "the prompt would be different",
     "data": "the training pictures changed",

@@ -18,7 +18,7 @@ from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.training.describe import count_events
+from animals.training.describe import count_events, count_pictures
 from animals.training.parts import belongs, check_parts, read_parts
 
 # Flags of SFTConfig and ModelConfig that this trainer does not follow, and why. Only their defaults are accepted.
@@ -72,7 +72,7 @@ def check_run(config, args, model_args):
         shapes, _ = read_shards(base_of(path))
         if summaries:
             sizes = saved_bytes(args, model_args, shapes, config.train_parts)
-            findings.attempt(check_disk, args, summaries["train"]["n"], *sizes)
+            findings.attempt(check_disk, args, count_pictures(config, summaries["train"]), *sizes)
         findings.attempt(check_host_ram, args, model_args, shapes)
     findings.report()
     return summaries, scorer
