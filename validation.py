@@ -16,7 +16,7 @@ from datetime import timedelta
 from importlib.metadata import version
 
 import config as settings
-from animals.checkpoint.steps import checkpoint_name, global_step, run_name
+from animals.checkpoint.steps import checkpoint_name, global_step, read_chosen, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
 from animals.files import require_writable
@@ -59,6 +59,17 @@ def against(where, other, rows, other_rows):
     return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
+def chosen_on(chosen, rows):
+    """`chosen` of report.json, or None: on how many of `rows` it was chosen as the best, its accuracy on the others."""
+    pictures = set(chosen.get("pictures", ()))
+    others = [(row["correct"], row["group"]) for row in rows if row["sha256"] not in pictures]
+    if len(others) == len(rows):
+        return None
+    accuracy, interval = measured(others) if others else (None, None)
+    found = {"metric": chosen["metric"], "n_chosen_on": len(rows) - len(others), "n_others": len(others)}
+    return found | {"accuracy_others": accuracy, "accuracy_others_ci95": interval}
+
+
 def validate(args, config):
     """Score args.model_name_or_path on the held-out split. All ranks call it.
 
@@ -71,7 +82,7 @@ def validate(args, config):
     with lock(config):  # one state of the cache
         data, known = load_split(config, "validation"), known_duplicates(config)
         excluded = checked_entry(config, "validation")["excluded"]
-    held_out = len(data)
+    held_out, chosen = len(data), read_chosen(args.model_name_or_path)
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures, sha256 = [images[0] for images in data["images"]], list(data["sha256"])
@@ -110,7 +121,8 @@ def validate(args, config):
         "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "labels_mass": sum(masses) / len(masses),
-        "step": global_step(args.model_name_or_path),
+        "step": chosen.get("step") or global_step(args.model_name_or_path),
+        "chosen": chosen_on(chosen, rows),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,

@@ -37,6 +37,7 @@ REFUSED = {
     "auto_find_batch_size accelerator_config": "--per_device_train_batch_size and --gradient_accumulation_steps are "
     "kept as they are; `--rehearse` measures whether they fit",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "greater_is_better": "--metric_for_best_model says it: more accuracy or macro_f1 is better, and less loss",
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
     "batch_eval_metrics": "evaluation measures accuracy, macro-F1 and loss on --eval_pictures",
     "save_on_each_node enable_jit_checkpoint": "rank 0 saves, and SIGTERM saves a checkpoint too",
@@ -66,6 +67,8 @@ def check_run(config, args, model_args):
     findings.attempt(check_gpus, args)
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
+    if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin:
+        findings.append("--save_only_model: found DeepSpeed and a best checkpoint to choose; expected one of them; ...")
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
@@ -94,6 +97,12 @@ def flag_problems(flags, default) -> list[str]:
     metric, metrics = flags.metric_for_best_model, ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
+    measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
+    other_steps = measured != saved and saved[0] != "best"
+    if flags.load_best_model_at_end and (other_steps or measured[0] == "no"):
+        found = f"--eval_strategy and --eval_steps {measured}, --save_strategy and --save_steps {saved}"
+        why = "choosing the best checkpoint (--early_stopping_patience, --load_best_model_at_end)"
+        lines.append(f"{why}: found {found}; expected the same for both, and not no; give the same")
     if flags.attn_implementation not in (None, "sdpa"):
         lines.append(
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "

@@ -1,4 +1,4 @@
-"""What a training run does when a signal asks it to end: it saves a checkpoint; its data workers live until then."""
+"""What a training run does when a signal or --max_hours ends it: it saves; its data workers live until then."""
 
 import atexit
 import math
@@ -16,11 +16,13 @@ from animals.ranks import STOPPING, end_with_parent, say
 
 class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once.
+    They do the same when max_hours have passed: then time_is_over.
 
     One Ctrl-C can arrive twice, from the terminal and from the launcher: a second one comes a second later at least.
     """
 
-    def __init__(self):
+    def __init__(self, max_hours=None):
+        self.ends, self.time_is_over = time.monotonic() + 3600 * (max_hours or math.inf), 0
         self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
         self.interrupted = math.inf  # when the first Ctrl-C came
         for number in STOPPING:
@@ -38,12 +40,15 @@ class StopOnSignal(TrainerCallback):
             say(f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
-        if self.agreed and not control.should_training_stop:
+        mine = torch.tensor([[self.received, time.monotonic() > self.ends]], device=args.device)
+        self.agreed, self.time_is_over = gather(mine).amax(0).tolist()  # all stop at the same step
+        if (self.agreed or self.time_is_over) and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed and state.global_step < state.max_steps:  # the library also calls this where training stops
+        if (
+            self.agreed or self.time_is_over
+        ) and state.global_step < state.max_steps:  # the library also calls this where training stops
             control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
 
 
