@@ -197,14 +197,14 @@ def train(trainer, checkpoint):
         write_json(os.path.join(out, "run.json"), trainer.record)
     trainer.train(resume_from_checkpoint=checkpoint)
     step, last = trainer.state.global_step, trainer.state.max_steps
-    if stop.agreed or stop.time_is_over and step < last:
+    if stop.agreed:
         again = "`sh train.sh` again continues from there"
         if trainer.args.save_only_model:
             again = "no run can continue from there, because --save_only_model leaves out the optimizer's states"
         say(f"stopped after step {step} of {last}; {again}")
     elif step < last:
         say(f"stopped after step {step} of {last} by --early_stopping_patience {config.early_stopping_patience}")
-    if stop.agreed:
+    if stop.agreed not in (0, signal.SIGALRM):
         return 128 + stop.agreed
     trainer.save_final()
     say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(out)}")

@@ -16,10 +16,10 @@ from datetime import timedelta
 from importlib.metadata import version
 
 import config as settings
-from animals.checkpoint.steps import checkpoint_name, global_step, read_chosen, run_name
+from animals.checkpoint.steps import CHOSEN, checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
-from animals.files import require_writable
+from animals.files import read_json, require_writable
 from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
@@ -59,15 +59,12 @@ def against(where, other, rows, other_rows):
     return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
-def chosen_on(chosen, rows):
-    """`chosen` of report.json, or None: on how many of `rows` it was chosen as the best, its accuracy on the others."""
-    pictures = set(chosen.get("pictures", ()))
+def chosen_on(pictures, rows):
+    """`chosen` of report.json: on how many of `rows` the checkpoint was chosen, its accuracy on the others. Or None."""
     others = [(row["correct"], row["group"]) for row in rows if row["sha256"] not in pictures]
-    if len(others) == len(rows):
-        return None
     accuracy, interval = measured(others) if others else (None, None)
-    found = {"metric": chosen["metric"], "n_chosen_on": len(rows) - len(others), "n_others": len(others)}
-    return found | {"accuracy_others": accuracy, "accuracy_others_ci95": interval}
+    found = {"n_chosen_on": len(rows) - len(others), "n_others": len(others), "accuracy_others": accuracy}
+    return found | {"accuracy_others_ci95": interval} if found["n_chosen_on"] else None
 
 
 def validate(args, config):
@@ -82,7 +79,8 @@ def validate(args, config):
     with lock(config):  # one state of the cache
         data, known = load_split(config, "validation"), known_duplicates(config)
         excluded = checked_entry(config, "validation")["excluded"]
-    held_out, chosen = len(data), read_chosen(args.model_name_or_path)
+    held_out, file = len(data), os.path.join(args.model_name_or_path, CHOSEN)
+    chosen = read_json(file) if os.path.isfile(file) else {}
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures, sha256 = [images[0] for images in data["images"]], list(data["sha256"])
@@ -122,7 +120,7 @@ def validate(args, config):
         "question": config.question,
         "labels_mass": sum(masses) / len(masses),
         "step": chosen.get("step") or global_step(args.model_name_or_path),
-        "chosen": chosen_on(chosen, rows),
+        "chosen": chosen_on({*chosen.get("pictures", ())}, rows),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,

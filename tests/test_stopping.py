@@ -7,7 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from animals.checkpoint.steps import check_resume, copy_model_to_output
+from animals.command import UserError
 from animals.files import read_json
+from animals.scoring.report import read_report
+from train import parse
 from validation import chosen_on
 
 
@@ -26,10 +30,10 @@ def same_model(folder, other):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def measured(out, step):
-    """The accuracies of evaluation after evaluation until `step`."""
+def measured(out, step, metric="eval_accuracy"):
+    """What evaluation after evaluation found until `step`."""
     logs = read_json(out / f"checkpoint-{step}" / "trainer_state.json")["log_history"]
-    return [log["eval_accuracy"] for log in logs if "eval_accuracy" in log]
+    return [log[metric] for log in logs if metric in log]
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +59,27 @@ def test_it_stops_and_publishes_the_best(stopped):
 
 def test_the_report_says_on_what_it_was_chosen(stopped, demo, run, tmp_path):
     where = f"--input_dir {demo.input} --temp_dir {demo.cache} --logging_dir {tmp_path}/logs --report_dir {tmp_path}"
-    validation = f"sh validation.sh {where} --model_name_or_path {stopped.out} --per_device_eval_batch_size 32"
-    done = run(validation, code=0)
-    report, html = read_json(tmp_path / "sft" / "report.json"), (tmp_path / "sft" / "report.html").read_text()
-    chosen, n = report["chosen"], report["n"] - 20
-    assert (chosen["n_chosen_on"], chosen["n_others"], report["step"]) == (20, n, stopped.best)
-    assert 20 * stopped.accuracy + n * chosen["accuracy_others"] == pytest.approx(report["correct"])
-    assert "chosen as the best of its run on 20 of these pictures" in done.output
-    assert f"on the others it is {chosen['accuracy_others']:.4f} (95 % interval" in done.output
-    assert 'data-key="chosen.n_chosen_on">20<' in html and f'data-key="chosen.n_others">{n}<' in html
-    run(f"{validation} --on_eval_pictures --eval_pictures 20 --language zh", code=0)
-    chosen = read_json(tmp_path / "sft" / "report.json")["chosen"]
-    assert (chosen["n_others"], chosen["accuracy_others"]) == (0, None)
-    assert "这些就是本报告的全部图片" in (tmp_path / "sft" / "report.html").read_text()
+    some = f"--model_name_or_path {stopped.out} --on_eval_pictures --eval_pictures 60 --per_device_eval_batch_size 30"
+    done = run(f"sh validation.sh {where} {some}", code=0)
+    (report, rows), html = read_report(tmp_path / "sft"), (tmp_path / "sft" / "report.html").read_text()
+    pictures, chosen = read_json(stopped.out / "chosen.json")["pictures"], report["chosen"]
+    others = [row["correct"] for row in rows if row["sha256"] not in pictures]
+    assert (chosen["n_chosen_on"], chosen["n_others"], report["step"]) == (60 - len(others), len(others), stopped.best)
+    assert chosen["accuracy_others"] == pytest.approx(sum(others) / len(others)) and 0 < len(others) < 60
+    low, high = chosen["accuracy_others_ci95"]
+    line = f"chosen as the best of its run on {60 - len(others)} of these pictures, so its accuracy on them is a little"
+    assert (
+        f"{line} too high; on the others it is {chosen['accuracy_others']:.4f} (95 % interval {low:.4f}" in done.output
+    )
+    for key, value in (("n_chosen_on", 60 - len(others)), ("n_others", len(others)), ("high", high)):
+        assert f'<data value="{value}" data-key="chosen.{key}">' in html
 
 
-def test_a_model_that_was_not_chosen_has_nothing_to_say():
+def test_the_accuracy_of_none_is_none():
     rows = [{"sha256": "a", "correct": True, "group": 0}]
-    assert chosen_on({}, rows) is None
-    assert chosen_on({"metric": "loss", "pictures": ["b"]}, rows) is None
+    assert chosen_on(set(), rows) is None and chosen_on({"b"}, rows) is None
+    found = chosen_on({"a", "b"}, rows)
+    assert found == {"n_chosen_on": 1, "n_others": 0, "accuracy_others": None, "accuracy_others_ci95": None}
 
 
 def test_the_same_command_again_trains_nothing(stopped, demo, run):
@@ -88,19 +94,48 @@ def test_the_same_command_again_trains_nothing(stopped, demo, run):
     assert f"resuming from {stopped.out}/checkpoint-{stopped.last - 1}" in done.output
     assert f"stopped after step {stopped.last} of 60" in done.output
     assert same_model(stopped.out, stopped.out / f"checkpoint-{stopped.best}")
-    done = run(again.replace("patience 2", "patience 3"), code=2)
-    assert "best_checkpoint was 'accuracy on 20 of" in done.output
+    record = read_json(stopped.out / "run.json")
+    with pytest.raises(
+        UserError, match=r"best_checkpoint was \['accuracy', 20, .*, 2\], is None \(the best one is chosen"
+    ):
+        check_resume({**record, "best_checkpoint": None}, stopped.out / f"checkpoint-{stopped.last}")
+    args = SimpleNamespace(output_dir=str(stopped.out), load_best_model_at_end=False)
+    copy_model_to_output(stopped.out / "checkpoint-1", args, {}, [])
+    assert same_model(stopped.out, stopped.out / "checkpoint-1") and not (stopped.out / "chosen.json").exists()
 
 
 def test_max_hours_saves_and_publishes_and_the_next_run_goes_on(demo, run, tmp_path):
-    """On DDP, where the library would load nothing from the best checkpoint. The best by the loss is not the last."""
-    out, last = tmp_path / "sft", "--max_steps 3 --eval_strategy no"
-    parts = "--config_file scripts/ddp.yaml --train_parts projector --learning_rate 3e-2"
-    start = command(demo, out, parts, last)
+    """On DDP, where the library would load nothing from the best checkpoint, which is the best by the loss."""
+    out, parts = tmp_path / "sft", "--config_file scripts/ddp.yaml --train_parts projector --learning_rate 3e-2"
+    start = command(demo, out, parts, "--max_steps 3 --load_best_model_at_end")
     done = run(f"{start} --max_hours 0.0001", code=0, NUM_PROCESSES=2)
+    assert "--max_hours: a checkpoint is saved at the end of this step" in done.output
     assert "stopped after step 1 of 3; `sh train.sh` again continues from there" in done.output
-    assert same_model(out, out / "checkpoint-1") and not (out / "chosen.json").exists()
-    (out / "chosen.json").write_text("{}")  # of an older model
+    assert same_model(out, out / "checkpoint-1") and read_json(out / "chosen.json")["step"] == 1
     done = run(start, code=0, NUM_PROCESSES=2)
     assert f"resuming from {out}/checkpoint-1" in done.output
-    assert same_model(out, out / "checkpoint-3") and not (out / "chosen.json").exists()
+    losses, chosen = measured(out, 3, "eval_loss"), read_json(out / "chosen.json")
+    assert (chosen["metric"], chosen["value"]) == ("loss", min(losses)) and len(losses) == 3
+    assert same_model(out, out / f"checkpoint-{chosen['step']}") and chosen["step"] == 1 + losses.index(min(losses))
+    assert not same_model(out / "checkpoint-2", out / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--early_stopping_patience 0", "early_stopping_patience: found 0; expected a number from 1 to 1000"),
+        ("--max_hours 0", "max_hours: found 0.0; expected a number from 0.0001"),
+        ("--early_stopping_patience 2", "found --eval_strategy no .* --save_strategy steps --save_steps 500; expected"),
+        ("--early_stopping_patience 2 --eval_strategy no --save_strategy no", "expected the same for both"),
+        ("--load_best_model_at_end --eval_strategy steps --eval_steps 2 --save_steps 4", "expected the same for both"),
+        ("--early_stopping_patience 2 --greater_is_better False", "greater_is_better: found it; expected no such flag"),
+    ],
+)
+def test_mistakes_are_one_line_each(flags, message):
+    with pytest.raises(UserError, match=rf"^.*{message}"):
+        parse(["--output_dir", "somewhere", *flags.split()])
+
+
+def test_deepspeed_chooses_among_checkpoints_with_states(demo, run, tmp_path):
+    done = run(command(demo, tmp_path / "sft", "--load_best_model_at_end --save_only_model"), code=2)
+    assert done.output.count("error: ") == 1 and "error: --save_only_model: found it" in done.output

@@ -61,8 +61,8 @@ def finished(path, last_step) -> str | None:
     if global_step(path) >= last_step:
         return "is the last step"
     stop = read_json(os.path.join(path, STATE))["stateful_callbacks"].get("EarlyStoppingCallback")
-    early = stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]
-    return "ended its run early, by --early_stopping_patience" if early else None
+    if stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]:
+        return "ended its run early, by --early_stopping_patience"
 
 
 def unusable(path, states=None, last_step=None) -> str | None:
@@ -141,22 +141,21 @@ def lock_output(output_dir, rehearse):
 def copy_model_to_output(checkpoint, args, state, pictures):
     """Copy the model of a complete checkpoint into output_dir, without ONLY_FOR_RESUMING. Main process only.
 
-    With --load_best_model_at_end it is the best one, which was chosen on these `pictures` (sha256): CHOSEN says so.
-    state: the content of the checkpoint's STATE.
+    With --load_best_model_at_end that of the best one, by the content of a STATE, and CHOSEN with these pictures.
     """
-    output_dir, metric, step = args.output_dir, args.metric_for_best_model, state["best_global_step"]
-    saving, chosen = os.path.join(output_dir, SAVING), args.load_best_model_at_end and step
-    if chosen:  # in the folder of its run, which may have been moved, unless that was resumed in another one
+    saving, step = os.path.join(args.output_dir, SAVING), args.load_best_model_at_end and state["best_global_step"]
+    if step:  # beside `checkpoint`; in another folder if this run was resumed from there
         places = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{step}"), state["best_model_checkpoint"]
         if not (checkpoint := next((place for place in places if place and not missing_files(place)), None)):
-            raise UserError(f"{places[0]}: found no complete checkpoint there; expected the best one; take another one")
+            raise UserError(f"{places[0]}: found no complete checkpoint; expected the best one; copy another one")
     shutil.rmtree(saving, ignore_errors=True)
     shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if ONLY_FOR_RESUMING.match(n)])
-    if chosen:
-        found = {"step": step, "metric": metric, "value": state["best_metric"], "pictures": pictures}
-        write_json(os.path.join(saving, CHOSEN), found)
-        say(f"the best checkpoint is {checkpoint}: {metric} {found['value']:.4f} on {len(pictures)} held-out pictures")
-    move_model(saving, output_dir)
+    if step:
+        metric, value = args.metric_for_best_model, state["best_metric"]
+        chosen = {"step": step, "metric": metric, "value": value, "pictures": pictures}
+        write_json(os.path.join(saving, CHOSEN), chosen)
+        say(f"the best checkpoint is {checkpoint}: {metric} {value:.4f} on {len(pictures)} held-out pictures")
+    move_model(saving, args.output_dir)
 
 
 def move_model(saving, output_dir):
@@ -196,14 +195,6 @@ def global_step(path):
     return int(named[1]) if named else max(saved_steps(path), default=None)
 
 
-def read_chosen(path) -> dict:
-    """CHOSEN of a model's folder, {} if it has none. UserError if it is not what train.py writes."""
-    found = read_json(file) if os.path.isfile(file := os.path.join(path, CHOSEN)) else {}
-    if found and [type(found[key]) for key in ("step", "metric", "pictures") if key in found] != [int, str, list]:
-        raise UserError(f"{file}: found no step, metric and pictures; expected them; copy the file again")
-    return found
-
-
 # What a resumed run must have in common with the run that wrote the checkpoint, and why.
 MUST_MATCH = {
     "world_size": "DeepSpeed's optimizer state is cut into one part per rank",
@@ -217,7 +208,7 @@ MUST_MATCH = {
     "config.vision_learning_rate": "the optimizer's groups would be others",
     "config.projector_learning_rate": "the optimizer's groups would be others",
     "config.train_parts": "the optimizer's states are of other weights",
-    "best_checkpoint": "it would be the best of another choice",
+    "best_checkpoint": "the best one is chosen by measure, pictures and patience from the beginning",
     "labels": "the answers would be different",
     "question": "the prompt would be different",
     "data": "the training pictures changed",

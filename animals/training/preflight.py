@@ -68,7 +68,7 @@ def check_run(config, args, model_args):
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
     if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin:
-        findings.append("--save_only_model: found DeepSpeed and a best checkpoint to choose; expected one of them; ...")
+        findings.append("--save_only_model: found it with a choice of the best under DeepSpeed; expected one; drop one")
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
@@ -98,11 +98,11 @@ def flag_problems(flags, default) -> list[str]:
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
     measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
-    other_steps = measured != saved and saved[0] != "best"
-    if flags.load_best_model_at_end and (other_steps or measured[0] == "no"):
-        found = f"--eval_strategy and --eval_steps {measured}, --save_strategy and --save_steps {saved}"
-        why = "choosing the best checkpoint (--early_stopping_patience, --load_best_model_at_end)"
-        lines.append(f"{why}: found {found}; expected the same for both, and not no; give the same")
+    wrong = "no" in measured or saved[0] != "best" and measured != saved
+    if flags.load_best_model_at_end and wrong:
+        found = "--early_stopping_patience and --load_best_model_at_end: found --eval_strategy {} --eval_steps {} and "
+        found += "--save_strategy {} --save_steps {}; expected the same for both; what is not measured cannot be chosen"
+        lines.append(found.format(*measured, *saved))
     if flags.attn_implementation not in (None, "sdpa"):
         lines.append(
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "

@@ -16,18 +16,20 @@ from animals.ranks import STOPPING, end_with_parent, say
 
 class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once.
-    They do the same when max_hours have passed: then time_is_over.
 
     One Ctrl-C can arrive twice, from the terminal and from the launcher: a second one comes a second later at least.
+    When max_hours have passed, SIGALRM comes: the run ends the same way, and train.py then publishes its model.
     """
 
     def __init__(self, max_hours=None):
-        self.ends, self.time_is_over = time.monotonic() + 3600 * (max_hours or math.inf), 0
         self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
         self.interrupted = math.inf  # when the first Ctrl-C came
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
+        if max_hours:
+            signal.signal(signal.SIGALRM, self.on_signal)
+            signal.setitimer(signal.ITIMER_REAL, 3600 * max_hours)
 
     def on_signal(self, number, frame):
         now, first = time.monotonic(), not self.received
@@ -37,18 +39,16 @@ class StopOnSignal(TrainerCallback):
             self.interrupted = min(now, self.interrupted)
         self.received = number
         if first:
-            say(f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
+            name = "--max_hours" if number == signal.SIGALRM else signal.Signals(number).name
+            say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        mine = torch.tensor([[self.received, time.monotonic() > self.ends]], device=args.device)
-        self.agreed, self.time_is_over = gather(mine).amax(0).tolist()  # all stop at the same step
-        if (self.agreed or self.time_is_over) and not control.should_training_stop:
+        self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
+        if self.agreed and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if (
-            self.agreed or self.time_is_over
-        ) and state.global_step < state.max_steps:  # the library also calls this where training stops
+        if self.agreed and state.global_step < state.max_steps:  # the library also calls this where training stops
             control.should_evaluate = control.should_save = False  # the checkpoint of this step is there already
 
 

@@ -22,7 +22,6 @@ from trl import SFTTrainer
 from animals.checkpoint import steps
 from animals.checkpoint.load import zero3_is_on
 from animals.checkpoint.save import add_other_files, share_weights
-from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
 from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
@@ -221,8 +220,9 @@ class AnimalTrainer(SFTTrainer):
             return
         measured = [log for log in self.state.log_history if "eval_accuracy" in log]
         accuracy = "not measured while training; `sh validation.sh` does"
+        best = self.args.load_best_model_at_end and self.state.best_global_step
         if measured:
-            log = measured[-1]
+            log = next((log for log in measured if log["step"] == best), measured[-1])
             accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
             if measured[0]["step"] == 0:
                 accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
@@ -234,6 +234,7 @@ class AnimalTrainer(SFTTrainer):
             folder=repr(folder),
             question=repr(self.scorer.config.question),
             accuracy=accuracy,
+            step=best or self.state.global_step,
             state=self.state,
             longest=max(map(len, self.scorer.answers)),  # tokens of an answer
             record=json.dumps(self.record, indent=1, ensure_ascii=False),
@@ -244,7 +245,7 @@ class AnimalTrainer(SFTTrainer):
         """Write checkpoint-N, then its manifest, and only then delete the oldest checkpoints. All ranks."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if main_process():
-            delete_incomplete(self.args.output_dir)
+            steps.delete_incomplete(self.args.output_dir)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that went further before this one was resumed
         barrier()
         with self.explain_failure():
@@ -255,7 +256,7 @@ class AnimalTrainer(SFTTrainer):
                     save_trained(self.model, folder)
                     share_weights(folder)
                 write_json(os.path.join(folder, "run.json"), self.record)
-                write_manifest(folder)
+                steps.write_manifest(folder)
                 rotate_checkpoints(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
         barrier()
 
@@ -265,7 +266,7 @@ class AnimalTrainer(SFTTrainer):
 
     def save_final(self):
         """Write the model into output_dir, first into .saving: new shards would overwrite old ones. All ranks."""
-        saving, best = os.path.join(self.args.output_dir, SAVING), self.state.best_global_step
+        saving, best = os.path.join(self.args.output_dir, steps.SAVING), self.state.best_global_step
         if main_process():
             shutil.rmtree(saving, ignore_errors=True)
         barrier()
@@ -277,7 +278,7 @@ class AnimalTrainer(SFTTrainer):
         barrier()
         if main_process():
             if not chosen:
-                move_model(saving, self.args.output_dir)
+                steps.move_model(saving, self.args.output_dir)
             self.create_model_card()  # peft has written one of its own
         barrier()
 
@@ -288,7 +289,7 @@ class AnimalTrainer(SFTTrainer):
             yield
         except (OSError, RuntimeError) as error:
             folder, step = self.args.output_dir, self.state.global_step
-            last, free = newest_complete(folder)[0] or "none", shutil.disk_usage(folder).free / 2**30
+            last, free = steps.newest_complete(folder)[0] or "none", shutil.disk_usage(folder).free / 2**30
             raise UserError(
                 f"step {step}: could not save ({error}); found {free:.1f} GiB free in {folder}; the last complete "
                 f"checkpoint is {last}; make room and start again"
