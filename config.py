@@ -88,6 +88,8 @@ def setting(default, text):
 TASK_FIELDS = ("prompt", "answer", "folder_to_label")
 DATA_FIELDS = ("input_dir", "temp_dir", *TASK_FIELDS, "max_excluded", "near_duplicate_distance", "near_duplicate_limit")
 DATA_FIELDS += ("allow_leaks", "data_processes")
+TRAINING_FIELDS = ("logging_dir", "eval_pictures", "examples_per_class", "train_parts", "early_stopping_patience")
+TRAINING_FIELDS += ("max_hours",)
 RATE = "None: that of --learning_rate"
 NONE = "None: what the checkpoint was trained with, else the default in config.py"
 
@@ -114,6 +116,8 @@ class Config:
     )
     vision_learning_rate: float | None = setting(None, "highest learning rate of the vision tower. " + RATE)
     projector_learning_rate: float | None = setting(None, "highest learning rate of the projector. " + RATE)
+    early_stopping_patience: int | None = setting(None, "end after so many evaluations in a row without a better one")
+    max_hours: float | None = setting(None, "end after so many hours; the same command again continues")
     language: str = setting(locale_language(), "language of the pages: en or zh")
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's own, else this one

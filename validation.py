@@ -17,10 +17,10 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.card import add_result, read_card
-from animals.checkpoint.steps import checkpoint_name, global_step, run_name
+from animals.checkpoint.steps import CHOSEN, checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
-from animals.files import require_writable
+from animals.files import read_json, require_writable
 from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
@@ -60,6 +60,14 @@ def against(where, other, rows, other_rows):
     return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
+def chosen_on(pictures, rows):
+    """`chosen` of report.json: on how many of `rows` the checkpoint was chosen, its accuracy on the others. Or None."""
+    others = [(row["correct"], row["group"]) for row in rows if row["sha256"] not in pictures]
+    accuracy, interval = measured(others) if others else (None, None)
+    found = {"n_chosen_on": len(rows) - len(others), "n_others": len(others), "accuracy_others": accuracy}
+    return found | {"accuracy_others_ci95": interval} if found["n_chosen_on"] else None
+
+
 def validate(args, config):
     """Score args.model_name_or_path on the held-out split. All ranks call it.
 
@@ -72,7 +80,8 @@ def validate(args, config):
     with lock(config):  # one state of the cache
         data, known = load_split(config, "validation"), known_duplicates(config)
         excluded = checked_entry(config, "validation")["excluded"]
-    held_out = len(data)
+    held_out, file = len(data), os.path.join(args.model_name_or_path, CHOSEN)
+    chosen = read_json(file) if os.path.isfile(file) else {}
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures, sha256 = [images[0] for images in data["images"]], list(data["sha256"])
@@ -111,7 +120,8 @@ def validate(args, config):
         "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "labels_mass": sum(masses) / len(masses),
-        "step": global_step(args.model_name_or_path),
+        "step": chosen.get("step") or global_step(args.model_name_or_path),
+        "chosen": chosen_on({*chosen.get("pictures", ())}, rows),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,

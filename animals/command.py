@@ -117,6 +117,8 @@ RANGES = {
         (1, 4096, "num_gpus micro_batch"),
         (0.0, 1.0, "max_excluded min_probability min_labels_mass"),
         (0.001, 0.999, "validation_fraction"),
+        (1, 1000, "early_stopping_patience"),
+        (0.0001, 10_000.0, "max_hours"),
         # transformers' and TRL's
         (0, 2**32 - 1, "seed data_seed"),
         (0, 10**6, "save_total_limit"),  # 0: all are kept

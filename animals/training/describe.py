@@ -94,7 +94,9 @@ def commit() -> str | None:
 def record_run(config, args, model_args, summaries) -> dict:
     """What runs, for run.json. First the settings that must be the same when the run is resumed, then all others."""
     names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow", "peft")
+    choice = [args.metric_for_best_model, config.eval_pictures, summaries["validation"]["fingerprint"]]
     return {
+        "best_checkpoint": [*choice, config.early_stopping_patience] if args.load_best_model_at_end else None,
         "world_size": args.world_size,
         "effective_batch": math.prod(batch_sizes(args)),
         "labels": config.labels,

@@ -37,6 +37,7 @@ REFUSED = {
     "auto_find_batch_size accelerator_config": "--per_device_train_batch_size and --gradient_accumulation_steps are "
     "kept as they are; `--rehearse` measures whether they fit",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "greater_is_better": "--metric_for_best_model says it: more accuracy or macro_f1 is better, and less loss",
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
     "batch_eval_metrics": "evaluation measures accuracy, macro-F1 and loss on --eval_pictures",
     "save_on_each_node enable_jit_checkpoint": "rank 0 saves, and SIGTERM saves a checkpoint too",
@@ -67,6 +68,8 @@ def check_run(config, args, model_args):
     findings.attempt(check_gpus, args)
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
+    if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin:
+        findings.append("--save_only_model: found it with a choice of the best under DeepSpeed; expected one; drop one")
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
@@ -95,6 +98,12 @@ def flag_problems(flags, default) -> list[str]:
     metric, metrics = flags.metric_for_best_model, ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
+    measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
+    wrong = "no" in measured or saved[0] != "best" and measured != saved
+    if flags.load_best_model_at_end and wrong:
+        found = "--early_stopping_patience and --load_best_model_at_end: found --eval_strategy {} --eval_steps {} and "
+        found += "--save_strategy {} --save_steps {}; expected the same for both; what is not measured cannot be chosen"
+        lines.append(found.format(*measured, *saved))
     if flags.attn_implementation not in (None, "sdpa"):
         lines.append(
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "
