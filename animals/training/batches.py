@@ -96,7 +96,8 @@ class TokenBalancedSampler(BatchRebalanceSampler):
 
     In the first epoch the step with the heaviest micro-batch and the second step change places: if the memory of a GPU
     is too small for the epoch, the run ends in its first minutes. It is not the first step, because 8-bit AdamW makes
-    its states in that one.
+    its states in that one. Ranks and accumulation of the same product have the same heaviest step; with other sizes of
+    micro-batches it may be another one, and then the steps of the epoch are the same in another order.
     """
 
     QUADRATIC_COST_COEF = 0
