@@ -178,7 +178,10 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts) -> dict:
         pinned + (CHECKPOINT_BYTES + 2.03) * own * (1 if sharded else num_gpus),
     )
     disk = (trained if "lora" in method else total) * WEIGHT_BYTES + trained * CHECKPOINT_BYTES
-    words = ["sh train.sh", METHODS[method], "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
+    flags = METHODS[method]
+    if {"language", "attention"} & set(parts) and method == "ddp":
+        flags = DDP  # 1e-3 is the projector's rate
+    words = ["sh train.sh", flags, "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
     return {
         "method": method, "command": " ".join(filter(None, words)), "num_gpus": num_gpus, "micro_batch": micro_batch,
         "parameters": total, "trained": trained, "items_gib": {name: size / GIB for name, size in items.items()},
