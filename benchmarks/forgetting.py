@@ -93,9 +93,7 @@ def measure(path, folder):
     truth = torch.tensor([scorer.labels.index(FOLDER_TO_LABEL[file.parent.name]) for file in files])
     log_p = score_pictures(model, scorer, list(map(str, files)), 20, [0] * len(files))[range(len(files)), truth]
     tokens = torch.tensor([len(answer) for answer in scorer.answers])[truth].sum()
-    with torch.no_grad():
-        text = text_loss(model, windows(processor))
-    return {"text": float(text), "captions": float(-log_p.sum() / tokens)}
+    return {"text": text_loss(model, windows(processor)).item(), "captions": float(-log_p.sum() / tokens)}
 
 
 def main():

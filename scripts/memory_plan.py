@@ -189,7 +189,9 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts, offload=Fa
         pinned + max(waiting),  # while training
     )
     disk = (trained if "lora" in method else total) * WEIGHT_BYTES + trained * CHECKPOINT_BYTES
-    words = ["sh train.sh", METHODS[method], "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
+    # 1e-3 is the projector's rate
+    flags = DDP if method == "ddp" and {"language", "attention"} & {*parts} else METHODS[method]
+    words = ["sh train.sh", flags, "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
     words.append("--config_file scripts/deepspeed_zero3_gpu.yaml" if sharded and not host else "")
     words.append(OFFLOAD if offload else "")
     return {
