@@ -17,10 +17,11 @@ from importlib.metadata import version
 
 import config as settings
 from animals.checkpoint.card import add_result, read_card
+from animals.checkpoint.family import read_settings
 from animals.checkpoint.steps import CHOSEN, checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
-from animals.files import read_json, require_writable
+from animals.files import require_writable
 from animals.pictures.cache import checked_entry, load_split, lock
 from animals.pictures.duplicates import known_duplicates
 from animals.pictures.moves import read_moves
@@ -80,8 +81,7 @@ def validate(args, config):
     with lock(config):  # one state of the cache
         data, known = load_split(config, "validation"), known_duplicates(config)
         excluded = checked_entry(config, "validation")["excluded"]
-    held_out, file = len(data), os.path.join(args.model_name_or_path, CHOSEN)
-    chosen = read_json(file) if os.path.isfile(file) else {}
+    held_out, chosen = len(data), read_settings(args.model_name_or_path, CHOSEN) or {}
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures, sha256 = [images[0] for images in data["images"]], list(data["sha256"])

@@ -60,7 +60,7 @@ def finished(path, last_step) -> str | None:
     """Why nothing is left to train after the checkpoint `path`; None if something is."""
     if global_step(path) >= last_step:
         return "is the last step"
-    stop = read_json(os.path.join(path, STATE))["stateful_callbacks"].get("EarlyStoppingCallback")
+    stop = read_json(os.path.join(path, STATE)).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
     if stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]:
         return "ended its run early, by --early_stopping_patience"
 
