@@ -88,6 +88,8 @@ def setting(default, text):
 TASK_FIELDS = ("prompt", "answer", "folder_to_label")
 DATA_FIELDS = ("input_dir", "temp_dir", *TASK_FIELDS, "max_excluded", "near_duplicate_distance", "near_duplicate_limit")
 DATA_FIELDS += ("allow_leaks", "data_processes")
+TRAINING_FIELDS = ("logging_dir", "eval_pictures", "examples_per_class", "train_parts", "early_stopping_patience")
+TRAINING_FIELDS += ("max_hours",)
 RATE = "None: that of --learning_rate"
 NONE = "None: what the checkpoint was trained with, else the default in config.py"
 
@@ -108,11 +110,14 @@ class Config:
     near_duplicate_limit: int = setting(200_000, "with more pictures than this, near-duplicates are not searched")
     allow_leaks: bool = setting(False, "continue although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "number of processes that decode pictures for the cache; 0 = one per CPU core")
+    examples_per_class: int | None = setting(None, "train on so many pictures of each class, by --seed; None: on all")
     train_parts: str | None = setting(
         None, "parts of the model that are trained; others are frozen. None: all; with --use_peft none, only adapters"
     )
     vision_learning_rate: float | None = setting(None, "highest learning rate of the vision tower. " + RATE)
     projector_learning_rate: float | None = setting(None, "highest learning rate of the projector. " + RATE)
+    early_stopping_patience: int | None = setting(None, "end after so many evaluations in a row without a better one")
+    max_hours: float | None = setting(None, "end after so many hours; the same command again continues")
     language: str = setting(locale_language(), "language of the pages: en or zh")
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's own, else this one
@@ -210,7 +215,7 @@ def add_flags(parser: argparse.ArgumentParser, names) -> None:
     group = parser.add_argument_group("settings (config.py)")
     for f in fields(Config):
         if f.name in names:
-            kind = {int: int, float: float, float | None: float, bool: yes_or_no}.get(f.type, str)
+            kind = {int: int, int | None: int, float: float, float | None: float, bool: yes_or_no}.get(f.type, str)
             bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --allow_leaks alone means True
             group.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"], **bare)
 

@@ -24,7 +24,8 @@ from animals.compat import never_compile_shared_memory_op, run_exit_functions
 from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
 from animals.ranks import barrier, check_connection, choose_arithmetic, end_with_parent, main_process, say
-from animals.training.batches import PictureCollator
+from animals.scoring.scorer import stratified_sample
+from animals.training.batches import PictureCollator, choose_examples
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import ALL, RATES, freeze, read_parts
@@ -44,7 +45,7 @@ def make_parser():
 
     about = {"description": __doc__.partition("\n")[0], "conflict_handler": "resolve"}
     parser = Parser((SFTConfig, ModelConfig), allow_abbrev=False, **about)
-    settings.add_flags(parser, (*settings.DATA_FIELDS, "logging_dir", "eval_pictures", "train_parts", *RATES))
+    settings.add_flags(parser, (*settings.DATA_FIELDS, *settings.TRAINING_FIELDS, *RATES))
     for name, today in (("--torch_dtype", "dtype"), ("--warmup_ratio", "warmup_steps")):
         kind = {"choices": ["auto", "bfloat16", "float16", "float32"]} if today == "dtype" else {"type": float}
         parser.add_argument(name, dest=today, default=argparse.SUPPRESS, help=f"older name of --{today}", **kind)
@@ -73,6 +74,9 @@ def parse(argv):
         near = difflib.get_close_matches(word, related, 1, 0.8) or difflib.get_close_matches(word, known, 1, 0.8)
         parser.error(f"unknown flag {' '.join(names)}" + (f" (did you mean {near[0]}?)" if near else ""))
     flags.report_to = [name for word in flags.report_to for name in word.split(",") if name]
+    if flags.early_stopping_patience:
+        flags.load_best_model_at_end = flags.restore_callback_states_from_checkpoint = True
+        flags.metric_for_best_model = flags.metric_for_best_model or "accuracy"
     Findings(range_problems(vars(flags)) + flag_problems(flags, parser.get_default)).report()
     flags.train_parts = flags.train_parts or ("none" if flags.use_peft else ALL)
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
@@ -110,15 +114,13 @@ def follow_launcher():
             signal.signal(number, end)
 
 
-def publish_if_finished(args, checkpoint, last_step) -> bool:
-    """Whether `checkpoint` is the last step: then copy its model to output_dir. Trainer would take one more step."""
-    state = read_json(os.path.join(checkpoint, steps.STATE))
-    finished = state["global_step"] >= last_step
-    if finished and main_process():
-        best = args.load_best_model_at_end and state["best_model_checkpoint"]
-        steps.copy_model_to_output(best or checkpoint, args.output_dir)
-        say(f"{checkpoint} is the last step: nothing is left to train; {args.output_dir} holds the model")
-    return finished
+def publish_if_finished(args, checkpoint, last_step, pictures) -> bool:
+    """Whether a run ended at `checkpoint`: then copy its model to output_dir. Trainer would take one more step."""
+    why = steps.finished(checkpoint, last_step)
+    if why and main_process():
+        steps.copy_model_to_output(checkpoint, args, read_json(os.path.join(checkpoint, steps.STATE)), pictures)
+        say(f"{checkpoint} {why}: nothing is left to train; {args.output_dir} holds the model")
+    return bool(why)
 
 
 def main():
@@ -136,7 +138,7 @@ def main():
     barrier()
     summaries, scorer = check_run(config, args, model_args)
     record = record_run(config, args, model_args, summaries)
-    last_step = count_steps(args, summaries["train"]["n"])[1]
+    last_step = count_steps(args, record["pictures"])[1]
     if not flags.dry_run:
         steps.lock_output(args.output_dir, flags.rehearse)
     checkpoint = None if flags.rehearse else steps.find_start(args, record, last_step)
@@ -144,8 +146,10 @@ def main():
     # Data: the cached conversations, and what is learned of them.
     collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
-    say(describe(args, model_args, train_data, collator, len(held_out)))
-    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step):
+    train_data = choose_examples(train_data, config.examples_per_class, args.seed)
+    say(describe(args, model_args, train_data, collator, summaries["train"]["n"], len(held_out)))
+    held_out = held_out.select(stratified_sample(held_out["label"], config.eval_pictures))
+    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step, list(held_out["sha256"])):
         return
 
     # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
@@ -169,7 +173,6 @@ def main():
         data_collator=collator,
         peft_config=lora_config(model_args, args),
         scorer=scorer,
-        eval_pictures=config.eval_pictures,
         record=record,
         dtype=model_args.dtype,
         wait=flags.wait_in_forward,
@@ -183,18 +186,26 @@ def main():
 
 def train(trainer, checkpoint):
     """Train from `checkpoint`, or from the first step, and save the model. -> exit code: a signal ends it before."""
+    from transformers import EarlyStoppingCallback
+
     from animals.training.signals import StopOnSignal
 
-    trainer.add_callback(stop := StopOnSignal())
-    out = trainer.args.output_dir
+    config, out = trainer.scorer.config, trainer.args.output_dir
+    trainer.add_callback(stop := StopOnSignal(config.max_hours))
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if main_process():
         write_json(os.path.join(out, "run.json"), trainer.record)
     trainer.train(resume_from_checkpoint=checkpoint)
+    step, last = trainer.state.global_step, trainer.state.max_steps
     if stop.agreed:
         again = "`sh train.sh` again continues from there"
         if trainer.args.save_only_model:
             again = "no run can continue from there, because --save_only_model leaves out the optimizer's states"
-        say(f"stopped after step {trainer.state.global_step}; {again}")
+        say(f"stopped after step {step} of {last}; {again}")
+    elif step < last:
+        say(f"stopped after step {step} of {last} by --early_stopping_patience {config.early_stopping_patience}")
+    if stop.agreed not in (0, signal.SIGALRM):
         return 128 + stop.agreed
     trainer.save_final()
     say(f"\nsaved {out}. Next:\n    sh validation.sh --model_name_or_path {shlex.quote(out)}")

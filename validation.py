@@ -16,7 +16,9 @@ from datetime import timedelta
 from importlib.metadata import version
 
 import config as settings
-from animals.checkpoint.steps import checkpoint_name, global_step, run_name
+from animals.checkpoint.card import add_result, read_card
+from animals.checkpoint.family import read_settings
+from animals.checkpoint.steps import CHOSEN, checkpoint_name, global_step, run_name
 from animals.checkpoint.task import checkpoint_id, settings_for
 from animals.command import run
 from animals.files import require_writable
@@ -59,6 +61,14 @@ def against(where, other, rows, other_rows):
     return compare(right, other_right, groups) | {"model": other["model"], "where": where, "changed": changed}
 
 
+def chosen_on(pictures, rows):
+    """`chosen` of report.json: on how many of `rows` the checkpoint was chosen, its accuracy on the others. Or None."""
+    others = [(row["correct"], row["group"]) for row in rows if row["sha256"] not in pictures]
+    accuracy, interval = measured(others) if others else (None, None)
+    found = {"n_chosen_on": len(rows) - len(others), "n_others": len(others), "accuracy_others": accuracy}
+    return found | {"accuracy_others_ci95": interval} if found["n_chosen_on"] else None
+
+
 def validate(args, config):
     """Score args.model_name_or_path on the held-out split. All ranks call it.
 
@@ -71,7 +81,7 @@ def validate(args, config):
     with lock(config):  # one state of the cache
         data, known = load_split(config, "validation"), known_duplicates(config)
         excluded = checked_entry(config, "validation")["excluded"]
-    held_out = len(data)
+    held_out, chosen = len(data), read_settings(args.model_name_or_path, CHOSEN) or {}
     if args.on_eval_pictures:
         data = data.select(stratified_sample(data["label"], config.eval_pictures))
     pictures, sha256 = [images[0] for images in data["images"]], list(data["sha256"])
@@ -110,7 +120,8 @@ def validate(args, config):
         "checkpoint": checkpoint_id(args.model_name_or_path, args.dtype, config),  # by which baselines.py knows it
         "question": config.question,
         "labels_mass": sum(masses) / len(masses),
-        "step": global_step(args.model_name_or_path),
+        "step": chosen.get("step") or global_step(args.model_name_or_path),
+        "chosen": chosen_on({*chosen.get("pictures", ())}, rows),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
@@ -132,11 +143,14 @@ def main():
     parser.add_argument("--without_end", action="store_true", help="leave </s> out: for a model that is not fine-tuned")
     parser.add_argument("--report_dir", default="logs/validation", help="each checkpoint's report gets a folder in it")
     parser.add_argument("--compare_with", metavar="REPORT", help="another report's folder: is the difference real?")
+    parser.add_argument("--write_model_card", action="store_true", help="add the result to the model's README.md")
     args = parser.parse_args()
     folder = os.path.join(args.report_dir, checkpoint_name(args.model_name_or_path))
     events = os.path.join(args.logging_dir, run_name(args.model_name_or_path), "validation")
     for flag, place in (("--report_dir", args.report_dir), ("--report_dir", folder), ("--logging_dir", events)):
         require_writable(flag, place)  # before the work, not after it
+    if args.write_model_card:
+        read_card(args.model_name_or_path)
     config = settings_for(settings.config_from(args), args.model_name_or_path)
     check_inputs(config, args.model_name_or_path, ("validation",))
     from accelerate import PartialState
@@ -149,6 +163,8 @@ def main():
     if main_process():
         write_report(report, rows, folder, config.language)
         log_tensorboard(report, events)
+        if args.write_model_card:
+            add_result(args.model_name_or_path, report, config.input_dir)
         print_report(report, folder)
     PartialState().destroy_process_group()
 

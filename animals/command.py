@@ -76,9 +76,9 @@ def run(main):
     cache = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "temp", "cache")
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         os.environ.setdefault(name, os.path.join(cache, name.split("_")[0].lower()))
-    for flag, name in (("--push_to_hub", "HF_HUB_OFFLINE"), ("--torch_compile", "TORCHDYNAMO_DISABLE")):
-        if not any(word.startswith(flag) for word in with_underscores(sys.argv)):
-            os.environ.setdefault(name, "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any(word.startswith("--torch_compile") for word in with_underscores(sys.argv)):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # torch and bitsandbytes warn of what no user can change.
@@ -117,13 +117,15 @@ RANGES = {
         (1, 4096, "num_gpus micro_batch"),
         (0.0, 1.0, "max_excluded min_probability min_labels_mass"),
         (0.001, 0.999, "validation_fraction"),
+        (1, 1000, "early_stopping_patience"),
+        (0.0001, 10_000.0, "max_hours"),
         # transformers' and TRL's
         (0, 2**32 - 1, "seed data_seed"),
         (0, 10**6, "save_total_limit"),  # 0: all are kept
         (0, 256, "dataloader_num_workers"),
         (1, 10**9, "max_steps torch_empty_cache_steps"),  # max_steps also -1: as many as --num_train_epochs gives
         (1, 10**7, "ddp_timeout"),  # seconds
-        (1, 10**6, "gradient_accumulation_steps ddp_bucket_cap_mb lora_r lora_alpha"),
+        (1, 10**6, "examples_per_class gradient_accumulation_steps ddp_bucket_cap_mb lora_r lora_alpha"),
         (1, 4096, "per_device_train_batch_size per_device_eval_batch_size dataloader_prefetch_factor"),
         (1e-6, 1e4, "num_train_epochs"),
         (1e-6, 1e9, "logging_steps eval_steps save_steps"),  # below 1: a share of all steps, as in warmup_steps

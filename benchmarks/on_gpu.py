@@ -2,25 +2,27 @@
 
     python benchmarks/on_gpu.py                                   # the 7B: all rows need a card of 80 GB
     python benchmarks/on_gpu.py --rows projector                  # fits a card of 24 GB
+    python benchmarks/on_gpu.py --rows "tiles, full, 8 x" "tiles, full, 16 x"    # some recipes for all weights
     python benchmarks/on_gpu.py --model_name_or_path temp/demo/model --input_dir temp/demo/input    # on CPU ranks
 
 The model has the hub's real config and tokenizer and seeded random weights (15 GB in --work); the pictures are drawn in
-the sizes of photographs. Each row of ROWS is a `sh train.sh --rehearse` in both views, with 64 pictures per step on all
-GPUs: seconds per step, peak memory, the share of time that waits for data. Then the first GPU compares validation.py's
-scorer with batched generate() of two tokens, the fewest that an answer needs. Writes benchmarks/results/on_gpu.md.
+the sizes of photographs. Each row is a `sh train.sh --rehearse`, of the model in tiles and in the whole view: all
+weights with every recipe that `sh train.sh --rehearse all` tries (20 on one GPU, minutes each), LoRA and the projector
+with the first one. Then the first GPU compares validation.py's scorer with batched generate() of two tokens, the fewest
+that an answer needs. Writes benchmarks/results/on_gpu.md.
 Needs requirements-dev.txt (mistral-common holds the tokenizer), and for the 7B 55 GB of disk and 64 GB of host RAM.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
-import shutil
+import shlex
 import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,16 +33,16 @@ from animals.command import UserError, run
 from animals.pictures.read import list_pictures, load_picture
 from animals.ranks import count_gpus
 from animals.scoring.scorer import Scorer, score_pictures
+from animals.training.recipes import recipes, rehearse, table
 from benchmarks.scorer import SHAPES, generate, in_batches
 from config import FOLDER_TO_LABEL, Config
 
-DDP = "--config_file scripts/ddp.yaml"
-ROWS = {  # name: flags of train.sh
-    "zero3": "",  # all weights; the bf16 parameters are in host RAM (scripts/zero3.json)
-    "lora": f"--use_peft --learning_rate 2e-4 {DDP}",
-    "projector": f"--train_parts projector --learning_rate 1e-3 {DDP}",
+ROWS = {  # what trains: (file of accelerate, flags of train.sh)
+    "full": ("scripts/deepspeed_zero3.yaml", ""),
+    "lora": ("scripts/ddp.yaml", "--use_peft --learning_rate 2e-4"),
+    "projector": ("scripts/ddp.yaml", "--train_parts projector --learning_rate 1e-3"),
 }
-MICRO_BATCH = {"tiles": 4, "whole": 8}
+VIEWS = "tiles", "whole"
 
 
 def draw_pictures(folder, count, seed=0):
@@ -75,54 +77,36 @@ def views(args):
     if not whole.is_dir():
         command = [sys.executable, "scripts/whole_view.py", str(args.model_name_or_path), str(whole)]
         subprocess.run(command, cwd=ROOT, check=True)
-    return {"tiles": args.model_name_or_path, "whole": whole}
-
-
-def rehearse(args, name, view, model):
-    """rehearsal.json of one row, with `sizes` and `pictures` per step; {"failed": last line} if the run failed."""
-    ranks = int(os.environ.get("NUM_PROCESSES", max(1, count_gpus())))
-    micro = min(MICRO_BATCH[view], max(1, args.effective_batch // ranks))
-    accumulation = max(1, args.effective_batch // (micro * ranks))
-    run_name = f"{name}-{view}"
-    shutil.rmtree(args.work / "logs" / run_name, ignore_errors=True)
-    command = (
-        f"sh train.sh --rehearse --model_name_or_path {model} --input_dir {args.input_dir} "
-        f"--temp_dir {args.work}/cache --logging_dir {args.work}/logs --output_dir {args.work}/{run_name} "
-        f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {accumulation} "
-        f"--save_strategy no --num_train_epochs 100 --allow_leaks {ROWS[name]} {args.train_flags}"
-    )
-    print(f"{run_name}: {command}", flush=True)
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    file = args.work / "logs" / run_name / "rehearsal.json"
-    if not file.is_file():
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    sizes = f"{micro}x{accumulation}x{ranks}"
-    return json.loads(file.read_text()) | {"sizes": sizes, "pictures": micro * accumulation * ranks}
+    return dict(zip(VIEWS, (args.model_name_or_path, whole), strict=True))
 
 
 def training_table(args):
-    """Markdown: one row per rehearsal."""
-    cache = args.work / "cache" / "train.json"
-    lines = [
-        "| what trains | view | micro-batch x accumulation x ranks | seconds per step | pictures/s | image tokens/s | "
-        "peak GiB allocated | waiting for data |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in args.rows:
-        for view, model in views(args).items():
-            found = rehearse(args, name, view, model)
-            if "failed" in found:
-                lines.append(f"| {name} | {view} | | {found['failed'][:200]} | | | | |")
-                continue
-            tokens = [row["image_tokens"] for row in json.loads(cache.read_text())]
-            speed = found["pictures"] / found["seconds_per_step"]
-            memory = f"{max(gpu['allocated_gib'] for gpu in found['gpus']):.1f}" if found["gpus"] else "no GPU"
-            lines.append(
-                f"| {name} | {view} | {found['sizes']} | {found['seconds_per_step']:.2f} | {speed:.2f} | "
-                f"{speed * sum(tokens) / len(tokens):,.0f} | {memory} | {found['waiting_for_data']:.1%} |"
+    """For each view the table of `sh train.sh --rehearse all`, with a line per rehearsal."""
+    ranks = int(os.environ.get("NUM_PROCESSES", max(1, count_gpus())))
+    micro = min(4, max(1, args.effective_batch // ranks))
+    accumulation, rows, tables = max(1, args.effective_batch // (micro * ranks)), {}, []
+    for view, (name, (file, flags)) in product(VIEWS, ROWS.items()):
+        for recipe in recipes(micro, accumulation, file, count_gpus())[: None if name == "full" else 1]:
+            rows[f"{view}, {name}, {recipe['name']}"] = f"{flags} {recipe['flags']}"
+    chosen = {row: flags for row, flags in rows.items() if any(text in row for text in args.rows)}
+    if not chosen:
+        raise UserError(f"--rows: found no row with {args.rows} in its name; expected a part of one of {list(rows)}")
+    for view, model in views(args).items():
+        tried, geometry = [], read_geometry(model)
+        for row in (row for row in chosen if row.startswith(view)):
+            command = (
+                f"sh {ROOT}/train.sh --rehearse --model_name_or_path {model} --input_dir {args.input_dir} --temp_dir "
+                f"{args.work}/cache --logging_dir {args.work}/logs --output_dir {args.work}/rehearsed --allow_leaks "
+                f"--save_strategy no --eval_strategy no --num_train_epochs 100 {chosen[row]} {args.train_flags}"
             )
-            print(lines[-1], flush=True)
-    return "\n".join(lines)
+            print(f"{row}: {command}", flush=True)
+            tried.append({"name": row} | rehearse(shlex.split(command), args.work / "logs" / "rehearsed"))
+            print(tried[-1], flush=True)
+        if tried:
+            sizes = [load_picture(path).size for path in list_pictures(os.path.join(args.input_dir, "train_data"))]
+            tokens = sum(image_token_count(*size, geometry) for size in sizes) / len(sizes)
+            tables.append(f"```\n{table(tried, micro * accumulation * ranks, tokens)}\n```")
+    return "\n\n".join(tables)
 
 
 def validation_table(args):
@@ -165,7 +149,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="measure only these")
+    add("--rows", nargs="+", default=[""], metavar="TEXT", help="only those rows whose name contains one of these")
     add("--model_name_or_path", help="a checkpoint (default: the 7B with random weights, made in --work)")
     add("--input_dir", help="a folder like input/ (default: drawn pictures in --work)")
     add("--work", type=Path, default=Path("temp/on_gpu"), help="folder for everything that is made")

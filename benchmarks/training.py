@@ -2,23 +2,26 @@
 
     sh demo/run.sh
     python benchmarks/training.py                          # the rows below in turns, 3 seeds -> results/training.md
-    python benchmarks/training.py --rows b d --seeds 1     # some rows; an interrupted command goes on where it was
+    python benchmarks/training.py --rows d dv f g h        # some rows; an interrupted command goes on where it was
 
 a: TRL's own recipe (stock.py): micro-batch 4, random order, no data workers, all tokens are learned, the DeepSpeed
    settings of transformers' documentation
 b: a, but only the answer is learned (assistant_only_loss)
 b24: b with micro-batch 2 and the parameters in host RAM, for small GPUs
-d: train.sh of this tree, micro-batch 8
+d: train.sh of this tree, micro-batch 8, one learning rate for all parts
+dv: d, but the vision tower at a tenth of that rate
 e: d in the whole view (scripts/whole_view.py), micro-batch 16
 f: d with --train_parts projector --config_file scripts/ddp.yaml, micro-batch 4
+g: d with --train_parts attention
+h: d with --use_peft --train_parts vision: adapters in the language model, the whole tower at a tenth of their rate
 
 All rows start from the demo's checkpoint after STEPS_BEFORE steps on such pictures in tiles, as the hub's model was
-trained in tiles, and take 64 pictures per step on 2 ranks, with gloo, bf16 and adamw_bnb_8bit; f uses DDP, the others
-ZeRO-3. The pictures have 2/7 of the sizes of photographs and the model's tiles 2/7 of the 7B's, so that tiles, padding
-and the mix of lengths are the 7B's. In 640x480 the animals are small (FILLS) and 300x1200 is squeezed to a square, so
-that the whole view can lose them. DeepSpeed's size limits are scaled by the decoder layer. Those of a and b would keep
-most of so small a model, so they are set to two layers: a weight is then gathered as often (column gathers) as in a
-deep model.
+trained in tiles, and after forgetting.py taught it text and captions, whose losses the page gives. They take 64
+pictures per step on 2 ranks, with gloo, bf16 and adamw_bnb_8bit; f uses DDP, the others ZeRO-3. The pictures have 2/7
+of the sizes of photographs and the model's tiles 2/7 of the 7B's, so that tiles, padding and the mix of lengths are the
+7B's. In 640x480 the animals are small (FILLS) and 300x1200 is squeezed to a square, so that the whole view can lose
+them. DeepSpeed's size limits are scaled by the decoder layer. Those of a and b would keep most of so small a model, so
+they are set to two layers: a weight is then gathered as often (column gathers) as in a deep model.
 """
 
 import argparse
@@ -60,8 +63,11 @@ ROWS = {  # name: (whose script, micro-batch, flags)
     "b": ("stock", 4, "--assistant_only_loss True"),
     "b24": ("stock", 2, "--assistant_only_loss True"),
     "d": ("ours", 8, ""),
+    "dv": ("ours", 8, "--vision_learning_rate 1e-4"),
     "e": ("ours", 16, ""),  # from the checkpoint in the whole view
     "f": ("ours", 4, "--train_parts projector"),
+    "g": ("ours", 8, "--train_parts attention"),
+    "h": ("ours", 8, "--use_peft --train_parts vision --vision_learning_rate 1e-4"),
 }
 
 
@@ -80,7 +86,8 @@ def prepare(work, start, train_pictures, validation):
     """Make the pictures, the caches of both views, and the two checkpoints that the rows start from."""
     if not (start / "config.json").is_file():
         raise UserError(f"--start {start}: found no config.json; expected a checkpoint; run `sh demo/run.sh` first")
-    wanted = f"{start} {os.path.getmtime(start / 'config.json')} {train_pictures} {validation} {FILLS} {STEPS_BEFORE}"
+    made = [os.path.getmtime(file) for file in (start / "config.json", ROOT / "benchmarks" / "forgetting.py")]
+    wanted = f"{start} {made} {train_pictures} {validation} {FILLS} {STEPS_BEFORE}"
     if (work / "ready").exists() and (work / "ready").read_text() == wanted:
         return
     shutil.rmtree(work, ignore_errors=True)
@@ -89,9 +96,14 @@ def prepare(work, start, train_pictures, validation):
     train(work, "d", seed=1000, steps=STEPS_BEFORE)
     shutil.rmtree(work / "tiles")
     os.rename(work / "out", work / "tiles")
+    forgetting(work, "teach", "tiles")
     shell(f"{sys.executable} scripts/whole_view.py {work}/tiles {work}/whole")
     fill_cache(work, "whole")
     (work / "ready").write_text(wanted)
+
+
+def forgetting(work, command, checkpoint):
+    return shell(f"{sys.executable} benchmarks/forgetting.py {command} {work}/{checkpoint} {work}/input")
 
 
 def fill_cache(work, view):
@@ -113,9 +125,8 @@ def draw(folder, counts):
                 shape = SHAPES[i % len(SHAPES)]
                 size = tuple(round(side * 2 / 7) for side in shape)
                 stream = random.Random(f"0/{split}/{name}/{i}")
-                picture = make_pictures.picture(
-                    *make_pictures.ANIMALS[label], stream, size, FILLS.get(shape, (0.8, 0.98))
-                )
+                animal, fills = make_pictures.ANIMALS[label], FILLS.get(shape, (0.8, 0.98))
+                picture = make_pictures.picture(*animal, stream, size, fills)
                 picture.save(folder / split / name / f"{i:04d}.jpg", quality=92)
 
 
@@ -155,8 +166,7 @@ def train(work, name, seed, steps):
     common = (
         f"--model_name_or_path {work}/{view} --output_dir {work}/out --per_device_train_batch_size {micro} "
         f"--gradient_accumulation_steps {BATCH // RANKS // micro} --max_steps {steps} --seed {seed} --save_strategy no "
-        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 "
-        f"--vision_learning_rate 1e-3 {flags}"
+        f"--eval_strategy no --report_to none --logging_steps 1000 --learning_rate 1e-3 {flags}"
     )
     environment = {
         "PYTHONPATH": ROOT / "benchmarks" / "meter", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": 1,
@@ -164,9 +174,8 @@ def train(work, name, seed, steps):
         "NUM_PROCESSES": RANKS, "BF16_ON_CPU": 1,  # the engine that a GPU runs, in every row
     }  # fmt: skip
     if whose == "stock":
-        (work / "torch" / "deepspeed_shm_comm" / "lock").unlink(
-            missing_ok=True
-        )  # of a killed run: it would wait for it
+        lock = work / "torch" / "deepspeed_shm_comm" / "lock"
+        lock.unlink(missing_ok=True)  # of a killed run: it would wait for it
         template = CHAT_TEMPLATE.replace("{{ '<s>' }}", "")
         (work / "stock.jinja").write_text(template)
         recipe = "--dtype bfloat16 --bf16 True --optim adamw_bnb_8bit --lr_scheduler_type cosine --weight_decay 0.01"
@@ -183,7 +192,8 @@ def train(work, name, seed, steps):
         settings = "scripts/ddp.yaml" if "projector" in flags else f"{work}/zero3.yaml"
         shell(
             f"{sys.executable} scripts/launch.py --config_file {settings} train.py {flags_of_train_sh()} "
-            f"--input_dir {work}/input --temp_dir {work}/cache-{view} --logging_dir {work}/logs {common}",
+            f"--input_dir {work}/input --temp_dir {work}/cache-{view} --logging_dir {work}/logs "
+            f"--vision_learning_rate 1e-3 {common}",
             **environment,
         )
     return view
@@ -194,9 +204,8 @@ def read_meter(work):
     ranks = [json.loads((work / f"out.meter.{rank}.json").read_text()) for rank in range(RANKS)]
     times = ranks[0]["steps"]
     seconds, pictures = times[-1] - times[SKIP - 1], BATCH * (len(times) - SKIP)
-    moved = {
-        kind: sum(r["moved"][-1][kind] - r["moved"][SKIP - 1][kind] for r in ranks) for kind in ranks[0]["moved"][0]
-    }
+    spans = [(r["moved"][SKIP - 1], r["moved"][-1]) for r in ranks]
+    moved = {kind: sum(end[kind] - begin[kind] for begin, end in spans) for kind in spans[0][0]}
     return {
         "samples_per_second": pictures / seconds,
         "cpu_ms": 1e3 * sum(r["cpu"][-1] - r["cpu"][SKIP - 1] for r in ranks) / pictures,
@@ -226,8 +235,9 @@ def measure(work, name, seed, steps):
     """Run a row once: read_meter()'s dict, and the share of held-out pictures that are right, in all and by shape."""
     for old in (work / "out", *work.glob("out.meter.*")):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    right = right_by_shape(work, train(work, name, seed, steps))
+    right = right_by_shape(work, view := train(work, name, seed, steps))
     return read_meter(work) | {
+        "losses": [json.loads(forgetting(work, "measure", model)) for model in (view, "out")],  # before, after
         "micro_batch": ROWS[name][1],
         "accuracy": statistics.mean(map(float, sum(right.values(), []))),
         "by_shape": {shape: statistics.mean(map(float, each)) for shape, each in right.items()},
@@ -281,8 +291,7 @@ def main():
         )
     work, rows = args.work.resolve(), [name for name in ROWS if name in args.rows]
     prepare(work, args.start, args.train, args.validation)
-    text = report(args, in_turns(work, rows, args.seeds, args.steps))
-    args.output.write_text(text, encoding="utf-8")
+    args.output.write_text(text := report(args, in_turns(work, rows, args.seeds, args.steps)), encoding="utf-8")
     print(text)
 
 

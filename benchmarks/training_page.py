@@ -18,12 +18,14 @@ def speed_table(found):
     """Markdown: medians of samples/s and of its ratios to a, b, b24 in each turn; mean and spread of the accuracy."""
     bases = [base for base in ("a", "b", "b24") if base in found]
     heads = ["row", "micro x acc.", "samples/s", *(f"against {base}" for base in bases), "CPU ms per picture",
-             "waiting for data", "padding", "gathers", "peak MiB, both ranks", "held-out accuracy"]  # fmt: skip
+             "waiting for data", "padding", "gathers", "peak MiB, both ranks", "held-out accuracy",
+             "loss on plain text", "loss on captions"]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, runs in found.items():
         rates = [r["samples_per_second"] for r in runs]
         ratios = [[x / y["samples_per_second"] for x, y in zip(rates, found[b], strict=True)] for b in bases]
         middle = lambda key, runs=runs: statistics.median(r[key] for r in runs)  # noqa: E731
+        before, after = ([r["losses"][when] for r in runs] for when in (0, 1))
         right, micro = [r["accuracy"] for r in runs], runs[0]["micro_batch"]
         cells = [
             name, f"{micro}x{BATCH // RANKS // micro}", f"{statistics.median(rates):.1f}",
@@ -31,6 +33,7 @@ def speed_table(found):
             f"{middle('waiting'):.1%}", f"{middle('padding'):.1%}",
             "-" if runs[0]["gathers"] is None else f"{middle('gathers'):.2f}", f"{middle('mib'):,.0f}",
             f"{statistics.mean(right):.3f} ({min(right):.3f} to {max(right):.3f})",
+            *(f"{before[0][k]:.2f} -> {statistics.mean(r[k] for r in after):.2f}" for k in ("text", "captions")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -57,8 +60,9 @@ def report(args, found):
         "prefetch, overlap, data workers, copies or kernels. On a CPU TRL computes the loss at every position; here it "
         f"is made to take the answer's alone in all rows, as on a GPU.\n\n{args.seeds} seeds in turns, medians; "
         f"{args.steps} steps of {BATCH} pictures, the first {SKIP} not timed; gathers: elements gathered over elements "
-        f"reduced; accuracy on {args.validation * len(FOLDER_TO_LABEL)} held-out pictures, mean (least to most). Row e "
-        "is faster because it sees less of each picture; the second table says what that costs here. "
+        f"reduced; accuracy on {args.validation * len(FOLDER_TO_LABEL)} held-out pictures, mean (least to most); "
+        "losses: before and after, nats per token, of a text and of held-out pictures' captions, which forgetting.py "
+        "taught. Row e is faster because it sees less of each picture; the second table says what that costs here. "
         f"Pictures, with the 7B's image tokens: {tokens}; 576 each in the whole view.\n\n{speed_table(found)}\n\n"
         "Held-out accuracy by the size of the pictures, mean of the seeds; 640x480 and 300x1200 hold more than the "
         f"whole view's 336x336.\n\n{shape_table(found, args.validation)}\n"

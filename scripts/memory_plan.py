@@ -2,6 +2,7 @@
 
     python scripts/memory_plan.py                                 # the table of all: every method, 1, 4 and 8 GPUs
     python scripts/memory_plan.py --num_gpus 1 --method ddp --train_parts projector --micro_batch 4 --json
+    python scripts/memory_plan.py --num_gpus 4 --method full --micro_batch 8 --offload both
 
 It needs neither weights nor a GPU and refuses nothing; `sh train.sh --rehearse` measures. tests/test_memory_plan.py
 holds what is resident against train.py on CPU ranks (2 %), the activations against a trace of the real model (10 %).
@@ -21,7 +22,8 @@ from animals.checkpoint.image_tokens import Geometry, image_token_count
 from animals.command import Parser, UserError, run
 from animals.files import looked_up, read_json
 from animals.training.lora import LORA_TARGETS
-from animals.training.parts import PARTS, read_parts, trains
+from animals.training.parts import NAMED, PARTS, read_parts, trains
+from animals.training.recipes import OFFLOAD
 
 DDP = "--config_file scripts/ddp.yaml"
 METHODS = {  # name: flags of train.sh
@@ -79,11 +81,12 @@ def views(config) -> dict[str, tuple[int, int]]:
     return seen | {"whole view": (image_token_count(side, side, whole), 1)}
 
 
-def activations(config, micro_batch, tokens, tiles, method, parts) -> dict:
+def activations(config, micro_batch, tokens, tiles, method, parts, offload=False) -> dict:
     """Bytes on a GPU with activation checkpointing and SDPA: {"saved": when the forward ends, "peak": at most}.
 
     tokens, tiles: of each picture. parts: those whose weights train. With "ddp" they are float32, and so is the
-    residual stream between their layers. The peak is in the last decoder layer's backward.
+    residual stream between their layers. The peak is in the last decoder layer's backward. offload: the layers' inputs
+    wait in host RAM, "host" bytes, 0 without it.
     """
     text, tower = config.text_config, config.vision_config
     hidden, wide = text.hidden_size, text.intermediate_size
@@ -93,7 +96,10 @@ def activations(config, micro_batch, tokens, tiles, method, parts) -> dict:
     # makes the checkpoints reentrant.
     held, trained = patches * (method != "lora"), patches * ("vision" in parts)
     stream, seen = (4 if method == "ddp" and part in parts else 2 for part in ("language", "vision"))  # bytes
-    saved = stream * n * hidden * text.num_hidden_layers + seen * held * tower.hidden_size * tower.num_hidden_layers
+    inputs = stream * n * hidden * text.num_hidden_layers + seen * held * tower.hidden_size * tower.num_hidden_layers
+    # transformers activation_checkpointing_enable(offload): torch's save_on_cpu copies the inputs to pinned memory, and
+    # one layer's back to the GPU when it is recomputed.
+    saved = 0 if offload else inputs
     saved += seen * 3 * tiles * tower.image_size**2 + 2 * seen * trained * tower.hidden_size  # CLIP's embeddings
     saved += 2 * 2 * patches * hidden + 2 * patches * tower.hidden_size  # LlavaNextMultiModalProjector: GELU, input
     saved += (stream + 4 + stream) * n * hidden  # last hidden state, MistralRMSNorm in fp32 and in the stream's type
@@ -101,10 +107,10 @@ def activations(config, micro_batch, tokens, tiles, method, parts) -> dict:
     # hidden, minus the final norm's 8, which are free by then; k and v 4 bytes x their heads, not repeated, since there
     # is no mask. MistralMLP: gate, silu, up, and the gradients of silu, up and their product: 6 x 2 x intermediate.
     grouped = hidden * text.num_key_value_heads // text.num_attention_heads
-    peak = saved + n * ((8 + 3 * stream) * hidden + 4 * grouped + 12 * wide)
+    peak = saved + n * ((8 + 3 * stream) * hidden + 4 * grouped + 12 * wide) + stream * n * hidden * offload
     if "lora" in method:  # peft Linear.forward, at most: fp32 copy 4, dropout 4 and its mask 1 of each input
         peak += 9 * n * (6 * hidden + wide)
-    return {"saved": saved, "peak": peak}
+    return {"saved": saved, "peak": peak, "host": inputs * offload}
 
 
 def trained_weights(config, shapes, method, parts) -> dict[str, int]:
@@ -158,15 +164,19 @@ def gpu_items(config, shapes, zero3, method, num_gpus, parts) -> tuple[dict, flo
     return items, host, own
 
 
-def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts) -> dict:
-    """What one command needs: *_gib on each GPU, host_gib of all ranks at the worst moment. shapes: parameters()."""
+def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts, offload=False) -> dict:
+    """What one command needs: *_gib on each GPU, host_gib of all ranks at the worst moment. shapes: parameters().
+
+    zero3: the content of zero3.json or zero3_gpu.json. offload: whether the layers' inputs wait in host RAM.
+    """
     items, host, own = gpu_items(config, shapes, zero3, method, num_gpus, parts)
     sizes, sharded, pinned = [math.prod(shape) for shape in shapes.values()], method in SHARDED, num_gpus * host
     total, trained = sum(sizes), sum(trained_weights(config, shapes, method, parts).values())
     always = sum(items[name] for name in (*RESIDENT, "buckets", "reserve (assumed)"))
-    held, peaks = {}, {}
+    held, peaks, waiting = {}, {}, []
     for view, (tokens, tiles) in views(config).items():
-        found = activations(config, micro_batch, tokens, tiles, method, () if "lora" in method else parts)
+        found = activations(config, micro_batch, tokens, tiles, method, () if "lora" in method else parts, offload)
+        waiting.append(num_gpus * found["host"])
         held[view] = found["peak"] / GIB
         layers = items["live layers"] + max(found["peak"], items["LM-head backward"] + found["saved"])
         peaks[view] = (always + max(layers, items["optimizer step"])) / GIB
@@ -176,9 +186,14 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts) -> dict:
         max(2 * total + pinned, 2 * pinned) if sharded else num_gpus * 2 * max(sizes),
         # Resume: a rank's states and bitsandbytes' copy of the 8-bit ones; with ZeRO-3 one rank at a time (zero3.json).
         pinned + (CHECKPOINT_BYTES + 2.03) * own * (1 if sharded else num_gpus),
+        pinned + max(waiting),  # while training
     )
     disk = (trained if "lora" in method else total) * WEIGHT_BYTES + trained * CHECKPOINT_BYTES
-    words = ["sh train.sh", METHODS[method], "" if len(parts) == len(PARTS) else f"--train_parts {','.join(parts)}"]
+    # 1e-3 is the projector's rate
+    flags = DDP if method == "ddp" and {"language", "attention"} & {*parts} else METHODS[method]
+    words = ["sh train.sh", flags, "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
+    words.append("--config_file scripts/deepspeed_zero3_gpu.yaml" if sharded and not host else "")
+    words.append(OFFLOAD if offload else "")
     return {
         "method": method, "command": " ".join(filter(None, words)), "num_gpus": num_gpus, "micro_batch": micro_batch,
         "parameters": total, "trained": trained, "items_gib": {name: size / GIB for name, size in items.items()},
@@ -209,17 +224,22 @@ def main():
     add("--model_name_or_path", default="model", help="folder with config.json, or such a file (default: model)")
     add("--num_gpus", type=int, help="one rank each (default: 1, 4 and 8; 1 for the methods without ZeRO-3)")
     add("--method", choices=METHODS, help="only this one (default: all)")
-    add("--train_parts", help="what trains: some of vision,projector,language (default: all; projector for ddp)")
+    add("--train_parts", help=f"what trains: some of {','.join(NAMED)} (default: all; projector for ddp)")
     add("--micro_batch", type=int, help="pictures that a GPU holds at once (default: 1 and 4)")
+    text = "what waits in host RAM; parameters only with ZeRO-3 (default: parameters, as train.sh has it)"
+    add("--offload", choices=["none", "parameters", "activations", "both"], default="parameters", help=text)
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     chosen = read_parts(args.train_parts) if args.train_parts else None
     if chosen and "lora" in (args.method or "") or args.method == "ddp" and chosen == list(PARTS):
         raise UserError(f"--train_parts: found it with --method {args.method}; expected full, or fewer parts with ddp")
     config = load_config(args.model_name_or_path)
-    shapes, zero3 = parameters(config), read_json(ROOT / "scripts" / "zero3.json")
+    file = "zero3.json" if args.offload in ("parameters", "both") else "zero3_gpu.json"
+    shapes, zero3 = parameters(config), read_json(ROOT / "scripts" / file)
+    offload = args.offload in ("activations", "both")
+    parts = {method: chosen or (["projector"] if method == "ddp" else PARTS) for method in METHODS}
     plans = [
-        plan(config, shapes, zero3, method, gpus, micro, chosen or (["projector"] if method == "ddp" else PARTS))
+        plan(config, shapes, zero3, method, gpus, micro, parts[method], offload)
         for method in ([args.method] if args.method else ("full", "ddp") if chosen else METHODS)
         for gpus in ([args.num_gpus] if args.num_gpus else (1, 4, 8) if method in SHARDED else (1,))
         for micro in ([args.micro_batch] if args.micro_batch else (1, 4))

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 LARGE = "1" + "0" * 30
 NOT_ZERO = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs
 max_steps learning_rate adam_epsilon save_steps eval_steps logging_steps dataloader_prefetch_factor ddp_timeout lora_r
-lora_alpha torch_empty_cache_steps"""
+lora_alpha torch_empty_cache_steps examples_per_class"""
 TOO_HIGH = {"learning_rate": "11", "max_excluded": "1.1", "warmup_ratio": "1.5", "near_duplicate_distance": "17"}
 TOO_HIGH |= dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), "1")
 
@@ -78,8 +78,8 @@ activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing 
 torch_compile torch_compile_backend torch_compile_mode use_cache neftune_noise_alpha torch_empty_cache_steps
 logging_strategy logging_steps logging_first_step log_on_each_node include_num_input_tokens_seen log_level
 log_level_replica disable_tqdm report_to eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
-save_only_model save_strategy save_steps save_total_limit push_to_hub load_best_model_at_end metric_for_best_model
-greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+save_only_model save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model
+ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
 dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_in_order
 dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb
 ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout deepspeed debug skip_memory_metrics
@@ -104,6 +104,7 @@ VALUES = {  # of the refused flags that take no True or False, another value tha
     "dataset_num_proc": "2", "chat_template_path": "x.jinja", "eos_token": "</s>", "pad_token": "<unk>",
     "model_init_kwargs": "{}", "model_revision": "v1", "router_aux_loss_coef": "0.1", "accelerator_config": "{}",
     "eval_accumulation_steps": "2", "include_for_metrics": "loss", "fsdp_config": "{}", "lora_task_type": "SEQ_CLS",
+    "hub_strategy": "end",
 }  # fmt: skip
 DEFAULT_TRUE = ("logging_nan_inf_filter", "eval_do_concat_batches")
 
@@ -124,7 +125,7 @@ def test_flags_without_effect_are_refused_all_at_once(parse):
         ("--lora_r 8 --use_dora", "--lora_r: found it without --use_peft"),
         ("--use_peft --lora_r 8", None),
         ("--use_peft --use_bnb_nested_quant", "--use_bnb_nested_quant: found it without --load_in_4bit"),
-        ("--hub_model_id me/cats", "--hub_model_id: found it without --push_to_hub"),
+        ("--push_to_hub --hub_model_id me/cats", "--push_to_hub: found it; expected no such flag: it would push"),
         ("--run_name cats", "--run_name: found it with --report_to tensorboard"),
         ("--report_to none", None),
         ("--report_to cats", "--report_to: found cats; expected azure_ml, clearml"),

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from animals.training.parts import PARTS, freeze, read_parts
+from animals.training.recipes import OFFLOAD, recipes
 from scripts import memory_plan
 from scripts.memory_plan import GIB, HEAD, RESIDENT
 from tests.conftest import ROOT
@@ -37,6 +38,7 @@ DDP = "scripts/ddp.yaml"
         (3, "full", "--train_parts projector"),
         (3, "full", "--train_parts vision,projector"),
         (3, "full", "--train_parts language"),
+        (3, "full", "--train_parts attention"),
         (3, "lora", "--use_peft"),
         (3, "ddp", "--train_parts projector"),
         (3, "ddp", "--train_parts vision,projector"),
@@ -105,7 +107,20 @@ class Storages(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def traced(config, batch, tokens, tiles, parts):
+class Moved(torch.autograd.graph.saved_tensors_hooks):
+    """In place of save_on_cpu, for tensors without content: saves a shape, of nothing on the GPU, and counts bytes."""
+
+    total = 0
+
+    def __init__(self, **_):
+        super().__init__(self.pack, lambda kept: torch.empty(kept[0], dtype=kept[1]))
+
+    def pack(self, tensor):
+        Moved.total += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+
+def traced(config, batch, tokens, tiles, parts, offload):
     """(bytes saved by the forward, peak of forward and backward) of the real modules on fake tensors.
 
     parts: those that train without ZeRO-3, in float32 under autocast; None: all, in bfloat16. Vision tower with
@@ -114,7 +129,7 @@ def traced(config, batch, tokens, tiles, parts):
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = memory_plan.model_class(config)._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(offload=offload)
         model.train()
         if parts:
             freeze(model, parts, float32=True)
@@ -141,22 +156,28 @@ def traced(config, batch, tokens, tiles, parts):
     return saved, storages.peak
 
 
-TRACES = (1, "largest", None), (4, "largest", None), (4, "300x225", None), (4, "whole view", None)
-TRACES += (4, "300x225", "projector"), (4, "300x225", "vision,projector"), (4, "300x225", "language")
+TRACES = (1, "largest", None, False), (1, "largest", None, True), (4, "largest", None, False)
+TRACES += (4, "300x225", None, False), (4, "whole view", None, False), (8, "300x225", None, True)
+TRACES += tuple((4, "300x225", parts, False) for parts in ("projector", "vision,projector", "language", "attention"))
 
 
 @pytest.mark.parametrize(
-    ("batch", "view", "parts"), [TRACES[0], *(pytest.param(*trace, marks=pytest.mark.slow) for trace in TRACES[1:])]
+    ("batch", "view", "parts", "offload"),
+    [*TRACES[:2], *(pytest.param(*trace, marks=pytest.mark.slow) for trace in TRACES[2:])],
 )
-def test_activations_equal_a_trace_of_the_real_model(batch, view, parts):
+def test_activations_equal_a_trace_of_the_real_model(batch, view, parts, offload, monkeypatch):
+    """offload: of the layers' inputs to host RAM, what `--rehearse all` tries."""
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Moved)
+    monkeypatch.setattr(Moved, "total", 0)
     config, parts = memory_plan.load_config(HUB), parts and parts.split(",")
     tokens, tiles = memory_plan.views(config)[view]
-    planned = memory_plan.activations(config, batch, tokens, tiles, "ddp" if parts else "full", parts or PARTS)
-    saved, peak = traced(config, batch, tokens, tiles, parts)
+    planned = memory_plan.activations(config, batch, tokens, tiles, "ddp" if parts else "full", parts or PARTS, offload)
+    saved, peak = traced(config, batch, tokens, tiles, parts, offload)
     if parts == ["language"]:  # bf16 copies of a recomputed layer's weights, which the plan counts as live layers
         peak -= 2 * deep.decoder_layer(config)
     assert planned["saved"] == pytest.approx(saved, rel=0.1)
     assert planned["peak"] == pytest.approx(peak, rel=0.1)
+    assert planned["host"] == pytest.approx(Moved.total, rel=0.1) and bool(Moved.total) == offload
 
 
 def command(flags):
@@ -196,6 +217,32 @@ def test_every_training_command_of_the_documents_fits_its_cards():
         gpus = 1 if DDP in flags else 4
         planned[flags] = max(memory_plan.plan(config, shapes, zero3, method, gpus, micro, parts)["peak_gib"].values())
     assert len(planned) >= 6 and not {flags: gib for flags, gib in planned.items() if gib > 23.6}
+
+
+def test_every_recipe_of_rehearse_all_is_planned(monkeypatch, capsys):
+    """What waits in host RAM is not on the GPU: the more waits there, the lower the peak of four GPUs."""
+    config, peaks, host = memory_plan.load_config(HUB), {}, {}
+    shapes = memory_plan.parameters(config)
+    for recipe in recipes(4, 4, "scripts/deepspeed_zero3.yaml", gpus=4):
+        micro, gpu, away = int(recipe["name"].split()[0]), "zero3_gpu" in recipe["flags"], OFFLOAD in recipe["flags"]
+        zero3 = json.loads((ROOT / "scripts" / f"zero3{'_gpu' * gpu}.json").read_text())
+        found = memory_plan.plan(config, shapes, zero3, "full", 4, micro, PARTS, away)
+        assert ("zero3_gpu" in found["command"], OFFLOAD in found["command"]) == (gpu, away)
+        peaks[micro, gpu, away], host[micro, gpu, away] = max(found["peak_gib"].values()), found["host_gib"]
+    assert len(peaks) == 12
+    for micro in (4, 8, 16):
+        for fuller, other in (((True, False), (False, False)), ((True, True), (False, True))):  # parameters move
+            assert peaks[micro, *fuller] - peaks[micro, *other] == pytest.approx(7_566_747_648 * 2 / 4 / GIB, rel=0.01)
+        for gpu in (True, False):  # activations move
+            assert peaks[micro, gpu, False] > peaks[micro, gpu, True]
+            assert host[micro, gpu, False] <= host[micro, gpu, True]
+            assert micro == 16 or peaks[micro, gpu, True] < peaks[2 * micro, gpu, True]
+    assert peaks[8, False, True] < 23.6 < peaks[8, False, False], "on cards of 24 GB"
+    flags = f"--model_name_or_path {HUB} --method full --num_gpus 4 --micro_batch 8 --json --offload"
+    for word, key in (("none", (8, True, False)), ("both", (8, False, True))):
+        monkeypatch.setattr(sys, "argv", ["memory_plan.py", *flags.split(), word])
+        memory_plan.main()
+        assert max(json.loads(capsys.readouterr().out)["plans"][0]["peak_gib"].values()) == peaks[key]
 
 
 def test_help_imports_no_torch():

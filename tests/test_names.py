@@ -67,7 +67,7 @@ def test_the_card(tmp_path, prompt):
         state=SimpleNamespace(log_history=[], global_step=2, max_steps=2),
         args=SimpleNamespace(output_dir=str(folder)),
         scorer=SimpleNamespace(config=config, labels=config.labels, answers=[[1]]),
-        record={"question": config.question},
+        record={"effective_batch": 4, "training": {}, "versions": {}},
     )
     AnimalTrainer.create_model_card(trainer)
     front, card = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n\n", 1)

@@ -56,6 +56,8 @@ def weights(folder):
         ("projector", "--config_file scripts/ddp.yaml"),
         ("vision,projector", "--config_file scripts/ddp.yaml"),
         ("language", "--config_file scripts/ddp.yaml"),
+        ("attention", ""),
+        ("projector,attention", "--config_file scripts/ddp.yaml"),
     ],
 )
 def test_named_parts_change_and_the_others_do_not(train, demo, parts, launch):
@@ -91,6 +93,8 @@ def test_what_cannot_work_is_one_line(train):
     with pytest.raises(UserError, match="--train_parts: found 'head'; expected some of vision,projector,language"):
         read_parts("head,projector")
     assert read_parts("language,vision") == ["vision", "language"]
+    with pytest.raises(UserError, match="found language,attention; expected one of the two"):
+        read_parts("vision,language,attention")
     done, _, _ = train("--config_file scripts/ddp.yaml --dry_run")
     assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output
     assert "Traceback" not in done.output
@@ -112,6 +116,8 @@ def test_every_parameter_is_of_one_part_and_clips_last_layer_never_trains(demo):
     none = {name for name, parts in owners.items() if not parts}
     assert all(len(parts) <= 1 for parts in owners.values())
     assert len(none) == 18 and all("post_layernorm" in name or ".layers.3." in name for name in none)
+    attention = {name for name in names if trains(name, ["attention"], config)}
+    assert len(attention) == 8 and all(owners[name] == ["language"] and "_proj.weight" in name for name in attention)
     assert owners["model.image_newline"] == ["projector"] and owners["lm_head.weight"] == ["language"]
 
 

@@ -20,7 +20,7 @@ SHORT = f"{RATES} --eval_strategy no --eval_on_start False --save_strategy no --
 
 @pytest.mark.parametrize(
     ("parts", "lora"),
-    [(list(PARTS), False), (["vision", "projector"], False), (["language"], False), (["vision", "projector"], True)],
+    [(list(PARTS), False), (["vision", "projector"], True), (["language"], False), (["vision", "attention"], False)],
 )
 def test_every_trained_parameter_is_in_one_group(demo, parts, lora):
     model = load_model(demo.model, "float32")
@@ -29,7 +29,7 @@ def test_every_trained_parameter_is_in_one_group(demo, parts, lora):
     freeze(model, parts, float32=False)
     decayed = {name for name, value in model.named_parameters() if value.ndim > 1}
     groups = parameter_groups(model, {"vision": 1e-4, "projector": 5e-4}, 1e-3, decayed, 0.01)
-    rates = {"language": 1e-3, "projector": 5e-4, "vision": 1e-4}
+    rates = {"language": 1e-3, "attention": 1e-3, "projector": 5e-4, "vision": 1e-4}
     for full, value in model.named_parameters():
         name = full.removeprefix(BASE)
         assert value.requires_grad == (trains(name, parts, model.config) or ".lora_" in name)

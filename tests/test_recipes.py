@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from animals.checkpoint.load import load_model, load_processor
 from animals.pictures.read import list_pictures
 from animals.training.batches import PictureCollator
-from animals.training.recipes import command, recipes
+from animals.training.recipes import OFFLOAD, command, recipes
 from config import Config
 from tests.conftest import ROOT
 from tests.test_rehearsal import command as training
@@ -65,6 +65,45 @@ def test_activations_in_host_ram_change_no_gradient(demo, monkeypatch):
     (loss, plain), (same, offloaded) = found
     assert unpinned.called and torch.allclose(loss, same, rtol=1e-5) and len(plain) > 50
     assert all(torch.allclose(plain[name], offloaded[name], rtol=1e-5, atol=1e-7) for name in plain)
+
+
+UNPINNED = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+import transformers.modeling_utils as library
+
+class Copied(library.save_on_cpu):
+    def __init__(self, **kwargs):
+        super().__init__()  # without pinned memory, which needs a GPU
+        self.pack_hook = self.copy
+
+    def copy(self, tensor):
+        print("a copy waits")
+        return tensor.device, tensor.clone()
+
+library.save_on_cpu = Copied
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_no_offload_changes_a_loss_or_a_gradient(demo, run, tmp_path):
+    """Two CPU ranks in float32. On them DeepSpeed's offloaded parameters are in the same RAM, in other buffers."""
+    (tmp_path / "unpinned.py").write_text(UNPINNED.format(root=str(ROOT)))
+    found = []
+    for i, (file, offload) in enumerate((("zero3_gpu", ""), ("zero3", ""), ("zero3", OFFLOAD))):
+        flags = training(demo, tmp_path / str(i), "--save_steps 3 --eval_strategy no --use_cpu", offload)
+        flags += " --optim adamw_bnb_8bit --gradient_checkpointing --num_train_epochs 1"
+        launch = f"accelerate launch --config_file scripts/deepspeed_{file}.yaml --num_processes 2"
+        words = f"--main_process_port 0 {tmp_path}/unpinned.py {flags.partition('train.sh ')[2]}"
+        done = run(f"{launch} {words}", code=0)
+        assert ("a copy waits" in done.output) == bool(offload)
+        state = json.loads((tmp_path / str(i) / "checkpoint-3" / "trainer_state.json").read_text())
+        steps = [[log["loss"], log["grad_norm"]] for log in state["log_history"] if "loss" in log]
+        found.append(torch.tensor(steps, dtype=torch.float64))
+    assert found[0].shape == (3, 2) and len(found[0].unique()) == 6
+    assert all(torch.allclose(found[0], other, rtol=1e-5, atol=0) for other in found[1:])
 
 
 @pytest.mark.slow

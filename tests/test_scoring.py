@@ -138,7 +138,7 @@ def test_what_training_says_of_its_evaluation(scored, capsys):
     other = next(label for label in scorer.labels if label != said)
     data = {"images": [[paths[0]]] * 10, "label": [other] * 10, "image_tokens": lengths[:1] * 10}
     trainer = SimpleNamespace(
-        eval_dataset=Dataset.from_dict(data), eval_pictures=0, scorer=scorer, model=copy.deepcopy(model),
+        eval_dataset=Dataset.from_dict(data), scorer=scorer, model=copy.deepcopy(model),
         is_deepspeed_enabled=False, autocast_smart_context_manager=contextlib.nullcontext, log=dict, control=None,
         args=SimpleNamespace(per_device_eval_batch_size=5), state=SimpleNamespace(global_step=7),
         callback_handler=SimpleNamespace(on_evaluate=lambda *_: None),

@@ -58,6 +58,7 @@ SCHEMA = {
         "target_parameters": (list, 1, 1000, MODULE),
         "init_lora_weights": [(bool, 0, 1), {"gaussian", "olora", "orthogonal", "pissa"}],
     },
+    "chosen.json": {"step": (int, 1, 10**9), "pictures": (list, 1, 10**6, (str, 64, 64))},
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def check_settings(file, name) -> dict:
     values = read_json(file)
     if problems := mistakes(values, SCHEMA[name], ""):
         folder = os.path.dirname(file)
-        do = "copy it from its run again" if name == "adapter_config.json" else f"restore it: {fetch(folder, name)}"
+        ours = name in ("adapter_config.json", "chosen.json")
+        do = "copy it from its run again" if ours else f"restore it: {fetch(folder, name)}"
         raise UserError("\n".join(f"{file}: found {line}; {do}" for line in problems))
     return values
 

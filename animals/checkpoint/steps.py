@@ -13,11 +13,12 @@ import shutil
 from pathlib import Path
 
 from animals.command import UserError
-from animals.files import folder_lock, read_json, replacing
+from animals.files import folder_lock, read_json, replacing, write_json
 from animals.ranks import barrier, main_process, say
 
 MANIFEST = "complete.json"  # the last file of a checkpoint: name -> size in bytes of every other file
 STATE = "trainer_state.json"  # transformers' own: global_step, best_model_checkpoint, log_history
+CHOSEN = "chosen.json"  # in output_dir, if its model is the best of the run: step, metric, value, pictures (sha256)
 SAVING = ".saving"  # a folder in output_dir, in which the final model is written before it is moved into output_dir
 ONLY_FOR_RESUMING = re.compile(  # beginnings of the names in a checkpoint that the final model does not have
     r"global_step|latest|scheduler|optimizer|rng_state|trainer_state|zero_to_|trained_float32|(run|complete)\.json|README"
@@ -51,18 +52,27 @@ def missing_files(folder) -> list[str]:
         sizes = read_json(os.path.join(folder, MANIFEST))
     except (OSError, UserError):
         return [MANIFEST]
-    found = {name: Path(folder, name) for name in sizes}
+    found = {name: Path(folder, name) for name in sizes if name != "README.md"}  # peft's card: validation.py adds to it
     return [name for name, file in found.items() if not file.is_file() or file.stat().st_size != sizes[name]]
+
+
+def finished(path, last_step) -> str | None:
+    """Why nothing is left to train after the checkpoint `path`; None if something is."""
+    if global_step(path) >= last_step:
+        return "is the last step"
+    stop = read_json(os.path.join(path, STATE)).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    if stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]:
+        return "ended its run early, by --early_stopping_patience"
 
 
 def unusable(path, states=None, last_step=None) -> str | None:
     """Why no run can go on from the folder `path`; None if one can.
 
-    states: the file by which a checkpoint has the optimizer's states, if they are needed; after last_step they are not.
+    states: the file by which a checkpoint has the optimizer's states, if they are needed: not where a run finished().
     """
     if lacking := missing_files(path):
         return f"incomplete ({', '.join(lacking[:3])} missing or cut short)"
-    if states and not os.path.isfile(os.path.join(path, states)) and global_step(path) < last_step:
+    if states and not os.path.isfile(os.path.join(path, states)) and not finished(path, last_step):
         return f"without the optimizer's states ({states}): saved with --save_only_model or another --config_file"
     return None
 
@@ -128,16 +138,29 @@ def lock_output(output_dir, rehearse):
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def copy_model_to_output(checkpoint, output_dir):
-    """Copy the model of a complete checkpoint into output_dir, without ONLY_FOR_RESUMING. Main process only."""
-    saving = os.path.join(output_dir, SAVING)
+def copy_model_to_output(checkpoint, args, state, pictures):
+    """Copy the model of a complete checkpoint into output_dir, without ONLY_FOR_RESUMING. Main process only.
+
+    With --load_best_model_at_end that of the best one, by the content of a STATE, and CHOSEN with these pictures.
+    """
+    saving, step = os.path.join(args.output_dir, SAVING), args.load_best_model_at_end and state["best_global_step"]
+    if step:  # beside `checkpoint`; in another folder if this run was resumed from there
+        places = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{step}"), state["best_model_checkpoint"]
+        if not (checkpoint := next((place for place in places if place and not missing_files(place)), None)):
+            raise UserError(f"{places[0]}: found no complete checkpoint; expected the best one; copy another one")
     shutil.rmtree(saving, ignore_errors=True)
     shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if ONLY_FOR_RESUMING.match(n)])
-    move_model(saving, output_dir)
+    if step:
+        metric, value = args.metric_for_best_model, state["best_metric"]
+        chosen = {"step": step, "metric": metric, "value": value, "pictures": pictures}
+        write_json(os.path.join(saving, CHOSEN), chosen)
+        say(f"the best checkpoint is {checkpoint}: {metric} {value:.4f} on {len(pictures)} held-out pictures")
+    move_model(saving, args.output_dir)
 
 
 def move_model(saving, output_dir):
     """Move a model from .saving into output_dir, config.json last: until then the folder is no model. Main process."""
+    Path(output_dir, CHOSEN).unlink(missing_ok=True)  # it is about the model that was there
     for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):
         os.replace(os.path.join(saving, name), os.path.join(output_dir, name))
     os.rmdir(saving)
@@ -185,6 +208,8 @@ MUST_MATCH = {
     "config.vision_learning_rate": "the optimizer's groups would be others",
     "config.projector_learning_rate": "the optimizer's groups would be others",
     "config.train_parts": "the optimizer's states are of other weights",
+    "config.examples_per_class": "the run would go on with other pictures",
+    "best_checkpoint": "the best one is chosen by measure, pictures and patience from the beginning",
     "labels": "the answers would be different",
     "question": "the prompt would be different",
     "data": "the training pictures changed",

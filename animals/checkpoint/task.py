@@ -54,7 +54,8 @@ def checkpoint_id(path, dtype, config: Config) -> str:
     files = []
     for folder in dict.fromkeys([path, base_of(path)]):
         with os.scandir(folder) as entries:
-            files += sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
+            entries = [e for e in entries if e.is_file() and e.name != "README.md"]  # the card, written after scoring
+            files += sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries)
     asked = [config.chat_template, config.question, *map(config.answer_for, config.labels)]
     return hashlib.sha256(repr([files, dtype, asked]).encode()).hexdigest()[:12]
 

@@ -58,6 +58,10 @@ def print_report(report, folder):
     about = "{n}{part}; chance {chance:.2f}, always {majority_label} {majority:.2f}".format(part=part, **report)
     print(f"\naccuracy {measured_line(report, '', about)}, macro-F1 {report['macro_f1']:.4f}")
     print(duplicates_line(report), calibration_line(report), sep="\n")
+    if c := report.get("chosen"):
+        line, n = f"chosen as the best of its run on {c['n_chosen_on']} of these pictures", c["n_others"]
+        others = f"on the others it is {measured_line(c, '_others', n)}" if n else "there are no others"
+        print(f"{line}, so its accuracy on them is a little too high; {others}")
     if q := report["quarantined"]:
         some = f"; with those that can be read the accuracy is {measured_line(q, '_with', q['n_with'])}"
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")

@@ -9,6 +9,7 @@ are fillers: they take part in the forward pass, and no token of them is learned
 """
 
 import copy
+import hashlib
 import itertools
 
 import datasets
@@ -42,6 +43,20 @@ class PictureCollator:
             if row.get("label", "") is None:
                 labels[:] = -100
         return {**batch, "pictures": [row["images"][0] for row in examples]}
+
+
+def choose_examples(data, per_class, seed):
+    """The rows that --examples_per_class trains on: so many of each class, all of a smaller class; None: all rows.
+
+    The order within a class comes from the seed and each picture's content. So a larger number only adds pictures to
+    those of a smaller one, and pictures that are put into the folders later leave the order of the others as it was.
+    """
+    if per_class is None:
+        return data
+    places = [hashlib.sha256(f"{seed} {sha256}".encode()).digest() for sha256 in data["sha256"]]
+    rows = sorted(zip(data["label"], places, itertools.count()))
+    classes = itertools.groupby(rows, key=lambda row: row[0])
+    return data.select(sorted(i for _, members in classes for *_, i in itertools.islice(members, per_class)))
 
 
 def fillers(lengths, micro_batch, accumulation, ranks, balanced) -> list[int]:
@@ -81,7 +96,8 @@ class TokenBalancedSampler(BatchRebalanceSampler):
 
     In the first epoch the step with the heaviest micro-batch and the second step change places: if the memory of a GPU
     is too small for the epoch, the run ends in its first minutes. It is not the first step, because 8-bit AdamW makes
-    its states in that one.
+    its states in that one. Ranks and accumulation of the same product have the same heaviest step; with other sizes of
+    micro-batches it may be another one, and then the steps of the epoch are the same in another order.
     """
 
     QUADRATIC_COST_COEF = 0

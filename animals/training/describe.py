@@ -18,6 +18,11 @@ def batch_sizes(args) -> tuple[int, int, int]:
     return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
 
 
+def count_pictures(config, summary) -> int:
+    """How many pictures the run trains on, from the summary of the training split (batches.choose_examples)."""
+    return sum(min(n, config.examples_per_class or n) for n in summary["classes"].values())
+
+
 def count_steps(args, pictures) -> tuple[int, int]:
     """(optimizer steps per epoch, optimizer steps in all), as transformers.Trainer counts them."""
     micro_batch, accumulation, ranks = batch_sizes(args)
@@ -46,7 +51,7 @@ def count_events(args, pictures) -> tuple[int, int]:
     return evaluations + args.eval_on_start, saves
 
 
-def describe(args, model_args, data, collator, held_out: int) -> str:
+def describe(args, model_args, data, collator, in_split: int, held_out: int) -> str:
     """The run in a few lines, as equations, and one example in which the learned tokens are marked."""
     tokens = sorted(data[args.length_column_name])
     micro_batch, accumulation, ranks = batch_sizes(args)
@@ -56,7 +61,7 @@ def describe(args, model_args, data, collator, held_out: int) -> str:
     example = collator([data[0]])
     ids, labels = example["input_ids"][0].tolist(), example["labels"][0].tolist()
     return (
-        f"pictures        {len(data)} to train on; {held_out} held out\n"
+        f"pictures        {len(data)} of {in_split} to train on; {held_out} held out\n"
         f"image tokens    {tokens[0]} to {tokens[-1]} per picture, median {statistics.median(tokens):g}; "
         f"learned in the example below: {sum(label != -100 for label in labels)}\n"
         f"effective batch {micro_batch} per device x {accumulation} accumulated x {ranks} "
@@ -89,12 +94,15 @@ def commit() -> str | None:
 def record_run(config, args, model_args, summaries) -> dict:
     """What runs, for run.json. First the settings that must be the same when the run is resumed, then all others."""
     names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow", "peft")
+    choice = [args.metric_for_best_model, config.eval_pictures, summaries["validation"]["fingerprint"]]
     return {
+        "best_checkpoint": [*choice, config.early_stopping_patience] if args.load_best_model_at_end else None,
         "world_size": args.world_size,
         "effective_batch": math.prod(batch_sizes(args)),
         "labels": config.labels,
         "question": config.question,
         "data": summaries["train"]["fingerprint"],
+        "pictures": count_pictures(config, summaries["train"]),
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
         "config": dataclasses.asdict(config),

@@ -1,7 +1,9 @@
 """--train_parts vision,projector,language: which weights train. The others get no gradient and no optimizer state.
 
     sh train.sh --train_parts projector --config_file scripts/ddp.yaml --learning_rate 1e-3
+    sh train.sh --train_parts attention                     # q, k, v, o of the language model: other skills are kept
 
+Training these attention projections alone keeps most of what the language model could do before (arXiv:2510.08564).
 CLIP's last layer never trains: the language model reads the one before it. Without ZeRO-3, which keeps float32 master
 weights, the trained weights themselves are float32 and compute under autocast: at a learning rate of 2e-5 most bfloat16
 weights would never change. They are saved in the type in which the model was loaded; for resuming, a checkpoint-N also
@@ -15,11 +17,12 @@ from pathlib import Path
 from animals.checkpoint.load import zero3_is_on
 from animals.command import UserError
 
-PARTS = {  # part -> how its parameters' names begin
+PARTS = {  # part -> how its parameters' names begin; each parameter is in exactly one
     "vision": r"model\.vision_tower\.",
     "projector": r"model\.(multi_modal_projector\.|image_newline$)",
     "language": r"(model\.language_model|lm_head)\.",
 }
+NAMED = PARTS | {"attention": r"model\.language_model\..*\.self_attn\.[qkvo]_proj\."}  # what the flag can name
 ALL = "vision,projector,language"  # --train_parts without --use_peft; with it, "none"
 RATES = {"vision_learning_rate": "vision", "projector_learning_rate": "projector"}  # flags of rates of their own
 TRAINED = "trained_float32.safetensors"
@@ -27,16 +30,18 @@ BASE = "base_model.model."  # what peft puts before the names of the base model'
 
 
 def read_parts(text: str) -> list[str]:
-    """`language,projector` -> [projector, language], in the order of PARTS; `none` -> []. UserError: another name."""
+    """`language,projector` -> [projector, language], in the order of NAMED; `none` -> []. UserError: another name."""
     chosen = [part.strip() for part in text.split(",")] if text != "none" else []
-    if wrong := [part for part in chosen if part not in PARTS]:
-        raise UserError(f"--train_parts: found {', '.join(wrong)!r}; expected some of {','.join(PARTS)}")
-    return [part for part in PARTS if part in chosen]
+    if wrong := [part for part in chosen if part not in NAMED]:
+        raise UserError(f"--train_parts: found {', '.join(wrong)!r}; expected some of {','.join(NAMED)}")
+    if {"language", "attention"} <= set(chosen):
+        raise UserError("--train_parts: found language,attention; expected one of the two: language holds attention")
+    return [part for part in NAMED if part in chosen]
 
 
 def belongs(name: str, parts) -> bool:
     """Whether the parameter `name` belongs to one of `parts`."""
-    return any(re.match(PARTS[part], name) for part in parts)
+    return any(re.match(NAMED[part], name) for part in parts)
 
 
 def trains(name: str, parts, config) -> bool:
@@ -53,7 +58,7 @@ def check_parts(config, args, model_args):
     parts, lora = read_parts(config.train_parts), model_args.use_peft
     own = "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"
     if not parts and not lora:
-        raise UserError(f"--train_parts none: found no --use_peft; expected it, or some of {','.join(PARTS)}")
+        raise UserError(f"--train_parts none: found no --use_peft; expected it, or some of {','.join(NAMED)}")
     wrong = [part for part in parts if part not in RATES.values()]
     wrong += [f"--{name}" for name in own if parts and getattr(model_args, name)]
     if lora and wrong:

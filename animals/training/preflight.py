@@ -18,7 +18,7 @@ from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.training.describe import count_events
+from animals.training.describe import count_events, count_pictures
 from animals.training.parts import belongs, check_parts, read_parts
 
 # Flags of SFTConfig and ModelConfig that this trainer does not follow, and why. Only their defaults are accepted.
@@ -37,6 +37,7 @@ REFUSED = {
     "auto_find_batch_size accelerator_config": "--per_device_train_batch_size and --gradient_accumulation_steps are "
     "kept as they are; `--rehearse` measures whether they fit",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "greater_is_better": "--metric_for_best_model says it: more accuracy or macro_f1 is better, and less loss",
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
     "batch_eval_metrics": "evaluation measures accuracy, macro-F1 and loss on --eval_pictures",
     "save_on_each_node enable_jit_checkpoint": "rank 0 saves, and SIGTERM saves a checkpoint too",
@@ -44,12 +45,13 @@ REFUSED = {
     "fsdp fsdp_config parallelism_config": "DeepSpeed ZeRO-3 or DDP divides the work; --config_file chooses",
     "do_train do_eval do_predict": "train.py trains, and --eval_strategy says when it measures",
     "lora_task_type": "the task is the answer to a question",
+    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision": "it would "
+    "push half-trained models, the token and this machine's paths; `hf upload` pushes the model (scripts/README.md)",
 }
 NEEDED = {  # flags that have an effect with another one only
     "use_peft": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
     "use_rslora use_dora",
     "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
-    "push_to_hub": "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
 }
 GIB = 2**30
 RESUME_BYTES = 6.04  # in a checkpoint per trained parameter, to resume: float32 weights 4, 8-bit Adam 2.03, the rest
@@ -66,12 +68,14 @@ def check_run(config, args, model_args):
     findings.attempt(check_gpus, args)
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
+    if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin:
+        findings.append("--save_only_model: found it with a choice of the best under DeepSpeed; expected one; drop one")
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
         if summaries:
             sizes = saved_bytes(args, model_args, shapes, config.train_parts)
-            findings.attempt(check_disk, args, summaries["train"]["n"], *sizes)
+            findings.attempt(check_disk, args, count_pictures(config, summaries["train"]), *sizes)
         findings.attempt(check_host_ram, args, model_args, shapes)
     findings.report()
     return summaries, scorer
@@ -94,6 +98,12 @@ def flag_problems(flags, default) -> list[str]:
     metric, metrics = flags.metric_for_best_model, ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
+    measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
+    wrong = "no" in measured or saved[0] != "best" and measured != saved
+    if flags.load_best_model_at_end and wrong:
+        found = "--early_stopping_patience and --load_best_model_at_end: found --eval_strategy {} --eval_steps {} and "
+        found += "--save_strategy {} --save_steps {}; expected the same for both; what is not measured cannot be chosen"
+        lines.append(found.format(*measured, *saved))
     if flags.attn_implementation not in (None, "sdpa"):
         lines.append(
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "

@@ -49,12 +49,14 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
     tried, pictures = recipes(*sizes, config_file, gpus), sizes[0] * sizes[1] * processes
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    start = [sys.executable, "scripts/launch.py", "train.py", *flags]
     try:
         with tempfile.TemporaryDirectory() as folder:
             short = f"--rehearse --save_strategy no --eval_strategy no --logging_dir {shlex.quote(folder)}"
             for i, recipe in enumerate(tried, 1):
                 print(f"recipe {i} of {len(tried)}: {recipe['name']}", file=sys.stderr, flush=True)
-                recipe |= rehearse(flags, f"{recipe['flags']} {short}", Path(folder, run_name(args.output_dir)))
+                words = [*start, *shlex.split(f"{recipe['flags']} {short}")]
+                recipe |= rehearse(words, Path(folder, run_name(args.output_dir)))
         done = [recipe for recipe in tried if "seconds_per_step" in recipe]
         print(table(tried, pictures, image_tokens), flush=True)
         if not done:
@@ -63,16 +65,15 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
             )
         best = min(done, key=lambda recipe: recipe["seconds_per_step"])
         print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
-        code, _ = launch(flags, f"{best['flags']} --rehearse")
+        code, _ = launch([*start, *shlex.split(best["flags"]), "--rehearse"])
     finally:
         delete_old_rehearsal(args.output_dir)
     print(f"\n{command(flags, best['flags'])}", flush=True)
     sys.exit(code)
 
 
-def launch(flags, more, **options) -> tuple[int, str]:
-    """Run the launcher with the flags of train.py and some more -> (exit code, output). It ends with this process."""
-    words = [sys.executable, "scripts/launch.py", "train.py", *flags, *shlex.split(more)]
+def launch(words, **options) -> tuple[int, str]:
+    """Run the command that these words are -> (exit code, output). It ends with this process."""
     with subprocess.Popen(words, preexec_fn=end_with_parent, **options) as child:
         try:
             output, _ = child.communicate()
@@ -82,9 +83,9 @@ def launch(flags, more, **options) -> tuple[int, str]:
     return child.returncode, output
 
 
-def rehearse(flags, more, logs) -> dict:
-    """rehearsal.json of one recipe, from the folder `logs`, or {"failed": why}."""
-    code, output = launch(flags, more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def rehearse(words, logs) -> dict:
+    """rehearsal.json, from the folder `logs`, of the rehearsal that these words start, or {"failed": why}."""
+    code, output = launch(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if code == 0:
         return json.loads(Path(logs, "rehearsal.json").read_text(encoding="utf-8"))
     said = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or [""]
@@ -92,19 +93,22 @@ def rehearse(flags, more, logs) -> dict:
 
 
 def table(tried, pictures, image_tokens) -> str:
-    """A line per recipe; GiB of the fullest card, and of the host's RAM while training."""
-    lines = [("recipe", "seconds/step", "pictures/s", "image tokens/s", "GiB allocated", "GiB reserved", "GiB of RAM")]
+    """A line per recipe; GiB and allocator retries of the fullest card, and GiB of the host's RAM while training."""
+    titles = ("seconds/step", "pictures/s", "image tokens/s", "GiB allocated", "GiB reserved", "retries", "GiB of RAM")
+    width = max(len(recipe["name"]) for recipe in tried)
+    lines = ["   ".join([f"{'recipe':{width}}", *titles])]
     for recipe in tried:
         if "failed" in recipe:
-            lines.append((recipe["name"], f"    {recipe['failed']}"))
+            lines.append(f"{recipe['name']:{width}}   {recipe['failed']}")
             continue
         seconds = recipe["seconds_per_step"]
         cells = [f"{seconds:.2f}", f"{pictures / seconds:.2f}", f"{pictures / seconds * image_tokens:,.0f}"]
-        for key in ("allocated_gib", "reserved_gib"):
-            cells.append(f"{max(gpu[key] for gpu in recipe['gpus']):.1f}" if recipe["gpus"] else "no GPU")
-        lines.append((recipe["name"], *cells, f"{recipe['host_gib']['training']:.1f}"))
-    width = max(len(name) for name, *_ in lines)
-    return "\n".join(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in lines)
+        for key, digits in (("allocated_gib", 1), ("reserved_gib", 1), ("retries", 0)):
+            cells.append(f"{max(gpu[key] for gpu in recipe['gpus']):.{digits}f}" if recipe["gpus"] else "no GPU")
+        cells.append(f"{recipe['host_gib']['training']:.1f}")
+        aligned = [f"{cell:>{len(title)}}" for title, cell in zip(titles, cells, strict=True)]
+        lines.append("   ".join([f"{recipe['name']:{width}}", *aligned]))
+    return "\n".join(lines)
 
 
 def command(flags, recipe) -> str:

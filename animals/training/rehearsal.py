@@ -32,7 +32,6 @@ from animals.command import UserError
 from animals.compat import load_as_resumed
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
-from animals.scoring.scorer import stratified_sample
 from animals.training.batches import heaviest_micro_batch, shuffle_seed
 from animals.training.describe import batch_sizes, count_events, count_steps
 from animals.training.preflight import GIB, check_disk
@@ -74,19 +73,19 @@ class HostRam(threading.Thread):
 class RehearsalTrainer(AnimalTrainer):
     """AnimalTrainer that evaluates a few pictures, takes a step and the heaviest one, then times ordinary steps."""
 
-    def __init__(self, *, args, train_dataset, eval_dataset, eval_pictures, ram, **kwargs):
+    def __init__(self, *, args, train_dataset, eval_dataset, ram, **kwargs):
         self.run_args, self.pictures, self.ram = args, len(train_dataset), ram
         self.fetches = []  # of each step: when it began, and when it had its batches
-        sample = eval_dataset.select(stratified_sample(eval_dataset["label"], eval_pictures))
         count = 2 * args.per_device_eval_batch_size * args.world_size  # two batches per rank
-        longest = sample.select(sorted(range(len(sample)), key=list(sample["image_tokens"]).__getitem__)[-count:])
-        self.evaluated_share = sum(longest["image_tokens"]) / sum(sample["image_tokens"])
+        tokens = list(eval_dataset["image_tokens"])
+        longest = eval_dataset.select(sorted(range(len(tokens)), key=tokens.__getitem__)[-count:])
+        self.evaluated_share = sum(longest["image_tokens"]) / sum(tokens)
         args = copy.copy(args)
         args.output_dir = rehearsal_folder(args.output_dir)
         args.max_steps = 2 + count_steps(args, self.pictures)[1]
-        args.report_to, args.push_to_hub, args.load_best_model_at_end, args.eval_on_start = [], False, False, True
+        args.report_to, args.load_best_model_at_end, args.eval_on_start = [], False, True
         args.logging_strategy = args.eval_strategy = args.save_strategy = "no"  # rehearse() says when
-        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=longest, eval_pictures=0, **kwargs)
+        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=longest, **kwargs)
 
     def log(self, logs, *args, **kwargs):
         """Print nothing: losses and accuracy of a rehearsal say nothing about the run."""

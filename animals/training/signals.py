@@ -1,4 +1,4 @@
-"""What a training run does when a signal asks it to end: it saves a checkpoint; its data workers live until then."""
+"""What a training run does when a signal or --max_hours ends it: it saves; its data workers live until then."""
 
 import atexit
 import math
@@ -18,14 +18,18 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: all ranks finish the step, save a checkpoint and end. A second Ctrl-C ends at once.
 
     One Ctrl-C can arrive twice, from the terminal and from the launcher: a second one comes a second later at least.
+    When max_hours have passed, SIGALRM comes: the run ends the same way, and train.py then publishes its model.
     """
 
-    def __init__(self):
+    def __init__(self, max_hours=None):
         self.received = self.agreed = 0  # signal numbers: that this rank got; that all ranks stop for, 0: none
         self.interrupted = math.inf  # when the first Ctrl-C came
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
+        if max_hours:
+            signal.signal(signal.SIGALRM, self.on_signal)
+            signal.setitimer(signal.ITIMER_REAL, 3600 * max_hours)
 
     def on_signal(self, number, frame):
         now, first = time.monotonic(), not self.received
@@ -35,7 +39,8 @@ class StopOnSignal(TrainerCallback):
             self.interrupted = min(now, self.interrupted)
         self.received = number
         if first:
-            say(f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
+            name = "--max_hours" if number == signal.SIGALRM else signal.Signals(number).name
+            say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step

@@ -7,34 +7,29 @@ Nothing here changes what is learned.
 import collections
 import contextlib
 import copy
-import json
 import os
-import re
 import shutil
 import time
-from pathlib import Path
 
 import torch
-from jinja2 import Template
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from animals.checkpoint import steps
+from animals.checkpoint.card import write_card
 from animals.checkpoint.load import zero3_is_on
 from animals.checkpoint.save import add_other_files, share_weights
-from animals.checkpoint.steps import SAVING, delete_incomplete, move_model, newest_complete, write_manifest
 from animals.checkpoint.task import task_of
 from animals.command import UserError
 from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.scoring.metrics import measure
 from animals.scoring.report import one_sided_lines
-from animals.scoring.scorer import NotFinite, score_pictures, stratified_sample
+from animals.scoring.scorer import NotFinite, score_pictures
 from animals.training.batches import TokenBalancedSampler, add_fillers, shuffle_seed
 from animals.training.describe import batch_sizes
 from animals.training.parts import RATES, load_trained, parameter_groups, save_trained, save_weights, whole_weights
 from animals.training.signals import protect_data_workers
-
-CARD = Path(__file__).with_name("model_card.md")
 
 
 def without_mask(module, args, kwargs):
@@ -94,7 +89,7 @@ class AnimalTrainer(SFTTrainer):
     dtype: "bfloat16" or "float32", the type of the saved weights. wait: see wait_in_forward().
     """
 
-    def __init__(self, *, train_dataset, args, scorer, eval_pictures, record, dtype, wait, **kwargs):
+    def __init__(self, *, train_dataset, args, scorer, record, dtype, wait, **kwargs):
         args = copy.copy(args)  # the caller's stay unchanged
         args.assistant_only_loss = False  # the collator does it; SFTTrainer would refuse our chat template
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
@@ -104,7 +99,7 @@ class AnimalTrainer(SFTTrainer):
         self.sampler = None  # of --train_sampling_strategy batch_rebalance
         train_dataset = add_fillers(train_dataset, args)
         super().__init__(train_dataset=train_dataset, args=args, processing_class=scorer.processor, **kwargs)
-        self.scorer, self.eval_pictures, self.record, self.dtype = scorer, eval_pictures, record, dtype
+        self.scorer, self.record, self.dtype = scorer, record, dtype
         self.rates = {part: getattr(scorer.config, flag) for flag, part in RATES.items()}
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # not peft's wrapper
         base.model.language_model.register_forward_pre_hook(without_mask, with_kwargs=True)
@@ -162,7 +157,6 @@ class AnimalTrainer(SFTTrainer):
     def evaluate(self, ignore_keys=None):
         """Closed-set accuracy, macro-F1 and the answer's loss on the sample. All ranks."""
         data, step = self.eval_dataset, self.state.global_step
-        data = data.select(stratified_sample(data["label"], self.eval_pictures))
         pictures = [images[0] for images in data["images"]]
         truth = [self.scorer.labels.index(label) for label in data["label"]]
         size, tokens, zero = self.args.per_device_eval_batch_size, list(data["image_tokens"]), self.is_deepspeed_enabled
@@ -209,36 +203,19 @@ class AnimalTrainer(SFTTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self):
+        """Nothing: save_final() copies the best checkpoint. The library would load no weight without ZeRO-3 or LoRA."""
+
     def create_model_card(self, *args, **kwargs):
-        """Write README.md of output_dir: how to ask the model, how it was trained, its last measured accuracy."""
-        if not main_process():
-            return
-        measured = [log for log in self.state.log_history if "eval_accuracy" in log]
-        accuracy = "not measured while training; `sh validation.sh` does"
-        if measured:
-            log = measured[-1]
-            accuracy = f"{log['eval_accuracy']:.4f} on {log['eval_pictures']} held-out pictures at step {log['step']}"
-            if measured[0]["step"] == 0:
-                accuracy += f"; untuned: {measured[0]['eval_accuracy']:.4f}"
-        folder = self.args.output_dir
-        card = Template(CARD.read_text(encoding="utf-8")).render(
-            name=code_span(os.path.basename(os.path.normpath(folder))),
-            labels=code_span(", ".join(self.scorer.labels)),
-            asked=code_span(self.scorer.config.question),
-            folder=repr(folder),
-            question=repr(self.scorer.config.question),
-            accuracy=accuracy,
-            state=self.state,
-            longest=max(map(len, self.scorer.answers)),  # tokens of an answer
-            record=json.dumps(self.record, indent=1, ensure_ascii=False),
-        )
-        Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
+        """Write README.md of output_dir: ours in place of the library's."""
+        if main_process():
+            write_card(self.args.output_dir, self.scorer, self.state, self.record)
 
     def _save_checkpoint(self, model, trial):
         """Write checkpoint-N, then its manifest, and only then delete the oldest checkpoints. All ranks."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if main_process():
-            delete_incomplete(self.args.output_dir)
+            steps.delete_incomplete(self.args.output_dir)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that went further before this one was resumed
         barrier()
         with self.explain_failure():
@@ -249,7 +226,7 @@ class AnimalTrainer(SFTTrainer):
                     save_trained(self.model, folder)
                     share_weights(folder)
                 write_json(os.path.join(folder, "run.json"), self.record)
-                write_manifest(folder)
+                steps.write_manifest(folder)
                 rotate_checkpoints(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
         barrier()
 
@@ -259,15 +236,19 @@ class AnimalTrainer(SFTTrainer):
 
     def save_final(self):
         """Write the model into output_dir, first into .saving: new shards would overwrite old ones. All ranks."""
-        saving = os.path.join(self.args.output_dir, SAVING)
+        saving, best = os.path.join(self.args.output_dir, steps.SAVING), self.state.best_global_step
         if main_process():
             shutil.rmtree(saving, ignore_errors=True)
         barrier()
         with self.explain_failure():
-            self.save_model(saving)  # on all ranks: ZeRO-3 gathers the weights
+            if not (chosen := self.args.load_best_model_at_end and best):
+                self.save_model(saving)  # on all ranks: ZeRO-3 gathers the weights
+            elif main_process():
+                steps.copy_model_to_output(saving, self.args, vars(self.state), list(self.eval_dataset["sha256"]))
         barrier()
         if main_process():
-            move_model(saving, self.args.output_dir)
+            if not chosen:
+                steps.move_model(saving, self.args.output_dir)
             self.create_model_card()  # peft has written one of its own
         barrier()
 
@@ -278,15 +259,8 @@ class AnimalTrainer(SFTTrainer):
             yield
         except (OSError, RuntimeError) as error:
             folder, step = self.args.output_dir, self.state.global_step
-            last, free = newest_complete(folder)[0] or "none", shutil.disk_usage(folder).free / 2**30
+            last, free = steps.newest_complete(folder)[0] or "none", shutil.disk_usage(folder).free / 2**30
             raise UserError(
                 f"step {step}: could not save ({error}); found {free:.1f} GiB free in {folder}; the last complete "
                 f"checkpoint is {last}; make room and start again"
             ) from error
-
-
-def code_span(text):
-    """Markdown that shows a text as it stands, on one line: HTML, templates and backticks have no meaning in it."""
-    text = " ".join(text.split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
