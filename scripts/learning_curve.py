@@ -78,7 +78,7 @@ def draw(points):
     axes.set(xscale="log", ylim=(0, 1), **about)
     axes.set_xticks(list(points), [f"{pictures:,}" for pictures in points])
     axes.minorticks_off()
-    axes.legend(loc="lower right")
+    axes.legend()
     return figure
 
 
