@@ -94,8 +94,8 @@ def activations(config, micro_batch, tokens, tiles, method, parts, offload=False
     patches = tiles * ((tower.image_size // tower.patch_size) ** 2 + 1)  # with CLS
     # torch.utils.checkpoint keeps each layer's input; in a frozen tower too, but not for LoRA on ZeRO-3, where TRL
     # makes the checkpoints reentrant.
-    held, trained = patches * (method != "lora"), patches * ("vision" in parts)
-    stream, seen = (4 if method == "ddp" and part in parts else 2 for part in ("language", "vision"))  # bytes
+    held, trained = patches * (method != "lora" or "vision" in parts), patches * ("vision" in parts)
+    stream, seen = (4 if method not in SHARDED and part in parts else 2 for part in ("language", "vision"))  # bytes
     inputs = stream * n * hidden * text.num_hidden_layers + seen * held * tower.hidden_size * tower.num_hidden_layers
     # transformers activation_checkpointing_enable(offload): torch's save_on_cpu copies the inputs to pinned memory, and
     # one layer's back to the GPU when it is recomputed.
@@ -114,11 +114,10 @@ def activations(config, micro_batch, tokens, tiles, method, parts, offload=False
 
 
 def trained_weights(config, shapes, method, parts) -> dict[str, int]:
-    """{name: elements} of what gets gradients; for LoRA of the adapters, by the name of the weight beside them."""
-    if "lora" not in method:
-        return {name: math.prod(shape) for name, shape in shapes.items() if trains(name, parts, config)}
-    linear = {name: shape for name, shape in shapes.items() if ADAPTED.fullmatch(name)}
-    return {f"{side} {name}": LORA_R * shape[side] for name, shape in linear.items() for side in (1, 0)}  # A, B: peft
+    """{name: elements} of what gets gradients; an adapter by its side and the name of the weight beside it."""
+    whole = {name: math.prod(shape) for name, shape in shapes.items() if trains(name, parts, config)}
+    linear = {name: shape for name, shape in shapes.items() if "lora" in method and ADAPTED.fullmatch(name)}
+    return whole | {f"{side} {name}": LORA_R * shape[side] for name, shape in linear.items() for side in (1, 0)}  # A, B
 
 
 def gpu_items(config, shapes, zero3, method, num_gpus, parts) -> tuple[dict, float, float]:
@@ -127,23 +126,25 @@ def gpu_items(config, shapes, zero3, method, num_gpus, parts) -> tuple[dict, flo
     ranks = num_gpus if sharded else 1  # that share one copy of the model
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = trained_weights(config, shapes, method, parts)
-    own = sum(trained.values()) / ranks
+    own, adapters = (sum(n for name, n in trained.items() if side in name) / ranks for side in ("", " "))
     base = 2 * sum(sizes.values()) / ranks  # DeepSpeed Init; norms and biases, complete on each GPU, are 1 MB: left out
     host = base if sharded and stage3.get("offload_param", {}).get("device", "none") != "none" else 0
     if method == "qlora":  # bitsandbytes quantize_4bit: half a byte and one fp32 absmax per 64 elements; the rest bf16
         base -= (2 - 0.5 - 4 / 64) * sum(size for name, size in sizes.items() if ADAPTED.fullmatch(name))
-    float32 = 4 * own if method in ("ddp", "lora_ddp") else 0  # bytes of trained weights without ZeRO-3's masters
+    added = (4 if method == "lora_ddp" else 2) * adapters + (0 if sharded else 2 * (own - adapters))
+    masters = sharded or method == "qlora" and own == adapters  # then what trains is in bf16
+    float32 = 0 if masters else 4 * own  # bytes of trained weights
     # What the optimizer sees: each tensor; with ZeRO-3 one rank's flat share of the decayed ones and of the others.
     decayed = sum(size for name, size in trained.items() if not re.search(NO_DECAY, name)) / ranks
     tensors = [decayed, own - decayed] if sharded else trained.values()
     inner = [name for name in sizes if name != HEAD and "embed_tokens" not in name]
     largest = max(sizes[name] for name in inner)
-    flying = max(trained.get(name, 0) for name in inner) if method == "full" else 0
+    flying = max(trained.get(name, 0) for name in inner) if sharded else 0
     head = (4 + 2) * (method in ("full", "ddp") and HEAD in trained) + 2 * sharded
     live = max(int(stage3["stage3_max_live_parameters"]), int(stage3["stage3_max_reuse_distance"]) // 2) * sharded
     items = {
         # Stage3 defragment: bf16. Adapters come on top; DDP holds float32 instead of bf16 (parts.py).
-        "parameters": base - host + {"full": 0, "lora_ddp": 4}.get(method, 2) * own,
+        "parameters": base - host + added,
         "gradients": float32 or 2 * own,  # Stage3 _setup_for_real_optimizer: grad_partitions_flat_buffer
         "fp32 master": 4 * own * sharded,  # Stage3 _create_fp32_partitions
         # bitsandbytes Optimizer2State.init_state: uint8 m and v and a fp32 absmax per 256; fp32 below 4,096 elements
@@ -175,7 +176,7 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts, offload=Fa
     always = sum(items[name] for name in (*RESIDENT, "buckets", "reserve (assumed)"))
     held, peaks, waiting = {}, {}, []
     for view, (tokens, tiles) in views(config).items():
-        found = activations(config, micro_batch, tokens, tiles, method, () if "lora" in method else parts, offload)
+        found = activations(config, micro_batch, tokens, tiles, method, parts, offload)
         waiting.append(num_gpus * found["host"])
         held[view] = found["peak"] / GIB
         layers = items["live layers"] + max(found["peak"], items["LM-head backward"] + found["saved"])
@@ -191,7 +192,7 @@ def plan(config, shapes, zero3, method, num_gpus, micro_batch, parts, offload=Fa
     disk = (trained if "lora" in method else total) * WEIGHT_BYTES + trained * CHECKPOINT_BYTES
     # 1e-3 is the projector's rate
     flags = DDP if method == "ddp" and {"language", "attention"} & {*parts} else METHODS[method]
-    words = ["sh train.sh", flags, "" if list(parts) == list(PARTS) else f"--train_parts {','.join(parts)}"]
+    words = ["sh train.sh", flags, "" if list(parts) in (list(PARTS), []) else f"--train_parts {','.join(parts)}"]
     words.append("--config_file scripts/deepspeed_zero3_gpu.yaml" if sharded and not host else "")
     words.append(OFFLOAD if offload else "")
     return {
@@ -231,15 +232,17 @@ def main():
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     chosen = read_parts(args.train_parts) if args.train_parts else None
-    if chosen and "lora" in (args.method or "") or args.method == "ddp" and chosen == list(PARTS):
-        raise UserError(f"--train_parts: found it with --method {args.method}; expected full, or fewer parts with ddp")
+    beside = "lora" in (args.method or "")
+    if chosen and ({"language", "attention"} & {*chosen} if beside else args.method == "ddp" and chosen == list(PARTS)):
+        expected = "vision, projector or both" if beside else "fewer parts"
+        raise UserError(f"--train_parts: found {args.train_parts} with --method {args.method}; expected {expected}")
     config = load_config(args.model_name_or_path)
     file = "zero3.json" if args.offload in ("parameters", "both") else "zero3_gpu.json"
     shapes, zero3 = parameters(config), read_json(ROOT / "scripts" / file)
     offload = args.offload in ("activations", "both")
-    parts = {method: chosen or (["projector"] if method == "ddp" else PARTS) for method in METHODS}
+    usual = {"full": list(PARTS), "ddp": ["projector"]}
     plans = [
-        plan(config, shapes, zero3, method, gpus, micro, parts[method], offload)
+        plan(config, shapes, zero3, method, gpus, micro, chosen or usual.get(method, []), offload)
         for method in ([args.method] if args.method else ("full", "ddp") if chosen else METHODS)
         for gpus in ([args.num_gpus] if args.num_gpus else (1, 4, 8) if method in SHARDED else (1,))
         for micro in ([args.micro_batch] if args.micro_batch else (1, 4))

@@ -5,6 +5,7 @@ python scripts/merge_lora.py sft-llava-1.6-7b --merge merged
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from animals.checkpoint.check import adapter_config, require_checkpoint
 from animals.checkpoint.load import load_model, load_processor
 from animals.checkpoint.save import SHARD_SIZE, add_other_files
+from animals.checkpoint.steps import CHOSEN
 from animals.checkpoint.task import read_task
 from animals.command import Parser, UserError, run
 
@@ -26,6 +28,8 @@ def merge(adapter, out, dtype="bfloat16"):
     model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     add_other_files(out, adapter, load_processor(adapter), read_task(adapter))
+    if (chosen := Path(adapter, CHOSEN)).is_file():  # validation.sh then says on which pictures it was chosen
+        shutil.copy(chosen, out)
 
 
 def main():

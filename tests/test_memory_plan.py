@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from animals.training.parts import PARTS, freeze, read_parts
+from animals.training.parts import ALL, PARTS, freeze, read_parts
 from animals.training.recipes import OFFLOAD, recipes
 from scripts import memory_plan
 from scripts.memory_plan import GIB, HEAD, RESIDENT
@@ -43,6 +43,8 @@ DDP = "scripts/ddp.yaml"
         (3, "ddp", "--train_parts projector"),
         (3, "ddp", "--train_parts vision,projector"),
         (3, "lora_ddp", "--use_peft"),
+        (3, "lora", "--train_parts vision,projector --use_peft"),
+        (3, "lora_ddp", "--train_parts vision,projector --use_peft"),
     ],
 )
 def test_the_plan_is_what_train_py_holds(tmp_path, demo, layers, method, flags):
@@ -63,10 +65,11 @@ def test_the_plan_is_what_train_py_holds(tmp_path, demo, layers, method, flags):
     done = subprocess.run(command.split(), capture_output=True, text=True, timeout=1800, env=bf16)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     held, shapes = json.loads((tmp_path / "held.json").read_text()), memory_plan.parameters(config)
-    parts = flags.split()[1].split(",") if "parts" in flags else PARTS
+    parts = flags.split()[1].split(",") if "parts" in flags else [] if "lora" in method else PARTS
     planned = memory_plan.plan(config, shapes, zero3, method, num_gpus=2, micro_batch=2, parts=parts)
     assert held["ranks"] == 2 and planned["trained"] > 0
-    assert held["numel"] == planned["parameters"] + planned["trained"] * ("lora" in method)
+    adapters = sum(memory_plan.trained_weights(config, shapes, method, []).values()) if "lora" in method else 0
+    assert held["numel"] == planned["parameters"] + adapters
     items = {name: gib * GIB for name, gib in planned["items_gib"].items()}
     assert {name: items[name] for name in RESIDENT} == pytest.approx({name: held[name] for name in RESIDENT}, rel=0.02)
     if layers == 32:
@@ -213,7 +216,7 @@ def test_every_training_command_of_the_documents_fits_its_cards():
         lora = ("qlora" if "--load_in_4bit" in flags else "lora_ddp") if DDP in flags else "lora"
         method = lora if "--use_peft" in flags else "ddp" if DDP in flags else "full"
         micro = int((re.findall(r"--per_device_train_batch_size (\d+)", flags) or [4])[0])
-        parts = read_parts((re.findall(r"--train_parts (\S+)", flags) or [",".join(PARTS)])[0])
+        parts = read_parts((re.findall(r"--train_parts (\S+)", flags) or ["none" if "lora" in method else ALL])[0])
         gpus = 1 if DDP in flags else 4
         planned[flags] = max(memory_plan.plan(config, shapes, zero3, method, gpus, micro, parts)["peak_gib"].values())
     assert len(planned) >= 6 and not {flags: gib for flags, gib in planned.items() if gib > 23.6}
@@ -255,7 +258,7 @@ def test_help_imports_no_torch():
     [
         ("--model_name_or_path nowhere", "found no such file; expected the model's config.json"),
         ("--model_name_or_path scripts/zero3.json", "expected 'llava_next'"),
-        ("--method lora --train_parts vision", "found it with --method lora; expected full, or fewer parts with ddp"),
+        ("--method lora --train_parts attention", "found attention with --method lora; expected vision, "),
         ("--num_gpus -1", "--num_gpus: found -1; expected a number from 1 to 4096"),
     ],
 )
