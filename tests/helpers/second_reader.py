@@ -52,8 +52,8 @@ def compare(one, other):
         print(f"  {name} differs:\n    {a[name].tolist()!s:.300}\n    {b[name].tolist()!s:.300}")
     far = np.abs(a["logits"] - b["logits"]).max() if a["logits"].shape == b["logits"].shape else np.inf
     verdict = "DIFFERENT" if different or far > 1e-5 else "same"
-    versions = f"{Path(one).stem}: transformers {a['version']} and {b['version']}"
-    print(f"- {versions}: {verdict}, logits differ by at most {far:.1e}")
+    versions = f"transformers {a['version']} and {b['version']}"
+    print(f"- {Path(one).stem}: {versions}: {verdict}, logits differ by at most {far:.1e}")
     return verdict == "same"
 
 

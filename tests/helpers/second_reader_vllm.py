@@ -76,7 +76,7 @@ def quote(address, picture):
             ["sh", "-ec", request], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
         answer = Path(folder, "answer.json").read_text()
-    print(f"The documented request, with {picture}, printed:\n\n```\n{printed}```\n")
+    print(f"\nThe documented request, with {picture}, printed:\n\n```\n{printed}```\n")
     print(f"Its answer.json:\n\n```\n{answer}\n```\n")
 
 
@@ -150,7 +150,8 @@ def main(program, folder, predictions, *flags):
         f"  - with choices, the answer is the prediction for {agree} of {apart} whose two likeliest labels are {APART}"
     )
     print(f"    apart or more, and for {counts['close_agree']} of the other {counts['close']};")
-    print(f"  - the labels' probabilities differ by at most {difference:.4f} from those of predictions.csv.")
+    print(f"  - the labels' probabilities differ by at most {difference:.4f} from predictions.csv's, which also")
+    print("    count the answer's other tokens and </s>.")
     return counts["prompts"] == counts["greedy"] == n > 0 and agree == apart
 
 
