@@ -13,10 +13,9 @@ import os
 import stat
 import sys
 import tempfile
-import unicodedata
 from pathlib import Path
 
-from animals.command import UserError
+from animals.command import UNPRINTABLE, UserError
 
 
 @contextlib.contextmanager
@@ -171,6 +170,5 @@ def deeper(input_dir: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name with control characters, line ends and what is no UTF-8 as backslash escapes: for messages and lists."""
-    unsafe = "Cc", "Cs", "Zl", "Zp"  # Unicode's categories
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe else c for c in name)
+    """A name with what would act on a terminal and what is no UTF-8 as backslash escapes: for messages and lists."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], name)
