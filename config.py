@@ -89,7 +89,7 @@ TASK_FIELDS = ("prompt", "answer", "folder_to_label")
 DATA_FIELDS = ("input_dir", "temp_dir", *TASK_FIELDS, "max_excluded", "near_duplicate_distance", "near_duplicate_limit")
 DATA_FIELDS += ("allow_leaks", "data_processes")
 TRAINING_FIELDS = ("logging_dir", "eval_pictures", "examples_per_class", "train_parts", "early_stopping_patience")
-TRAINING_FIELDS += ("max_hours",)
+TRAINING_FIELDS += ("class_weights", "max_hours")
 RATE = "None: that of --learning_rate"
 NONE = "None: what the checkpoint was trained with, else the default in config.py"
 
@@ -110,14 +110,15 @@ class Config:
     near_duplicate_limit: int = setting(200_000, "with more pictures than this, near-duplicates are not searched")
     allow_leaks: bool = setting(False, "continue although identical pictures are in both splits or under two labels")
     data_processes: int = setting(0, "number of processes that decode pictures for the cache; 0 = one per CPU core")
-    examples_per_class: int | None = setting(None, "train on so many pictures of each class, by --seed; None: on all")
+    examples_per_class: int | None = setting(None, "training pictures per class, which --seed chooses; None: all")
     train_parts: str | None = setting(
-        None, "parts of the model that are trained; others are frozen. None: all; with --use_peft none, only adapters"
+        None, "what trains: some of vision,projector,language; or attention for language. None: all; with LoRA adapters"
     )
     vision_learning_rate: float | None = setting(None, "highest learning rate of the vision tower. " + RATE)
     projector_learning_rate: float | None = setting(None, "highest learning rate of the projector. " + RATE)
-    early_stopping_patience: int | None = setting(None, "end after so many evaluations in a row without a better one")
-    max_hours: float | None = setting(None, "end after so many hours; the same command again continues")
+    class_weights: str | None = setting(None, "balanced: all classes have the same share of the loss, also small ones")
+    early_stopping_patience: int | None = setting(None, "end after this number of evaluations without a better one")
+    max_hours: float | None = setting(None, "hours after which the run saves its model and ends; it can be continued")
     language: str = setting(locale_language(), "language of the pages: en or zh")
 
     chat_template: str = field(default=CHAT_TEMPLATE, init=False)  # no flag: the checkpoint's own, else this one
@@ -131,6 +132,8 @@ class Config:
         problems = task_problems(self.prompt, self.answer, self.folder_to_label)
         if self.language not in ("en", "zh"):
             problems.append(f"language: found {self.language}; expected en or zh")
+        if self.class_weights not in (None, "balanced"):
+            problems.append(f"class_weights: found {self.class_weights}; expected balanced, or no such flag")
         Findings([*range_problems(vars(self)), *(f"--{line}" for line in problems)]).report()
 
     @property

@@ -17,6 +17,7 @@ import sys
 
 import config as settings
 from animals.checkpoint import steps
+from animals.checkpoint.card import write_card
 from animals.checkpoint.load import load_for_training, zero3_is_on
 from animals.checkpoint.task import changed_task_flags, settings_for
 from animals.command import Findings, UserError, range_problems, run, with_underscores
@@ -25,7 +26,7 @@ from animals.files import read_json, write_json
 from animals.pictures.cache import load_split
 from animals.ranks import barrier, check_connection, choose_arithmetic, end_with_parent, main_process, say
 from animals.scoring.scorer import stratified_sample
-from animals.training.batches import PictureCollator, choose_examples
+from animals.training.batches import PictureCollator, balanced_weights, choose_examples
 from animals.training.describe import count_steps, describe, record_run
 from animals.training.lora import describe_trainable, lora_config
 from animals.training.parts import ALL, RATES, freeze, read_parts
@@ -77,6 +78,8 @@ def parse(argv):
     if flags.early_stopping_patience:
         flags.load_best_model_at_end = flags.restore_callback_states_from_checkpoint = True
         flags.metric_for_best_model = flags.metric_for_best_model or "accuracy"
+    if flags.rehearse and flags.eval_strategy == "no":  # a recipe of --rehearse all
+        flags.load_best_model_at_end = False
     Findings(range_problems(vars(flags)) + flag_problems(flags, parser.get_default)).report()
     flags.train_parts = flags.train_parts or ("none" if flags.use_peft else ALL)
     on_cpu, flags.dtype = choose_arithmetic(flags.use_cpu, flags.dtype)
@@ -114,11 +117,12 @@ def follow_launcher():
             signal.signal(number, end)
 
 
-def publish_if_finished(args, checkpoint, last_step, pictures) -> bool:
+def publish_if_finished(args, checkpoint, last_step, pictures, scorer, record) -> bool:
     """Whether a run ended at `checkpoint`: then copy its model to output_dir. Trainer would take one more step."""
-    why = steps.finished(checkpoint, last_step)
+    why, state = steps.finished(checkpoint, last_step), read_json(os.path.join(checkpoint, steps.STATE))
     if why and main_process():
-        steps.copy_model_to_output(checkpoint, args, read_json(os.path.join(checkpoint, steps.STATE)), pictures)
+        steps.copy_model_to_output(checkpoint, args, state, pictures)
+        write_card(args.output_dir, scorer, state, record)
         say(f"{checkpoint} {why}: nothing is left to train; {args.output_dir} holds the model")
     return bool(why)
 
@@ -144,12 +148,14 @@ def main():
     checkpoint = None if flags.rehearse else steps.find_start(args, record, last_step)
 
     # Data: the cached conversations, and what is learned of them.
-    collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template)
     train_data, held_out = (load_split(config, split, summaries[split]) for split in ("train", "validation"))
     train_data = choose_examples(train_data, config.examples_per_class, args.seed)
+    weights = balanced_weights(train_data["label"]) if config.class_weights else None
+    collator = PictureCollator(scorer.processor, args.assistant_only_loss, config.chat_template, weights)
     say(describe(args, model_args, train_data, collator, summaries["train"]["n"], len(held_out)))
     held_out = held_out.select(stratified_sample(held_out["label"], config.eval_pictures))
-    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step, list(held_out["sha256"])):
+    chosen_on = list(held_out["sha256"])
+    if flags.dry_run or checkpoint and publish_if_finished(args, checkpoint, last_step, chosen_on, scorer, record):
         return
 
     # Model and trainer: under ZeRO-3 the weights are partitioned over the ranks while they load.
@@ -197,6 +203,7 @@ def train(trainer, checkpoint):
     if main_process():
         write_json(os.path.join(out, "run.json"), trainer.record)
     trainer.train(resume_from_checkpoint=checkpoint)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of --max_hours
     step, last = trainer.state.global_step, trainer.state.max_steps
     if stop.agreed:
         again = "`sh train.sh` again continues from there"

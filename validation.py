@@ -121,7 +121,7 @@ def validate(args, config):
         "question": config.question,
         "labels_mass": sum(masses) / len(masses),
         "step": chosen.get("step") or global_step(args.model_name_or_path),
-        "chosen": chosen_on({*chosen.get("pictures", ())}, rows),
+        "chosen": chosen_on({*(chosen.get("pictures") or ())}, rows),
         "held_out": held_out,  # more than n with --on_eval_pictures
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,

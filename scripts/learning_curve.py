@@ -8,7 +8,7 @@
 
 Draws temp/learning_curve.png (--output): a point with its 95 % interval for each report, and a line through the means
 of the runs that have the same number of pictures. Prints the numbers and writes them beside it, in learning_curve.md.
-A run's number is `pictures` in the run.json that train.py leaves beside its model.
+The number of training pictures is `pictures` in the run.json that train.py leaves beside its model.
 
 With the same --max_steps in all runs they differ in their pictures alone; with the same number of epochs, fewer
 pictures would also mean fewer steps. Another --seed chooses other pictures: three runs for each number show the spread.
@@ -85,7 +85,7 @@ def draw(points):
 def main():
     parser = settings.parser(__doc__.splitlines()[0], ())
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="the folder of a report that validation.sh wrote")
-    parser.add_argument("--output", default="temp/learning_curve.png", help="the picture; the table lies beside it")
+    parser.add_argument("--output", default="temp/learning_curve.png", help="the plot; beside it is the table, .md")
     args = parser.parse_args()
     base, end = os.path.splitext(args.output)
     if end != ".png":

@@ -243,7 +243,9 @@ def main():
     usual = {"full": list(PARTS), "ddp": ["projector"]}
     plans = [
         plan(config, shapes, zero3, method, gpus, micro, chosen or usual.get(method, []), offload)
-        for method in ([args.method] if args.method else ("full", "ddp") if chosen else METHODS)
+        for method in (
+            [args.method] if args.method else ("full", "ddp")[: 1 + (chosen != list(PARTS))] if chosen else METHODS
+        )
         for gpus in ([args.num_gpus] if args.num_gpus else (1, 4, 8) if method in SHARDED else (1,))
         for micro in ([args.micro_batch] if args.micro_batch else (1, 4))
     ]

@@ -28,7 +28,7 @@ def merge(adapter, out, dtype="bfloat16"):
     model = load_model(adapter, dtype).merge_and_unload(safe_merge=True)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     add_other_files(out, adapter, load_processor(adapter), read_task(adapter))
-    if (chosen := Path(adapter, CHOSEN)).is_file():  # validation.sh then says on which pictures it was chosen
+    if (chosen := Path(adapter, CHOSEN)).is_file():  # from it validation.sh knows the pictures on which it was chosen
         shutil.copy(chosen, out)
 
 

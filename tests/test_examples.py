@@ -1,14 +1,19 @@
-"""--examples_per_class: which pictures a run trains on, and the learning curve that is drawn from such runs."""
+"""Which pictures a run trains on (--examples_per_class), the learning curve, how much each counts (--class_weights)."""
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from datasets import Dataset
 from PIL import Image
 
+from animals.checkpoint.load import load_model, load_processor
+from animals.checkpoint.task import settings_for
 from animals.files import read_json
-from animals.training.batches import choose_examples
+from animals.scoring.scorer import Scorer, score_pictures
+from animals.training.batches import balanced_weights, choose_examples
+from config import Config
 from tests.test_survive import command
 
 
@@ -92,3 +97,51 @@ def test_the_learning_curve(demo, run, trained, tmp_path):
     assert (
         "found .pdf; expected a name that ends with .png" in run(f"{curve.replace('png', 'pdf')} {few}", code=2).output
     )
+
+
+@pytest.fixture(scope="module")
+def unlike(demo, tmp_path_factory):
+    """Twelve cats, three dogs and three spiders of the demo to train on, its held-out pictures beside them."""
+    root = tmp_path_factory.mktemp("unlike")
+    (root / "validation_data").symlink_to(demo.input / "validation_data")
+    for folder, count in (("cat", 12), ("dog", 3), ("ragno", 3)):
+        (root / "train_data" / folder).mkdir(parents=True)
+        for file in sorted((demo.input / "train_data" / folder).iterdir())[:count]:
+            shutil.copy(file, root / "train_data" / folder)
+    return root
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loss_is_that_of_weighted_classes(demo, run, tmp_path, unlike, ranks):
+    """All pictures in one step: the logged loss is the weighted mean that the scorer's log-probabilities give."""
+    labels = ["cat"] * 12 + ["dog"] * 3 + ["spider"] * 3
+    weights = balanced_weights(labels)
+    assert weights == {"cat": 0.5, "dog": 2.0, "spider": 2.0}
+    folders = f"--input_dir {unlike} --temp_dir {tmp_path}/cache --logging_dir {tmp_path}/logs"
+    flags = f"--class_weights balanced --per_device_train_batch_size {6 // ranks} --gradient_accumulation_steps 3 "
+    flags += "--max_steps 1 --eval_strategy no --eval_on_start False --save_steps 1 --max_excluded 1 --logging_steps 1"
+    words = f"sh train.sh --model_name_or_path {demo.model} --output_dir {tmp_path}/sft {folders} {flags}"
+    run(words, NUM_PROCESSES=ranks, code=0)
+    (logged,) = [log["loss"] for log in read_json(tmp_path / "sft/checkpoint-1/trainer_state.json")["log_history"][:1]]
+    config = settings_for(Config(), str(demo.model))
+    scorer, model = Scorer(load_processor(str(demo.model)), config), load_model(str(demo.model), "float32")
+    files = [
+        str(file) for folder in ("cat", "dog", "ragno") for file in sorted((unlike / "train_data" / folder).iterdir())
+    ]
+    truth = [scorer.labels.index(label) for label in labels]
+    log_p = score_pictures(model, scorer, files, 6, [0] * 18)[range(18), truth].tolist()
+    tokens = sum(len(scorer.answers[t]) for t in truth)
+    weighted = sum(weights[label] * -value for label, value in zip(labels, log_p, strict=True)) / tokens
+    assert logged == pytest.approx(weighted, rel=1e-4) and abs(weighted + sum(log_p) / tokens) > 1e-3
+    changed = run(words.replace("--class_weights balanced", "--max_steps 2"), NUM_PROCESSES=ranks, code=2)
+    assert "class_weights was 'balanced', is None (the loss would be another one)" in changed.output
+
+
+def test_what_cannot_be_weighted_is_one_line(demo, run, tmp_path):
+    words = f"sh train.sh --model_name_or_path {demo.model} --input_dir {demo.input} --temp_dir {demo.cache} "
+    for flags, said in (
+        ("--class_weights even", "class_weights: found even; expected balanced, or no such flag"),
+        ("--class_weights balanced --loss_type dft", "--class_weights: found --loss_type dft"),
+    ):
+        done = run(f"{words} --output_dir {tmp_path}/sft --logging_dir {tmp_path} --dry_run {flags}", code=2)
+        assert done.output.count("error: ") == 1 and said in done.output

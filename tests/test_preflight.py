@@ -88,7 +88,8 @@ def arguments(output_dir="somewhere", **changed):
     args |= {"num_train_epochs": 1, "dataloader_drop_last": False, "output_dir": str(output_dir)}
     args |= {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 5, "save_only_model": False}
     args |= {"eval_strategy": "steps", "eval_steps": 100, "eval_delay": 0, "eval_on_start": True}
-    return SimpleNamespace(**{**args, "load_best_model_at_end": False, **changed})
+    args |= {"load_best_model_at_end": False, "train_sampling_strategy": "random"}
+    return SimpleNamespace(**{**args, **changed})
 
 
 def model_arguments(**changed):
@@ -125,7 +126,8 @@ def test_steps_are_counted_as_the_library_does():
     assert count(arguments(), 11_446) == (179, 179) and count(arguments(num_train_epochs=1.5), 11_446) == (179, 269)
     assert count(arguments(max_steps=7), 11_446) == (179, 7) and count(arguments(), 3) == (1, 1)
     assert count(arguments(), 16 * 4 * 2 + 1)[0] == 3
-    assert count(arguments(dataloader_drop_last=True), 16 * 4 * 2 + 1)[0] == 2
+    assert count(arguments(dataloader_drop_last=True), 191)[0] == 3
+    assert count(arguments(dataloader_drop_last=True, train_sampling_strategy="batch_rebalance"), 191)[0] == 2
 
 
 def events_of_the_library(args, per_epoch, steps):

@@ -218,7 +218,7 @@ def test_no_broken_checkpoint_is_resumed_and_none_hides_a_good_one(uninterrupted
             shutil.rmtree(copy)
 
 
-def test_changed_essentials_are_named(uninterrupted_on):
+def test_changed_essentials_are_named(uninterrupted_on, tmp_path):
     newest, _ = newest_complete(str(uninterrupted_on(2)))
     record = read_json(os.path.join(newest, "run.json"))
     check_resume(record, newest)
@@ -226,6 +226,11 @@ def test_changed_essentials_are_named(uninterrupted_on):
         check_resume({**record, "world_size": 4, "effective_batch": 32}, newest)
     with pytest.raises(UserError, match="vision_learning_rate was 0.001, is 0.0002 .* data was"):
         check_resume({**record, "data": "other", "config": {**record["config"], "vision_learning_rate": 2e-4}}, newest)
+    lora = {**record, "model": {**record["model"], "use_peft": True}}  # an older version recorded all parts
+    (tmp_path / "run.json").write_text(json.dumps(lora))
+    check_resume({**lora, "config": {**record["config"], "train_parts": "none"}}, tmp_path)
+    with pytest.raises(UserError, match="train_parts was .*, is 'vision'"):
+        check_resume({**lora, "config": {**record["config"], "train_parts": "vision"}}, tmp_path)
 
 
 def test_a_bad_loss_names_step_and_pictures(demo, run, tmp_path):

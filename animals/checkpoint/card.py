@@ -24,8 +24,8 @@ def read_card(folder):
     from huggingface_hub import ModelCard
 
     flag, file = "--write_model_card", Path(folder, "README.md")
-    if not Path(folder, "task.json").is_file():  # of the hub's own model, say
-        raise UserError(f"{flag}: found no task.json in {folder}; expected a model of train.py's; leave the flag away")
+    if not Path(folder, "task.json").is_file():  # for example the model from the hub
+        raise UserError(f"{flag}: found no task.json in {folder}; expected a model of train.py; leave the flag out")
     require_writable(flag, folder)
     try:
         if os.path.lexists(file):

@@ -60,8 +60,11 @@ def finished(path, last_step) -> str | None:
     """Why nothing is left to train after the checkpoint `path`; None if something is."""
     if global_step(path) >= last_step:
         return "is the last step"
-    stop = read_json(os.path.join(path, STATE)).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    if stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]:
+    stop = (read_json(os.path.join(path, STATE)).get("stateful_callbacks") or {}).get("EarlyStoppingCallback")
+    if (
+        isinstance(stop, dict)
+        and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]
+    ):
         return "ended its run early, by --early_stopping_patience"
 
 
@@ -143,11 +146,11 @@ def copy_model_to_output(checkpoint, args, state, pictures):
 
     With --load_best_model_at_end that of the best one, by the content of a STATE, and CHOSEN with these pictures.
     """
-    saving, step = os.path.join(args.output_dir, SAVING), args.load_best_model_at_end and state["best_global_step"]
+    saving, step = os.path.join(args.output_dir, SAVING), args.load_best_model_at_end and state.get("best_global_step")
     if step:  # beside `checkpoint`; in another folder if this run was resumed from there
         places = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{step}"), state["best_model_checkpoint"]
         if not (checkpoint := next((place for place in places if place and not missing_files(place)), None)):
-            raise UserError(f"{places[0]}: found no complete checkpoint; expected the best one; copy another one")
+            raise UserError(f"{places[0]}: found no complete checkpoint; expected the best one; copy it there again")
     shutil.rmtree(saving, ignore_errors=True)
     shutil.copytree(checkpoint, saving, ignore=lambda _, names: [n for n in names if ONLY_FOR_RESUMING.match(n)])
     if step:
@@ -160,8 +163,10 @@ def copy_model_to_output(checkpoint, args, state, pictures):
 
 def move_model(saving, output_dir):
     """Move a model from .saving into output_dir, config.json last: until then the folder is no model. Main process."""
-    Path(output_dir, CHOSEN).unlink(missing_ok=True)  # it is about the model that was there
-    for name in sorted(os.listdir(saving), key=lambda name: (name == "config.json", name)):
+    last = "adapter_config.json", "config.json"
+    for name in (*last, CHOSEN, "README.md"):  # of the model that was there
+        Path(output_dir, name).unlink(missing_ok=True)
+    for name in sorted(os.listdir(saving), key=lambda name: (name in last, name)):
         os.replace(os.path.join(saving, name), os.path.join(output_dir, name))
     os.rmdir(saving)
 
@@ -208,8 +213,10 @@ MUST_MATCH = {
     "config.vision_learning_rate": "the optimizer's groups would be others",
     "config.projector_learning_rate": "the optimizer's groups would be others",
     "config.train_parts": "the optimizer's states are of other weights",
+    "model.use_peft": "the optimizer's states are of other weights",
+    "config.class_weights": "the loss would be another one",
     "config.examples_per_class": "the run would go on with other pictures",
-    "best_checkpoint": "the best one is chosen by measure, pictures and patience from the beginning",
+    "best_checkpoint": "the best one is chosen by the same metric, pictures and patience in the whole run",
     "labels": "the answers would be different",
     "question": "the prompt would be different",
     "data": "the training pictures changed",
@@ -223,7 +230,7 @@ def check_resume(record, checkpoint):
         *group, name = key.split(".")
         parts = (run.get(*group) if group else run for run in (before, record))
         was, now = (part.get(name) if isinstance(part, dict) else None for part in parts)
-        if was != now:
+        if was != now and (name, was, now) != ("train_parts", "vision,projector,language", "none"):  # older LoRA runs
             changed.append(f"{name} was {was!r}, is {now!r} ({why})")
     if changed:
         raise UserError(

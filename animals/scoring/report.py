@@ -61,7 +61,7 @@ def print_report(report, folder):
     if c := report.get("chosen"):
         line, n = f"chosen as the best of its run on {c['n_chosen_on']} of these pictures", c["n_others"]
         others = f"on the others it is {measured_line(c, '_others', n)}" if n else "there are no others"
-        print(f"{line}, so its accuracy on them is a little too high; {others}")
+        print(f"{line}, so its accuracy on them is probably a little too high; {others}")
     if q := report["quarantined"]:
         some = f"; with those that can be read the accuracy is {measured_line(q, '_with', q['n_with'])}"
         print(f"quarantine: {q['n']} held-out pictures are there{some if q['n_with'] > report['n'] else ''}")

@@ -13,6 +13,8 @@ import hashlib
 import itertools
 
 import datasets
+import numpy as np
+import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 import config as settings
@@ -25,14 +27,15 @@ TEXT_TOKENS = 60  # of prompt, answer and </s>, until the Scorer has counted the
 class PictureCollator:
     """TRL's vision collator on pictures opened by load_picture, with our template: one BOS, and the answer marked.
 
-    Adds `pictures`, the paths, so that an error can name them. A row whose label is None is a filler. The collator can
-    be pickled, because a data worker may be a new process.
+    Adds `pictures`, the paths, so that an error can name them; with class_weights {label: weight} also `weights`, one
+    per picture. A row whose label is None is a filler. The collator can be pickled, because a data worker may be a new
+    process.
     """
 
-    def __init__(self, processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE):
+    def __init__(self, processor, assistant_only_loss, chat_template=settings.CHAT_TEMPLATE, class_weights=None):
         from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # takes seconds to import
 
-        self.processor = processor
+        self.processor, self.class_weights = processor, class_weights
         self.collate = DataCollatorForVisionLanguageModeling(
             processor, assistant_only_loss=assistant_only_loss, chat_template=chat_template, max_length=None
         )
@@ -42,7 +45,20 @@ class PictureCollator:
         for labels, row in zip(batch["labels"], examples, strict=True):
             if row.get("label", "") is None:
                 labels[:] = -100
+        if self.class_weights:
+            batch["weights"] = torch.tensor([self.class_weights.get(row["label"], 0.0) for row in examples])
         return {**batch, "pictures": [row["images"][0] for row in examples]}
+
+
+def balanced_weights(labels) -> dict[str, float]:
+    """{label: weight of its pictures' losses}: scikit-learn's "balanced", n / (classes x pictures of the class).
+
+    Then each class has the same share of the loss. The mean over the pictures is 1.
+    """
+    from sklearn.utils.class_weight import compute_class_weight
+
+    names = np.unique(labels)
+    return dict(zip(names.tolist(), compute_class_weight("balanced", classes=names, y=labels).tolist(), strict=True))
 
 
 def choose_examples(data, per_class, seed):

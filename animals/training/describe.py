@@ -29,6 +29,8 @@ def count_steps(args, pictures) -> tuple[int, int]:
     rounds = pictures / (micro_batch * ranks)  # in a round, every rank has one micro-batch
     rounds = math.floor(rounds) if args.dataloader_drop_last else math.ceil(rounds)
     per_epoch = max(1, math.ceil(rounds / accumulation))
+    if args.dataloader_drop_last and args.train_sampling_strategy == "batch_rebalance":  # it drops what fills no step
+        per_epoch = max(1, pictures // (micro_batch * accumulation * ranks))
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 

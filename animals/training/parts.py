@@ -1,9 +1,9 @@
 """--train_parts vision,projector,language: which weights train. The others get no gradient and no optimizer state.
 
     sh train.sh --train_parts projector --config_file scripts/ddp.yaml --learning_rate 1e-3
-    sh train.sh --train_parts attention                     # q, k, v, o of the language model: other skills are kept
+    sh train.sh --train_parts attention                     # q, k, v, o of the language model: to forget less
 
-Training these attention projections alone keeps most of what the language model could do before (arXiv:2510.08564).
+To train these attention projections alone is proposed against forgetting (arXiv:2510.08564).
 CLIP's last layer never trains: the language model reads the one before it. Without ZeRO-3, which keeps float32 master
 weights, the trained weights themselves are float32 and compute under autocast: at a learning rate of 2e-5 most bfloat16
 weights would never change. They are saved in the type in which the model was loaded; for resuming, a checkpoint-N also
@@ -35,7 +35,7 @@ def read_parts(text: str) -> list[str]:
     if wrong := [part for part in chosen if part not in NAMED]:
         raise UserError(f"--train_parts: found {', '.join(wrong)!r}; expected some of {','.join(NAMED)}")
     if {"language", "attention"} <= set(chosen):
-        raise UserError("--train_parts: found language,attention; expected one of the two: language holds attention")
+        raise UserError("--train_parts: found language,attention; expected one of them: language contains attention")
     return [part for part in NAMED if part in chosen]
 
 

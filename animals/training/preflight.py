@@ -18,7 +18,7 @@ from animals.checkpoint.steps import rehearsal_folder, run_lock
 from animals.command import Findings, UserError
 from animals.files import nearest_existing, require_writable
 from animals.pictures.prepare import check_inputs
-from animals.training.describe import count_events, count_pictures
+from animals.training.describe import batch_sizes, count_events, count_pictures
 from animals.training.parts import belongs, check_parts, read_parts
 
 # Flags of SFTConfig and ModelConfig that this trainer does not follow, and why. Only their defaults are accepted.
@@ -69,13 +69,18 @@ def check_run(config, args, model_args):
     findings.attempt(check_shared_memory, args)
     findings.attempt(check_parts, config, args, model_args)
     if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin:
-        findings.append("--save_only_model: found it with a choice of the best under DeepSpeed; expected one; drop one")
+        findings.append("--save_only_model: found the choice of a best checkpoint, too; expected one; leave one out")
     if holds_model(path):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
         if summaries:
+            pictures, batch = count_pictures(config, summaries["train"]), math.prod(batch_sizes(args))
+            if args.dataloader_drop_last and pictures < batch:
+                findings.append(
+                    f"--dataloader_drop_last: found {pictures} pictures; expected {batch}, a step; leave it out"
+                )
             sizes = saved_bytes(args, model_args, shapes, config.train_parts)
-            findings.attempt(check_disk, args, count_pictures(config, summaries["train"]), *sizes)
+            findings.attempt(check_disk, args, pictures, *sizes)
         findings.attempt(check_host_ram, args, model_args, shapes)
     findings.report()
     return summaries, scorer
@@ -99,11 +104,15 @@ def flag_problems(flags, default) -> list[str]:
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
     measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
-    wrong = "no" in measured or saved[0] != "best" and measured != saved
+    same = measured[0] == saved[0] and (measured[0] != "steps" or measured == saved) or saved[0] == "best"
+    wrong = "no" in measured or not same
     if flags.load_best_model_at_end and wrong:
         found = "--early_stopping_patience and --load_best_model_at_end: found --eval_strategy {} --eval_steps {} and "
-        found += "--save_strategy {} --save_steps {}; expected the same for both; what is not measured cannot be chosen"
+        found += "--save_strategy {} --save_steps {}; expected the same strategy (steps, epoch) and steps; set them"
         lines.append(found.format(*measured, *saved))
+    if flags.class_weights and (flags.loss_type != "nll" or flags.label_smoothing_factor):
+        found = f"--loss_type {flags.loss_type} and --label_smoothing_factor {flags.label_smoothing_factor:g}"
+        lines.append(f"--class_weights: found {found}; expected nll and 0, the loss that it weights; leave one out")
     if flags.attn_implementation not in (None, "sdpa"):
         lines.append(
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "

@@ -34,6 +34,7 @@ from animals.files import write_json
 from animals.ranks import barrier, main_process, say
 from animals.training.batches import heaviest_micro_batch, shuffle_seed
 from animals.training.describe import batch_sizes, count_events, count_steps
+from animals.training.parts import TRAINED
 from animals.training.preflight import GIB, check_disk
 from animals.training.trainer import AnimalTrainer
 
@@ -147,7 +148,8 @@ class RehearsalTrainer(AnimalTrainer):
             load_as_resumed(self, str(folder))
             barrier()
             seconds["seconds_to_read"] = time.perf_counter() - started
-        return {"gb": sum(gb.values()), **seconds}, sum(gb[path] for path in gb if path.suffix == ".safetensors")
+        weights = [gb[path] for path in gb if path.suffix == ".safetensors" and path.name != TRAINED]
+        return {"gb": sum(gb.values()), **seconds}, sum(weights)
 
     def rehearse(self, logging_dir):
         """All of it: print the figures and write rehearsal.json. All ranks; UserError with what would not fit."""

@@ -37,13 +37,15 @@ class StopOnSignal(TrainerCallback):
             if now > self.interrupted + 1:
                 os._exit(128 + number)
             self.interrupted = min(now, self.interrupted)
-        self.received = number
+        if first or number != signal.SIGALRM:
+            self.received = number
         if first:
             name = "--max_hours" if number == signal.SIGALRM else signal.Signals(number).name
             say(f"\n{name}: a checkpoint is saved at the end of this step (Ctrl-C ends at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = int(gather(torch.tensor([self.received], device=args.device)).max())  # all stop at the same step
+        received = gather(torch.tensor([self.received], device=args.device)).tolist()  # all stop at the same step
+        self.agreed = max(received, key=lambda number: (number > 0) + (number not in (0, signal.SIGALRM)))
         if self.agreed and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
 

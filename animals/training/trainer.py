@@ -144,6 +144,21 @@ class AnimalTrainer(SFTTrainer):
             self.sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(**kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's, with the log-probabilities of each answer times the weight of its class (--class_weights).
+
+        The sum is divided by the number of learned tokens, as without weights: the gradient is the same however a step
+        is cut into micro-batches.
+        """
+        weights = inputs.pop("weights", None)
+
+        def weighted(**batch):
+            outputs = model(**batch)
+            outputs.log_probs = outputs.log_probs * weights[:, None]  # [pictures, tokens]
+            return outputs
+
+        return super().compute_loss(model if weights is None else weighted, inputs, return_outputs, num_items_in_batch)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         pictures = inputs.pop("pictures")
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -202,6 +217,10 @@ class AnimalTrainer(SFTTrainer):
             load_trained(self.model, resume_from_checkpoint)  # the frozen weights are still those of the base model
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _determine_best_metric(self, metrics, trial):
+        """Whether the library saves, under --save_strategy best: a better checkpoint; here also where a run ends."""
+        return super()._determine_best_metric(metrics, trial) or self.control.should_training_stop
 
     def _load_best_model(self):
         """Nothing: save_final() copies the best checkpoint. The library would load no weight without ZeRO-3 or LoRA."""
