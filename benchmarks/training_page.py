@@ -53,6 +53,7 @@ def shape_table(found, validation):
 def report(args, found):
     """The page: what CPU ranks can and cannot tell, and the two tables."""
     command = " ".join(["python benchmarks/training.py", *sys.argv[1:]])
+    row_e = "Row e is faster because it sees less of each picture; the second table says what that costs here. "
     tokens = ", ".join(f"{w}x{h} ({image_token_count(w, h):,})" for w, h in PIXELS)
     return (
         f"# Training: measured on {RANKS} CPU ranks\n\nMade by `{command}` on {time.strftime('%Y-%m-%d')}, "
@@ -61,8 +62,8 @@ def report(args, found):
         f"is made to take the answer's alone in all rows, as on a GPU.\n\n{args.seeds} seeds in turns, medians; "
         f"{args.steps} steps of {BATCH} pictures, the first {SKIP} not timed; gathers: elements gathered over elements "
         f"reduced; accuracy on {args.validation * len(FOLDER_TO_LABEL)} held-out pictures, mean (least to most); "
-        "losses: before and after, nats per token, of a text and of held-out pictures' captions, which forgetting.py "
-        "taught. Row e is faster because it sees less of each picture; the second table says what that costs here. "
+        "losses: before -> after, nats per token, of the text that forgetting.py taught and of captions of held-out "
+        f"pictures. {row_e if 'e' in found else ''}"
         f"Pictures, with the 7B's image tokens: {tokens}; 576 each in the whole view.\n\n{speed_table(found)}\n\n"
         "Held-out accuracy by the size of the pictures, mean of the seeds; 640x480 and 300x1200 hold more than the "
         f"whole view's 336x336.\n\n{shape_table(found, args.validation)}\n"

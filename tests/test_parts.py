@@ -93,7 +93,7 @@ def test_what_cannot_work_is_one_line(train):
     with pytest.raises(UserError, match="--train_parts: found 'head'; expected some of vision,projector,language"):
         read_parts("head,projector")
     assert read_parts("language,vision") == ["vision", "language"]
-    with pytest.raises(UserError, match="found language,attention; expected one of the two"):
+    with pytest.raises(UserError, match="found language,attention; expected one of them"):
         read_parts("vision,language,attention")
     done, _, _ = train("--config_file scripts/ddp.yaml --dry_run")
     assert done.code == 2 and "would train all weights without ZeRO-3; expected ZeRO-3" in done.output, done.output
