@@ -34,7 +34,8 @@ APART = 0.05
 
 def documented():
     """scripts/README.md -> the command that serves, a request as sh code, its body, Python for transformers."""
-    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8").partition("## Serve the model elsewhere")[2]
+    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+    text = text.partition("## Serve the model elsewhere\n")[2].partition("\n## ")[0]
     serve, request = re.findall(r"```sh\n(.*?)```", text, re.S)
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     body = re.search(r"<<EOF\n(.*?)\nEOF", request, re.S)[1]
