@@ -98,9 +98,9 @@ for version; do
 done
 if [ -n "$result" ]; then
     {
-        printf '# Other programs read what we save\n\nMade by `sh tests/helpers/second_reader.sh` on %s at %s, ' \
+        printf '# Other programs read what we save\n\nMade by `sh tests/helpers/second_reader.sh` on %s at commit %s. ' \
             "$(date +%Y-%m-%d)" "$(git rev-parse --short HEAD)"
-        printf 'whose first lines say what is compared.\n\n'
+        printf 'The first lines of that script say what is compared.\n\n'
         cat "$lines"
     } > "$result"
 fi
