@@ -44,8 +44,7 @@ def holds_model(path):
 
 def require_checkpoint(path):
     """Raises UserError, one line per problem, unless `path` holds a checkpoint or adapter that we can use."""
-    if problems := check_files(path):
-        raise UserError("\n".join(problems))
+    Findings(check_files(path)).report()
 
 
 def check_files(path):
@@ -239,10 +238,9 @@ def check_weights(path):
     missing = [name for name in expected if name not in found]
     unused = ("position_ids", "inv_freq")  # parameters of older versions, which today's model computes
     unexpected = [found[name][0] for name in found if not (name in expected or name.endswith(unused))]
-    if missing:
-        problems.append(f"{path}: {len(missing)} parameters are missing: {first_names(missing)}")
-    if unexpected:
-        problems.append(f"{path}: {len(unexpected)} parameters do not belong to the model: {first_names(unexpected)}")
+    for names, what in ((missing, "are missing"), (unexpected, "do not belong to the model")):
+        if names:
+            problems.append(f"{path}: {len(names)} parameters {what}: {first_names(names)}")
     for name, (file_name, shape) in found.items():
         if shape != expected.get(name, shape):
             problems.append(f"{path}: {file_name} has shape {list(shape)}; config.json expects {list(expected[name])}")

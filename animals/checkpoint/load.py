@@ -6,7 +6,7 @@ import re
 from animals.checkpoint.check import adapter_config, base_of, check_weights, within_limits
 from animals.checkpoint.family import HUB_TEMPLATE, check_tokenizer, in_one_line, model_class, model_config
 from animals.checkpoint.save import SHARD_SIZE
-from animals.command import UserError
+from animals.command import Findings, UserError
 from animals.compat import save_as_loaded
 from animals.ranks import say
 
@@ -38,8 +38,7 @@ def load_processor(path):
 
 def load_weights(path, **options):
     """The model in `path`. Raises UserError unless every parameter is there and fits. options: of from_pretrained()."""
-    if problems := check_weights(path):
-        raise UserError("\n".join(problems))
+    Findings(check_weights(path)).report()
     model, info = model_class(model_config(path)).from_pretrained(path, output_loading_info=True, **options)
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:  # also what check_weights() let pass
         raise UserError(f"{path}: found weights that do not fit config.json ({wrong}); download all files again")
@@ -76,7 +75,7 @@ def load_for_training(model_args, args):
     from accelerate import PartialState
     from trl import get_quantization_config
 
-    path, problems, zero3 = model_args.model_name_or_path, [], zero3_is_on(args)
+    path, problems, zero3 = model_args.model_name_or_path, Findings(), zero3_is_on(args)
     if model_args.dtype not in ("bfloat16", "float32"):
         problems.append(f"--dtype: found {model_args.dtype}; expected bfloat16 or float32 (float16 needs loss scaling)")
     if adapter_config(path) is not None:
@@ -89,8 +88,7 @@ def load_for_training(model_args, args):
         problems.append(f"{flag}: quantized weights cannot be trained; add --use_peft")
     if flag and zero3:
         problems.append(f"{flag}: ZeRO-3 cannot partition quantized weights; add --config_file scripts/ddp.yaml")
-    if problems:
-        raise UserError("\n".join(problems))
+    problems.report()
     options = {} if zero3 else {"device_map": {"": PartialState().device}}  # no copy in host RAM on the way
     if (quantization := get_quantization_config(model_args)) is not None:
         unquantized = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]

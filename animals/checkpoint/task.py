@@ -8,7 +8,7 @@ import os
 from animals.checkpoint.check import base_of, holds_model, within_limits
 from animals.checkpoint.family import mistakes, read_settings
 from animals.checkpoint.steps import saved_steps
-from animals.command import UserError
+from animals.command import Findings, UserError
 from animals.files import read_json, write_json
 from config import CHAT_TEMPLATE, MAX_TEXT, TASK_FIELDS, Config, task_problems
 
@@ -33,8 +33,7 @@ def read_task(path) -> dict | None:
     task = read_json(files[0])
     problems = task_problems(*(task.get(name) for name in TASK_FIELDS))
     problems += mistakes(task.get("chat_template"), (str, 1, 10 * MAX_TEXT), "chat_template: found")
-    if problems:
-        raise UserError("\n".join(f"{files[0]}: {line}; copy it from the run again" for line in problems))
+    Findings(f"{files[0]}: {line}; copy it from the run again" for line in problems).report()
     base = base_of(folder := os.path.dirname(files[0]))
     model = read_settings(base, "config.json") or {}
     if task.get("image_view") == "whole" and model.get("model_type", "llava") != "llava":
@@ -62,8 +61,8 @@ def checkpoint_id(path, dtype, config: Config) -> str:
 
 def settings_for(config: Config, path, training=False) -> Config:
     """A copy of the settings with the checkpoint's task. In training flags win; in scoring a contradiction raises."""
-    if not training and (lines := changed_task_flags(config, path)):
-        raise UserError("\n".join(f"{line}; leave out the flag" for line in lines))
+    if not training:
+        Findings(f"{line}; leave out the flag" for line in changed_task_flags(config, path)).report()
     result, task = copy.copy(config), read_task(path) or {}
     for name in task.keys() - config.given:
         setattr(result, name, task[name])
