@@ -61,10 +61,7 @@ def finished(path, last_step) -> str | None:
     if global_step(path) >= last_step:
         return "is the last step"
     stop = (read_json(os.path.join(path, STATE)).get("stateful_callbacks") or {}).get("EarlyStoppingCallback")
-    if (
-        isinstance(stop, dict)
-        and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]
-    ):
+    if stop and stop["attributes"]["early_stopping_patience_counter"] >= stop["args"]["early_stopping_patience"]:
         return "ended its run early, by --early_stopping_patience"
 
 
@@ -77,7 +74,6 @@ def unusable(path, states=None, last_step=None) -> str | None:
         return f"incomplete ({', '.join(lacking[:3])} missing or cut short)"
     if states and not os.path.isfile(os.path.join(path, states)) and not finished(path, last_step):
         return f"without the optimizer's states ({states}): saved with --save_only_model or another --config_file"
-    return None
 
 
 def states_file(deepspeed: bool) -> str:
