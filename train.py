@@ -171,18 +171,9 @@ def main():
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # it was measured when the run began
     os.environ["TENSORBOARD_LOGGING_DIR"] = logs = os.path.join(config.logging_dir, steps.run_name(args.output_dir))
-    trainer = make_trainer(
-        model=model,
-        args=args,
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        data_collator=collator,
-        peft_config=lora_config(model_args, args),
-        scorer=scorer,
-        record=record,
-        dtype=model_args.dtype,
-        wait=flags.wait_in_forward,
-    )
+    data = {"train_dataset": train_data, "eval_dataset": held_out, "data_collator": collator}
+    ours = {"scorer": scorer, "record": record, "dtype": model_args.dtype, "wait": flags.wait_in_forward}
+    trainer = make_trainer(model=model, args=args, peft_config=lora_config(model_args, args), **data, **ours)
     freeze(trainer.model, read_parts(config.train_parts), float32=not zero3_is_on(args))  # with LoRA's adapters in it
     say(f"trains          {describe_trainable(trainer.model)}")
     code = trainer.rehearse(logs) if flags.rehearse else train(trainer, checkpoint)

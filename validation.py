@@ -108,11 +108,7 @@ def validate(args, config):
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     there = [(quarantined[path] == labels[k], path) for path, k in zip(again, said, strict=True)]  # no near-duplicates
     accuracy_with, interval = measured([*zip(right, groups, strict=True), *there])
-    with_quarantined = {
-        "accuracy_with": accuracy_with,
-        "accuracy_with_ci95": interval,
-        "n_with": len(rows) + len(there),
-    }
+    with_quarantined = {"accuracy_with": accuracy_with, "accuracy_with_ci95": interval, "n_with": len(rows + there)}
     report = measure(labels, truth, predicted, probability, groups) | {
         "duplicates": without_duplicates(pictures, right, known),
         "quarantined": {"n": len(quarantined)} | with_quarantined if quarantined else None,

@@ -120,17 +120,14 @@ def check_family(values: dict, path):
     kind, text = values.get("model_type"), (values.get("text_config") or {}).get("model_type", "llama")
     vision, seen = values.get("vision_config") or {}, values.get("vision_feature_layer") or -2
     layers, seen = vision.get("num_hidden_layers", 1000), seen if isinstance(seen, list) else [seen]
+    plain = "the plain weights, which --load_in_4bit quantizes as they load"
     mistral = "'mistral', because the prompt is Mistral's"
     for wrong, found, expected in (
         (kind not in PROCESSORS, f"model_type {kind!r}", "'llava_next' or 'llava'"),
         (text != "mistral", f"the language model {text!r} (text_config.model_type; Vicuna is a 'llama')", mistral),
         (not vision, "no vision_config", "that of a CLIP"),
         (not all(-layers - 1 <= n <= layers for n in seen), f"vision_feature_layer {seen}", f"one of {layers}"),
-        (
-            "quantization_config" in values,
-            "a quantized copy (quantization_config)",
-            "the plain weights, which --load_in_4bit quantizes as they load",
-        ),
+        ("quantization_config" in values, "a quantized copy (quantization_config)", plain),
     ):
         if wrong:
             raise UserError(f"{path}: found {found} in config.json; expected {expected}: {fetch(path)}")

@@ -22,7 +22,6 @@ STOCK = Geometry()
 def read_geometry(path) -> Geometry:
     """A checkpoint's geometry, from its files in the order in which transformers reads them; else STOCK."""
     folder = base_of(path)  # an adapter's own folder has no config.json, which names the view
-
     names = ("config.json", "processor_config.json", "preprocessor_config.json")
     model, processor, pixels = (read_settings(folder, name) or {} for name in names)
     images = processor.get("image_processor") or pixels

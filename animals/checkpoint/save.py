@@ -12,16 +12,8 @@ from animals.files import read_json, write_json
 SHARD_SIZE = "5GB"  # the hub's; transformers 5 would write 15 GB into one file
 
 # Training changes weights only. Copied by name, because a source may hold checkpoint-N, .bin, .cache and *.py as well.
-COPIED = (
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-)
+COPIED = "added_tokens.json generation_config.json preprocessor_config.json processor_config.json "
+COPIED += "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json"
 
 
 def add_other_files(folder, source, processor, task, dtype=None):
@@ -30,7 +22,7 @@ def add_other_files(folder, source, processor, task, dtype=None):
     processor: as load_processor(source) returns it. task: None if nobody trained it. dtype: the weights'.
     """
     folder, source = Path(folder), Path(base_of(source))  # of an adapter only the base has these files
-    for name in COPIED:
+    for name in COPIED.split():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     write_json(folder / "chat_template.json", {"chat_template": processor.chat_template})
