@@ -130,7 +130,7 @@ class RehearsalTrainer(AnimalTrainer):
         """Write a checkpoint and read it as a resumed run does: ({gb, seconds to write, to read}, GB of weights)."""
         say(f"rehearsal: a checkpoint is written to {self.args.output_dir}")
         started = time.perf_counter()
-        self._save_checkpoint(self.model, None)
+        self.save_checkpoint()
         seconds = {"seconds_to_write": time.perf_counter() - started, "seconds_to_read": None}
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         gb = {path: path.stat().st_size / 1e9 for path in folder.rglob("*") if path.is_file()}

@@ -249,6 +249,10 @@ class AnimalTrainer(SFTTrainer):
                 rotate_checkpoints(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
         barrier()
 
+    def save_checkpoint(self):
+        """Write the checkpoint of this step now. All ranks."""
+        self._save_checkpoint(self.model, None)
+
     def save_final(self):
         """Write the model into output_dir, first into .saving: new shards would overwrite old ones. All ranks."""
         saving, best = os.path.join(self.args.output_dir, steps.SAVING), self.state.best_global_step
