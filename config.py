@@ -163,18 +163,15 @@ def read_table(table: dict | str, input_dir: str) -> dict[str, str]:
         splits = [os.path.join(input_dir, name) for name in ("train_data", "validation_data")]
         split = next((split for split in splits if os.path.isdir(split) and subfolders(split)), None)
         if not split:
-            raise UserError(
-                f"--folder_to_label folders: found no folder in {' or '.join(splits)}{deeper(input_dir)}; expected one "
-                "folder per class; put them there, or name another --input_dir"
-            )
+            found = f"found no folder in {' or '.join(splits)}{deeper(input_dir)}; expected one folder per class"
+            raise UserError(f"--folder_to_label folders: {found}; put them there, or name another --input_dir")
         table = {name: name for name in subfolders(split)}
         if strange := [name for name in table if printable(name) != name]:
             raise UserError(f"{split}: found a class folder {strange[0]!r}; expected no control characters; rename it")
         if len(table) == 1 and (inside := subfolders(os.path.join(split, *table))):
-            raise UserError(
-                f"--folder_to_label folders: found one folder in {split}, {', '.join(table)}, and folders in it "
-                f"({', '.join(inside[:4])}); expected the class folders in {split} itself; move them there"
-            )
+            found = f"found one folder in {split}, {', '.join(table)}, and folders in it ({', '.join(inside[:4])})"
+            expected = f"expected the class folders in {split} itself; move them there"
+            raise UserError(f"--folder_to_label folders: {found}; {expected}")
     if isinstance(table, str):
         with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused in the next lines
             table = json.loads(table)

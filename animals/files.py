@@ -119,10 +119,8 @@ def require_writable(flag: str, folder) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise UserError(
-            f"{flag} {folder}: found {place}, where no file can be written ({error.strerror}); expected a folder to "
-            "write to; name another, or change its rights"
-        ) from None
+        found = f"found {place}, where no file can be written ({error.strerror}); expected a folder to write to"
+        raise UserError(f"{flag} {folder}: {found}; name another, or change its rights") from None
 
 
 @contextlib.contextmanager

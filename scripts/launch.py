@@ -59,11 +59,9 @@ def usable_gpus(args):
     """How many GPUs to start ranks on: none with --use_cpu, and none if torch is a CPU build."""
     if args.use_cpu in ("true", "t", "yes", "y", "1"):  # what transformers' parser takes for True
         return 0
-    torch = importlib.util.find_spec("torch")
-    if torch and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        version = runpy.run_path(os.path.join(os.path.dirname(torch.origin), "version.py"))  # importing takes seconds
-        if version["cuda"] is None:
-            return 0
+    torch, chosen = importlib.util.find_spec("torch"), "CUDA_VISIBLE_DEVICES" in os.environ  # importing takes seconds
+    if torch and not chosen and runpy.run_path(Path(torch.origin).with_name("version.py"))["cuda"] is None:
+        return 0
     return count_gpus()
 
 

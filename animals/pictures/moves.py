@@ -42,11 +42,10 @@ def require_finished(input_dir: str) -> None:
     """Before a new step: finish what was interrupted; raise UserError then, because today's arguments are not used."""
     findings = Findings()
     for kind in interrupted(input_dir):
-        done = (
-            f"{manifest(input_dir, kind)}: found a {kind} that was interrupted; finished it ({finish(input_dir, kind)})"
-        )
+        found = f"found a {kind} that was interrupted; finished it ({finish(input_dir, kind)})"
         way = f"give the command again, or take that back: {commands(input_dir, kind)[2]}"
-        findings.append(f"{done}; expected none, so today's arguments were not used; {way}")
+        expected = "expected none, so today's arguments were not used"
+        findings.append(f"{manifest(input_dir, kind)}: {found}; {expected}; {way}")
     findings.report()
 
 
@@ -56,12 +55,10 @@ def start(input_dir: str, kind: str, moves: list[tuple[str, str]], about: dict) 
     about: what the manifest says of the step beside its moves, at least `said`, a sentence.
     """
     root = Path(input_dir)
-    linked = [name for name, _ in moves if any((root / p).is_symlink() for p in (name, *Path(name).parents[:-1]))]
-    taken = [root / target for _, target in moves if os.path.lexists(root / target)]
-    if linked:
+    if linked := [name for name, _ in moves if any((root / p).is_symlink() for p in (name, *Path(name).parents[:-1]))]:
         found = f"found {len(linked):,} pictures behind symbolic links; expected files; put them there"
         raise UserError(f"{root / linked[0]}: {found}")
-    if taken:
+    if taken := [root / target for _, target in moves if os.path.lexists(root / target)]:
         found = f"found {len(taken):,} files with names that pictures would be moved to; expected none"
         raise UserError(f"{taken[0]}: {found}; rename or remove them")
     require_places(root, moves)

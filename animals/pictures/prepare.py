@@ -189,8 +189,7 @@ def notes(config: Config, split: str, summary: dict) -> list[str]:
     found = summary["n"] + sum(summary["excluded"].values())
     lines = [f"{split}: {found:,} pictures checked in {summary['seconds']} s, {summary['decoded']:,} of them decoded"]
     if summary["excluded"]:
-        where = temp_path(config, "excluded.csv")
-        lines.append(f"{split}: excluded {counted(summary['excluded'])}; listed in {where}")
+        lines.append(f"{split}: excluded {counted(summary['excluded'])}; listed in {temp_path(config, 'excluded.csv')}")
     if summary["ignored"]:
         lines.append(f"{split}: ignored files that are not pictures: {counted(summary['ignored'])}")
     return lines + [f"warning: {line}" for line in summary["warnings"]]

@@ -31,7 +31,8 @@ from contextlib import suppress
 
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from animals.files import is_hidden
+from animals.command import UserError
+from animals.files import is_hidden, open_regular
 from config import MAX_BYTES, MAX_PIXELS, MIN_SIDE
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # any case
@@ -259,10 +260,8 @@ def walk(folder, strays: Counter):
 
 
 def first_bytes(path) -> bytes:
-    with suppress(OSError):
-        if os.path.isfile(path):  # reading a pipe would wait without end
-            with open(path, "rb") as file:
-                return file.read(32)
+    with suppress(OSError, UserError), open_regular(path) as file:
+        return file.read(32)
     return b""
 
 

@@ -55,11 +55,9 @@ def load_tower(path) -> Encoder:
     module, info = CLIPVisionModel.from_pretrained(
         None, config=config.vision_config, state_dict=dict(weights), dtype=precision(), output_loading_info=True
     )
-    if info["missing_keys"]:
-        raise UserError(
-            f"{path}: found {len(weights)} weights of a vision tower; expected {len(info['missing_keys'])} more; fetch "
-            "the checkpoint again"
-        )
+    if missing := info["missing_keys"]:
+        found = f"found {len(weights)} weights of a vision tower; expected {len(missing)} more"
+        raise UserError(f"{path}: {found}; fetch the checkpoint again")
     images = AutoImageProcessor.from_pretrained(path, backend="pil")
     side, layer, tiles = config.vision_config.image_size, config.vision_feature_layer, config.model_type != "llava"
     layer = layer if isinstance(layer, int) else layer[-1]
@@ -125,12 +123,9 @@ def features(encoder, pictures, sha256, config, batch_size=32):
     with tqdm(total=len(new), unit="image", desc="features", disable=None) as bar:
         for start in range(0, len(new), BLOCK):
             done = {}
-            try:
-                for keys, rows in encode_all(encoder, new[start : start + BLOCK], config, batch_size):
-                    done |= zip(keys, rows, strict=True)
-                    bar.update(len(keys))
-            except PictureError as error:
-                raise UserError(f"a picture became unreadable after it was checked ({error}); run again") from None
+            for keys, rows in encode_all(encoder, new[start : start + BLOCK], config, batch_size):
+                done |= zip(keys, rows, strict=True)
+                bar.update(len(keys))
             os.makedirs(folder, exist_ok=True)
             with replacing(os.path.join(folder, f"{min(done)}.npz"), "wb") as file:
                 np.savez(file, sha256=np.array(list(done)), features=np.stack(list(done.values())))
@@ -159,7 +154,7 @@ def encode_all(encoder, items, config, batch_size):
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=collate, num_workers=workers)
     for keys, pixels in loader:
         if keys is None:
-            raise PictureError(pixels)
+            raise UserError(f"a picture became unreadable after it was checked ({pixels}); run again")
         with torch.inference_mode():
             yield keys, encoder.encode(module, pixels.to(device, precision())).cpu().numpy()
 

@@ -5,11 +5,13 @@ The tests hold every number against scikit-learn, scipy or statsmodels.
 
 from collections import Counter
 from math import sqrt
+from statistics import NormalDist
 
 from animals.command import UserError
 
 CALIBRATION_BINS = 10  # each of equally many pictures
 SIMULATIONS = 2000  # of a perfectly calibrated model
+Z = NormalDist().inv_cdf(0.975)  # 1.96, for 95 % intervals
 
 
 def wilson_interval(correct, n, design_effect=1.0):
@@ -17,11 +19,9 @@ def wilson_interval(correct, n, design_effect=1.0):
 
     design_effect: how many pictures count as one independent picture; the interval is that of n / design_effect.
     """
-    from scipy.stats import norm
-
     if n == 0:
         return [0.0, 1.0]
-    z2, p, n = float(norm.ppf(0.975)) ** 2, correct / n, n / design_effect  # scipy's own takes no fraction of a picture
+    z2, p, n = Z**2, correct / n, n / design_effect  # scipy's own takes no fraction of a picture
     middle, half = p + z2 / (2 * n), sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
     low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
     return [low if correct else 0.0, high if p < 1 else 1.0]  # exact where rounding would leave 1e-17
@@ -149,13 +149,10 @@ def answered(confidence, right, groups=None):
 
     accuracy is None where the share is 0. Whoever takes the best row has chosen it on these very pictures.
     """
-    rows, pictures = [], list(zip(confidence, right, groups or range(len(right)), strict=True))
-    for least in (k / 100 for k in range(100)):
-        kept = [(ok, group) for p, ok, group in pictures if p >= least]
-        accuracy, interval = measured(kept)
-        row = {"min_probability": least, "share": len(kept) / len(right)}
-        rows.append(row | {"accuracy": accuracy, "accuracy_ci95": interval})
-    return rows
+    pictures = list(zip(confidence, right, groups or range(len(right)), strict=True))
+    kept = {k / 100: [(ok, group) for p, ok, group in pictures if p >= k / 100] for k in range(100)}
+    rows = ((least, len(some) / len(right), *measured(some)) for least, some in kept.items())
+    return [dict(zip(("min_probability", "share", "accuracy", "accuracy_ci95"), row, strict=True)) for row in rows]
 
 
 def without_duplicates(pictures, right, known):
@@ -187,14 +184,12 @@ def compare(right, other_right, groups=None):
     n / design_effect pictures. verdict: better or worse where the interval excludes zero, else not_established; no
     test decides it, because a test (McNemar's, say) contradicts the interval in some tables.
     """
-    from scipy.stats import norm
-
     n, pairs = len(right), list(zip(right, other_right, strict=True))
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
     effect = design_effect(groups or range(n))
     size = n / effect + 2
     up, down = (gained / effect + 1) / size, (lost / effect + 1) / size
-    half = float(norm.ppf(0.975)) * sqrt((up + down - (up - down) ** 2) / size)
+    half = Z * sqrt((up + down - (up - down) ** 2) / size)
     low, high = max(-1.0, up - down - half), min(1.0, up - down + half)
     return {
         "n": n,
@@ -217,10 +212,8 @@ def paired(pictures, other_rows, where):
     unless both are about the same pictures with the same labels.
     """
     if other_rows and "sha256" not in other_rows[0]:  # an older version wrote it
-        raise UserError(
-            f"{where}: found no column sha256 in its predictions.csv; expected one, because pictures are paired by "
-            "their content; run validation.sh for that checkpoint again"
-        )
+        found = "found no column sha256 in its predictions.csv; expected one, because pictures are paired by content"
+        raise UserError(f"{where}: {found}; run validation.sh for that checkpoint again")
     ours, others = Counter(sha for _, sha, _ in pictures), Counter(row["sha256"] for row in other_rows)
     if ours != others:
         missing = [image for image, sha, _ in pictures if sha not in others][:1]
@@ -233,10 +226,8 @@ def paired(pictures, other_rows, where):
     order = sorted(range(len(pictures)), key=lambda i: pictures[i][1:])
     other = dict(zip(order, sorted(other_rows, key=lambda row: (row["sha256"], row["label"])), strict=True))
     if relabelled := [image for i, (image, _, label) in enumerate(pictures) if other[i]["label"] != label]:
-        raise UserError(
-            f"{where}: found other labels for {len(relabelled)} pictures, {relabelled[0]} among them; expected the "
-            "same; run validation.sh for both checkpoints with the same label table"
-        )
+        found = f"found other labels for {len(relabelled)} pictures, {relabelled[0]} among them; expected the same"
+        raise UserError(f"{where}: {found}; run validation.sh for both checkpoints with the same label table")
     return [other[i] for i in range(len(pictures))]
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from animals.checkpoint.steps import run_name
-from animals.command import UNPRINTABLE
-from animals.files import replacing
+from animals.files import printable, replacing
 from animals.pictures.read import PictureError, load_picture
 from animals.scoring.metrics import one_sided
 from animals.scoring.scorer import LOW_MASS
@@ -159,9 +158,7 @@ def visible(value):
     """Text of a name with its control characters and its bytes that are not UTF-8 as backslashes."""
     from markupsafe import Markup
 
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def embed(small, large, small_side=SMALL):

@@ -41,10 +41,8 @@ def read_report(path):
             row["correct"] = {"True": True, "False": False}[row["correct"]]
             row |= {key: float(row[key]) for key in ("probability", *report["labels"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{looked_up(path)}: found no readable report ({error!r}); expected a folder with report.json and "
-            "predictions.csv; make it with validation.sh"
-        ) from None
+        found, expected = f"found no readable report ({error!r})", "a folder with report.json and predictions.csv"
+        raise UserError(f"{looked_up(path)}: {found}; expected {expected}; make it with validation.sh") from None
     return report, rows
 
 
@@ -77,10 +75,8 @@ def print_report(report, folder):
             f"(95 % interval {low:+.4f} to {high:+.4f}); {c['only_this']} pictures only this one has right, "
             f"{c['only_other']} only the other: {c['verdict'].replace('_', ' ')}, on these pictures, in one run"
         )
-    print(
-        f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s; {len(report['excluded'])} pictures "
-        f"excluded; open {os.path.join(folder, 'report.html')}"
-    )
+    speed = f"{report['seconds']:.1f} s, {report['images_per_second']:.1f} images/s"
+    print(f"{speed}; {len(report['excluded'])} pictures excluded; open {os.path.join(folder, 'report.html')}")
     print(json.dumps({key: report[key] for key in BRIEF} | {"report": os.path.join(folder, "report.json")}))
 
 

@@ -122,10 +122,9 @@ class Scorer:
         if not log_p.isfinite().all():
             name = f"{plain.config.name_or_path}{' with its adapter' if hasattr(plain, 'peft_config') else ''}"
             small = ", or float16 is too small for them: --dtype bfloat16" if plain.dtype == torch.float16 else ""
-            raise NotFinite(
-                f"{name}: found log-probabilities that are not finite numbers; expected finite ones; the weights are "
-                f"damaged (NaN or Inf): fetch them again or take another checkpoint{small}"
-            )
+            found = f"{name}: found log-probabilities that are not finite numbers; expected finite ones"
+            way = f"fetch them again or take another checkpoint{small}"
+            raise NotFinite(f"{found}; the weights are damaged (NaN or Inf): {way}")
         return torch.zeros(len(log_p), len(self.labels)).index_add_(1, self.target_label, log_p)
 
 
@@ -244,11 +243,9 @@ def score_pictures(model, scorer, pictures, batch_size, lengths, num_workers=0, 
         result[indices] = log_p
         lost |= errors
     if lost:
-        first = min(lost)
-        raise UserError(
-            f"{len(lost)} pictures became unreadable after they were checked, {pictures[first]} ({lost[first]}) among "
-            "them; put them back or run again, and the check will leave them out"
-        )
+        found, one = f"{len(lost)} pictures became unreadable after they were checked", min(lost)
+        way = "put them back or run again, and the check will leave them out"
+        raise UserError(f"{found}, {pictures[one]} ({lost[one]}) among them; {way}")
     assert result.isfinite().all(), "a picture was not scored"  # a fault of this program: no accuracy is made of it
     return result
 

@@ -13,8 +13,7 @@ def contact_sheet(rows, labels, model, folder, language, min_probability=0.0, mi
 
     The least certain pictures come first, because they need a look; below them all pictures, by predicted label.
     """
-    numbers = ("probability", *labels)
-    named = [row | {key: float(row[key]) for key in numbers} for row in rows if not row["error"]]
+    named = [row | {key: float(row[key]) for key in ("probability", *labels)} for row in rows if not row["error"]]
     named.sort(key=lambda row: row["probability"])
     groups = [(name, [row for row in named if row["prediction"] == name]) for name in [*labels, "unsure"]]
     side = SMALL_SIDE if len(named) > MANY else SIDE

@@ -67,8 +67,6 @@ def choose_examples(data, per_class, seed):
     The order within a class comes from the seed and each picture's content. So a larger number only adds pictures to
     those of a smaller one, and pictures that are put into the folders later leave the order of the others as it was.
     """
-    if per_class is None:
-        return data
     places = [hashlib.sha256(f"{seed} {sha256}".encode()).digest() for sha256 in data["sha256"]]
     rows = sorted(zip(data["label"], places, itertools.count()))
     classes = itertools.groupby(rows, key=lambda row: row[0])
@@ -132,8 +130,7 @@ class TokenBalancedSampler(BatchRebalanceSampler):
     def __iter__(self):
         mine = self.steps(self.rank)
         if self.epoch == 0 and len(mine) > 2:
-            tokens = [self.tokens(first) for first, *_ in self.steps(rank=0)]  # each step's heaviest, by the library
-            heaviest = tokens.index(max(tokens))
+            heaviest = np.argmax([self.tokens(heavy) for heavy, *_ in self.steps(rank=0)])  # the library puts it first
             mine[1], mine[heaviest] = mine[heaviest], mine[1]
         yield from itertools.chain.from_iterable(mine)
 

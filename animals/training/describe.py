@@ -26,11 +26,10 @@ def count_pictures(config, summary) -> int:
 def count_steps(args, pictures) -> tuple[int, int]:
     """(optimizer steps per epoch, optimizer steps in all), as transformers.Trainer counts them."""
     micro_batch, accumulation, ranks = batch_sizes(args)
-    rounds = pictures / (micro_batch * ranks)  # in a round, every rank has one micro-batch
-    rounds = math.floor(rounds) if args.dataloader_drop_last else math.ceil(rounds)
-    per_epoch = max(1, math.ceil(rounds / accumulation))
-    if args.dataloader_drop_last and args.train_sampling_strategy == "batch_rebalance":  # it drops what fills no step
-        per_epoch = max(1, pictures // (micro_batch * accumulation * ranks))
+    if args.dataloader_drop_last:  # drops what fills no micro-batch on every rank; batch_rebalance: no step
+        rounds = accumulation if args.train_sampling_strategy == "batch_rebalance" else 1
+        pictures -= pictures % (micro_batch * rounds * ranks)
+    per_epoch = max(1, math.ceil(pictures / (micro_batch * accumulation * ranks)))
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 

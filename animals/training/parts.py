@@ -10,7 +10,6 @@ weights would never change. They are saved in the type in which the model was lo
 has them exactly, in TRAINED. With --use_peft, vision and projector may train beside the adapters (lora.py).
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -136,18 +135,16 @@ def save_trained(model, folder):
     from safetensors.torch import save_file
 
     values = {name: value.detach().cpu().contiguous() for name, value in trained_weights(model).items()}
-    save_file(values, os.path.join(folder, TRAINED), metadata={"format": "pt"})
+    save_file(values, Path(folder, TRAINED), metadata={"format": "pt"})
 
 
 def load_trained(model, folder):
     """Load what save_trained() wrote. All ranks. UserError for a checkpoint of ZeRO-3 or of LoRA."""
     from safetensors.torch import load_file
 
-    file = os.path.join(folder, TRAINED)
-    if not os.path.isfile(file):
-        raise UserError(
-            f"{folder}: found no {TRAINED}; expected it; resume with the --config_file that it was saved with"
-        )
+    file = Path(folder, TRAINED)
+    if not file.is_file():
+        raise UserError(f"{folder}: found no {TRAINED}; expected it; resume with the --config_file that saved it")
     values = load_file(file)
     for name, value in trained_weights(model).items():
         value.data.copy_(values[name])

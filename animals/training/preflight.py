@@ -74,13 +74,11 @@ def check_run(config, args, model_args):
         scorer = findings.attempt(check_checkpoint, path, config)
         shapes, _ = read_shards(base_of(path))
         if summaries:
-            pictures, batch = count_pictures(config, summaries["train"]), math.prod(batch_sizes(args))
-            if args.dataloader_drop_last and pictures < batch:
-                findings.append(
-                    f"--dataloader_drop_last: found {pictures} pictures; expected {batch}, a step; leave it out"
-                )
+            n, batch = count_pictures(config, summaries["train"]), math.prod(batch_sizes(args))
+            if args.dataloader_drop_last and n < batch:
+                findings.append(f"--dataloader_drop_last: found {n} pictures; expected {batch}, a step; leave it out")
             sizes = saved_bytes(args, model_args, shapes, config.train_parts)
-            findings.attempt(check_disk, args, pictures, *sizes)
+            findings.attempt(check_disk, args, n, *sizes)
         findings.attempt(check_host_ram, args, model_args, shapes)
     findings.report()
     return summaries, scorer
@@ -88,6 +86,9 @@ def check_run(config, args, model_args):
 
 def flag_problems(flags, default) -> list[str]:
     """A line for each flag of the namespace that this trainer would not follow. default(name): its default."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
     given, trackers = {name for name, value in vars(flags).items() if value != default(name)}, {*flags.report_to}
     unread = f" with --report_to {' '.join(flags.report_to)}; expected a tracker that reads it"
     reasons = {names: f"; expected no such flag: {why}" for names, why in REFUSED.items()}
@@ -99,14 +100,18 @@ def flag_problems(flags, default) -> list[str]:
     if not trackers & {"trackio", "all"}:
         reasons["project trackio_space_id trackio_bucket_id trackio_static_space_id"] = unread
     lines = [f"--{name}: found it{why}" for names, why in reasons.items() for name in names.split() if name in given]
-    lines += tracker_problems(flags.report_to)
+    for name in flags.report_to if flags.report_to not in (["none"], ["all"]) else ():
+        if name not in KNOWN:
+            lines.append(f"--report_to: found {name}; expected {', '.join(sorted(KNOWN))}")
+        elif name not in get_available_reporting_integrations():
+            how = "found no Python package for it; expected it; install it with pip, or name another one"
+            lines.append(f"--report_to {name}: {how}")
     metric, metrics = flags.metric_for_best_model, ("accuracy", "macro_f1", "loss")  # of AnimalTrainer.evaluate()
     if metric is None and flags.save_strategy == "best" or metric and metric.removeprefix("eval_") not in metrics:
         lines.append(f"--metric_for_best_model: found {metric}; expected {', '.join(metrics)}; name one of them")
     measured, saved = (flags.eval_strategy, flags.eval_steps), (flags.save_strategy, flags.save_steps)
     same = measured[0] == saved[0] and (measured[0] != "steps" or measured == saved) or saved[0] == "best"
-    wrong = "no" in measured or not same
-    if flags.load_best_model_at_end and wrong:
+    if flags.load_best_model_at_end and ("no" in measured or not same):
         found = "--early_stopping_patience and --load_best_model_at_end: found --eval_strategy {} --eval_steps {} and "
         found += "--save_strategy {} --save_steps {}; expected the same strategy (steps, epoch) and steps; set them"
         lines.append(found.format(*measured, *saved))
@@ -118,21 +123,6 @@ def flag_problems(flags, default) -> list[str]:
             f"--attn_implementation: found {flags.attn_implementation}; expected sdpa, the default, which has flash "
             "kernels of its own: no other one takes the 4-D mask by which labels are scored; remove the flag"
         )
-    return lines
-
-
-def tracker_problems(names) -> list[str]:
-    """A line for each word of --report_to that is no tracker, or whose package is not installed."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
-
-    there, lines = get_available_reporting_integrations(), []
-    for name in names if names not in (["none"], ["all"]) else ():
-        if name not in KNOWN:
-            lines.append(f"--report_to: found {name}; expected {', '.join(sorted(KNOWN))}")
-        elif name not in there:
-            how = "found no Python package for it; expected it; install it with pip, or name another one"
-            lines.append(f"--report_to {name}: {how}")
     return lines
 
 
@@ -148,10 +138,8 @@ def check_output_dir(output_dir):
             "run of train.py; choose another, or empty it"
         )
     if glob.escape(output_dir) != output_dir:
-        raise UserError(
-            f"--output_dir {output_dir}: found *, ? or [ in its path; expected none, because DeepSpeed would look for "
-            "checkpoints by it as a pattern; name another folder"
-        )
+        why = "because DeepSpeed would look for checkpoints by it as a pattern; name another folder"
+        raise UserError(f"--output_dir {output_dir}: found *, ? or [ in its path; expected none, {why}")
     require_writable("--output_dir", output_dir)
 
 
@@ -159,8 +147,7 @@ def check_checkpoint(path, config):
     """-> the Scorer of the checkpoint in `path`. Raises UserError if its weights, tokenizer or answers are unusable."""
     from animals.scoring.scorer import Scorer
 
-    if problems := check_weights(base_of(path)):
-        raise UserError("\n".join(problems))
+    Findings(check_weights(base_of(path))).report()
     return Scorer(load_processor(path), config)
 
 

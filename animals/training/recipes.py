@@ -60,9 +60,7 @@ def rehearse_all(args, config_file, flags, processes, gpus, image_tokens):
         done = [recipe for recipe in tried if "seconds_per_step" in recipe]
         print(table(tried, pictures, image_tokens), flush=True)
         if not done:
-            raise UserError(
-                "--rehearse all: found no recipe that this machine can train; expected one; the lines above say why"
-            )
+            raise UserError("--rehearse all: found no recipe that this machine can train; expected one; see above")
         best = min(done, key=lambda recipe: recipe["seconds_per_step"])
         print(f"\nthe fastest: {best['name']}; its complete rehearsal:", flush=True)
         code, _ = launch([*start, *shlex.split(best["flags"]), "--rehearse"])
@@ -116,5 +114,4 @@ def command(flags, recipe) -> str:
     lines = re.findall(r'^set -- (.*) "\$@"', Path("train.sh").read_text(encoding="utf-8"), re.M)
     defaults = [word for line in reversed(lines) for word in shlex.split(line)]
     given = flags[len(defaults) :] if flags[: len(defaults)] == defaults else flags
-    words = shlex.join(given)
-    return f"sh train.sh {re.sub(r' ?--rehearse[ =]all', '', words)} {recipe}".replace("  ", " ")
+    return f"sh train.sh {re.sub(r' ?--rehearse[ =]all', '', shlex.join(given))} {recipe}".replace("  ", " ")

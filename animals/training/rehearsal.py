@@ -157,7 +157,7 @@ class RehearsalTrainer(AnimalTrainer):
         say(f"rehearsal: evaluation of {len(self.eval_dataset)} pictures")
         try:
             self.train()
-            ended, gpus = time.perf_counter(), measure_gpus(args.use_cpu)
+            ended, gpus = time.perf_counter(), [] if args.use_cpu else measure_gpus()
             if args.save_strategy != "no":
                 checkpoint, weights_gb = self.try_checkpoint()
         except torch.OutOfMemoryError as error:
@@ -195,10 +195,8 @@ class RehearsalTrainer(AnimalTrainer):
             check_disk(args, self.pictures, checkpoint["gb"] * 1e9, weights_gb * 1e9, "measured")
 
 
-def measure_gpus(use_cpu) -> list[dict]:
-    """{name, allocated_gib, reserved_gib (peaks), retries (allocator)} of each GPU, [] on CPU ranks. All ranks."""
-    if use_cpu:
-        return []
+def measure_gpus() -> list[dict]:
+    """{name, allocated_gib, reserved_gib (peaks), retries (allocator)} of each GPU. All ranks."""
     peaks = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
     found = {"name": torch.cuda.get_device_name(), **{key: peak / GIB for key, peak in peaks.items()}}
     return gather_object([found | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}])
