@@ -64,7 +64,7 @@ def test_a_slow_rank_of_a_validation_is_waited_for(demo, tmp_path):
     """12 hours: NCCL's own 10 minutes, or gloo's 30, would lose the result of all ranks at the last gather."""
     where = ["--input_dir", demo.input, "--temp_dir", demo.cache, "--model_name_or_path", demo.checkpoint]
     done = start(tmp_path, VALIDATION, *map(str, where), "--report_dir", str(tmp_path), "--logging_dir", str(tmp_path))
-    assert done.stdout.count(f"{12 * 3600}.0 seconds\n") == 2, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count(f"{12 * 3600}.0") == 2, done.stdout + done.stderr[-3000:]
 
 
 def test_docker_gives_too_little_shared_memory(monkeypatch):
