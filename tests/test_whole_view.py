@@ -8,7 +8,7 @@ import pytest
 import replica
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from animals.checkpoint.check import check_files, check_weights
 from animals.checkpoint.image_tokens import STOCK, image_token_count, read_geometry
@@ -70,7 +70,7 @@ def test_killed_in_the_middle_it_is_no_checkpoint(hub, whole, tmp_path, monkeypa
         whole_view.write_whole_view(hub, tmp_path / "out")
     assert "found no config.json there; expected a checkpoint" in check_files(tmp_path / "out")[0]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(hub)}))
-    shutil.copy(next(whole.glob("*.safetensors")), tmp_path / "adapter_model.safetensors")
+    save_file({}, tmp_path / "adapter_model.safetensors")
     for source, message in (
         (hub, "out: found files there; expected a new or empty folder; delete it, or name another one"),
         (whole, "found a plain LLaVA, which sees the whole view already; expected LLaVA-NeXT"),
